@@ -1,0 +1,89 @@
+"""Masks of 0 and 1 over the prunable weights of a network, and their application to weights and gradients."""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all convolutions and linear layers by layer name, in the model's order.
+
+    Biases and normalisation layers are not prunable. A weight shared by several layers counts once, under the first.
+    """
+    weights, seen = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module.weight not in seen:
+            weights[name] = module.weight
+            seen.add(module.weight)
+    return weights
+
+
+def select_layers(names: list[str], patterns: list[str]) -> set[str]:
+    """The layer names that match a pattern: a wildcard for the whole name, or one of its dot-separated parts.
+
+    So `stem`, `shortcut` and `classifier` name the layers that models/ calls so, and `stage2.*` a stage.
+
+    Raises:
+        ValueError: a pattern that matches no layer.
+    """
+    selected = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern) or pattern in name.split(".")}
+        if not matches:
+            raise ValueError(f"no prunable layer matches '{pattern}': the layers are {', '.join(names)}")
+        selected |= matches
+    return selected
+
+
+class Masks:
+    """Masks of prunable weights, each in its weight's shape, dtype, memory layout and device.
+
+    A layer without a mask is dense. Masks are floating point so that one multi-tensor multiplication applies them all,
+    and stay at their addresses once made.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter]):
+        self.weights = weights
+        self.masks: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def set(self, alive: dict[str, Tensor]) -> None:
+        """Give layers the masks that these boolean tensors say, in the weights' shapes, and zero what dies."""
+        for name, tensor in alive.items():
+            if name not in self.masks:
+                self.masks[name] = torch.ones_like(self.weights[name], requires_grad=False)
+            self.masks[name].copy_(tensor)
+        self.apply_to_weights()
+
+    @torch.no_grad()
+    def apply_to_weights(self) -> None:
+        if self.masks:
+            torch._foreach_mul_([self.weights[name] for name in self.masks], list(self.masks.values()))
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Zero the gradients of dead weights; a weight without a gradient is left so."""
+        pairs = [(self.weights[name].grad, mask) for name, mask in self.masks.items()]
+        pairs = [(grad, mask) for grad, mask in pairs if grad is not None]
+        if pairs:
+            torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
+
+    def alive(self) -> dict[str, int]:
+        """Number of living weights a layer."""
+        dense = {name: weight.numel() for name, weight in self.weights.items()}
+        return dense | {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+
+    def density(self) -> dict[str, float]:
+        """Share of living weights a layer."""
+        return {name: count / self.weights[name].numel() for name, count in self.alive().items()}
+
+    def sparsity(self) -> float:
+        """Share of dead weights among all prunable weights."""
+        return 1 - sum(self.alive().values()) / sum(weight.numel() for weight in self.weights.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: mask.bool() for name, mask in self.masks.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.set(state)
