@@ -1,0 +1,141 @@
+"""Train a sparse network with one-step sharpness-aware minimisation: parse the flags, build the parts, call fit."""
+
+import sys
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch import nn
+
+from models import build_model
+from prune import Sparsity
+from utils import cli, runs
+from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from utils.data import Dataset, Normalize, TestLoader, TrainLoader, hold_out
+from utils.datasets import load_dataset
+from utils.device import device_name, pick_device, use_deterministic_kernels
+from utils.engine import Recipe, evaluate, fit
+from utils.errors import TrainingError, UsageError, usage_errors
+from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of
+from utils.record import Record, claim_directory, summarize
+
+
+def train(args: Namespace, given: set[str]) -> None:
+    """Train a network from fresh weights, or from the checkpoint of an interrupted run."""
+    args, directory, checkpoint = runs.locate_run(args, given)
+    device = pick_device(args.device, args.no_cuda)
+    use_deterministic_kernels(args.deterministic)
+
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
+    if args.val_split:
+        dataset = hold_out(dataset, args.val_split, args.seed)
+    loader = TrainLoader(
+        dataset.train, args.batch_size, len(dataset.classes), args.seed, device,
+        dataset.pad, dataset.flip, mixup=args.alpha or 0.0,
+    )  # fmt: skip
+    splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
+    evaluators = {
+        name: TestLoader(images, args.test_batch_size, loader.normalize, device) for name, images in splits.items()
+    }
+
+    torch.manual_seed(args.seed)
+    model = build(args, dataset, device)
+    with usage_errors():
+        sparsity = Sparsity(model, args.prune_method, args.sparsity, args.sparsity_distribution, args.dense_layers)
+        sparsity.before_training(torch.Generator().manual_seed(args.seed))
+    optimizer = build_optimizer(
+        args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
+        rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
+    )  # fmt: skip
+    state = TrainState(model, optimizer, sparsity)
+    if checkpoint:
+        check_fits(checkpoint, dataset)
+        state.load_state_dict(checkpoint["state"])
+
+    recipe = Recipe(
+        lr_at=partial(
+            learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=args.epochs * loader.steps_per_epoch,
+            warmup_steps=round(args.warmup_epochs * loader.steps_per_epoch),
+        ),
+        total_steps=args.epochs * loader.steps_per_epoch,
+        accumulate=args.accumulate, smooth_eps=args.smooth_eps, clip_grad=args.clip_grad, log_interval=args.log_interval,
+    )  # fmt: skip
+    if state.step >= recipe.total_steps and (directory / "result.json").exists():
+        print(f"this run is finished: {directory / 'result.json'}")
+        return
+    claim_directory(directory, resuming=args.resume is not None)
+    record = Record(
+        directory, runs.plain(args), device_name(device), state.rows, state.progress,
+        loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
+    )  # fmt: skip
+    record.say(f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}")
+    record.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
+    record.say(sparsity.describe())
+    record.say(f"run directory: {directory}" + (f", resumed after epoch {len(state.rows)}" if checkpoint else ""))
+
+    def save(state: TrainState) -> None:
+        write = partial(
+            save_checkpoint, state=state, args=runs.plain(args), classes=dataset.classes, channels=dataset.channels
+        )
+        if dataset.val and state.rows[-1]["val_top1"] > max((row["val_top1"] for row in state.rows[:-1]), default=-1):
+            write(directory / "best.pt")
+        write(directory / "checkpoint.pt")
+
+    fit(state, perturbation_of(optimizer, model, sparsity), recipe, loader, evaluators, record, save)
+    result = summarize(state.rows, model, runs.plain(args), images_per_epoch=loader.count)
+    record.finish(result, state.progress)
+    record.say(
+        f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
+    )
+
+
+def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
+    """Print loss and accuracy of a checkpoint on the test images."""
+    checkpoint = load_checkpoint(args.evaluate)
+    args = runs.evaluated(args, given, checkpoint["args"])
+    device = pick_device(args.device, args.no_cuda)
+    use_deterministic_kernels(args.deterministic)
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
+    check_fits(checkpoint, dataset)
+    model = build(args, dataset, device)
+    model.load_state_dict(checkpoint["state"]["model"])
+    sparsity = Sparsity(model)
+    sparsity.load_state_dict(checkpoint["state"]["sparsity"])
+    print(f"{args.evaluate} on {device_name(device)}, after epoch {len(checkpoint['state']['rows'])}")
+    print(sparsity.describe())
+    loader = TestLoader(dataset.test, args.test_batch_size, Normalize(dataset.train, device), device)
+    loss, top1 = evaluate(model, loader)
+    print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
+
+
+def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
+    with usage_errors():
+        model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def check_fits(checkpoint: dict, dataset: Dataset) -> None:
+    """Refuse a checkpoint of a network for other data."""
+    if (checkpoint["classes"], checkpoint["channels"]) != (dataset.classes, dataset.channels):
+        raise UsageError(
+            f"the checkpoint is of a network for {len(checkpoint['classes'])} classes and {checkpoint['channels']} channels "
+            f"and does not fit this data set of {len(dataset.classes)} and {dataset.channels}: give the data it was trained on"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 1 for a run that went wrong, 2 for bad input."""
+    try:
+        args, given = cli.parse(argv)
+        (evaluate_checkpoint if args.evaluate else train)(args, given)
+    except (UsageError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume auto goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Everything a run needs to go on, in one file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prune import Sparsity
+from utils.errors import UsageError
+from utils.files import save_atomically
+
+FORMAT = "sam-sparse-training/1"
+
+
+@dataclass
+class TrainState:
+    """All that changes during training.
+
+    Attributes:
+        step: position in the schedule; learning rate and data follow from it. A method may set it back.
+        progress: steps taken; only grows. The axis of logs.
+        rows: one of metrics.csv for each finished epoch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sparsity: Sparsity
+    step: int = 0
+    progress: int = 0
+    rows: list[dict] = field(default_factory=list)
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsity": self.sparsity.state_dict(),
+            "step": self.step,
+            "progress": self.progress,
+            "rows": self.rows,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.sparsity.load_state_dict(state["sparsity"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.progress, self.rows = state["step"], state["progress"], list(state["rows"])
+
+
+def save_checkpoint(path: Path, state: TrainState, args: dict, classes: list[str], channels: int) -> None:
+    """Write a checkpoint that is whole or not there.
+
+    Args:
+        args: the flags of the run, as plain values.
+        classes: names of the data set's classes, by label.
+        channels: of its images.
+    """
+    save_atomically(
+        path, {"format": FORMAT, "args": args, "classes": classes, "channels": channels, "state": state.state_dict()}
+    )
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what save_checkpoint wrote, on the CPU. Nothing but tensors and plain values is ever loaded.
+
+    Raises:
+        UsageError: no such file, a damaged one, or one of another program.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no checkpoint '{path}'") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"'{path}' is a directory: name the checkpoint in it, '{path / 'checkpoint.pt'}'") from error
+    except Exception as error:  # torch.load has no closed list of what damaged and foreign files raise
+        raise UsageError(
+            f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UsageError(f"'{path}' is not a checkpoint of this program: name a checkpoint.pt or best.pt of a run")
+    return checkpoint

@@ -1,0 +1,274 @@
+"""The flags of main_prune_train.py, their defaults and their checks."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from models import ARCHITECTURES
+from prune import METHODS
+from prune.distribution import DISTRIBUTIONS
+from utils.datasets import DATASETS
+from utils.errors import UsageError
+from utils.optim import OPTIMIZERS
+
+SCHEDULES = ("cosine", "step", "constant")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message} (see --help)")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        description="Train a sparse network with one-step sharpness-aware minimisation (SAM.v2).",
+        epilog="Defaults that depend on other flags are given in parentheses.",
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="resnet", help="family (%(default)s)")
+    group.add_argument(
+        "--depth", type=int, default=20, help="layers: 20, 32, 44, 56 or 110 for a CIFAR ResNet (%(default)s)"
+    )
+    group.add_argument(
+        "--width", type=_number(float, above=0), default=1.0, help="factor on the channels (%(default)g)"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download (%(default)s)")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where CIFAR is kept (data), or the folder with train/<class>/* and test/<class>/*",
+    )
+    group.add_argument(
+        "--image-size",
+        type=_number(int, above=0),
+        metavar="PIXELS",
+        help="side that images of a folder are brought to (their own)",
+    )
+    group.add_argument(
+        "--val-split",
+        type=_number(int, least=0),
+        default=0,
+        metavar="N",
+        help="hold N training images out and choose best.pt on them (%(default)s)",
+    )
+    group.add_argument(
+        "--batch-size", type=_number(int, above=0), default=128, metavar="N", help="images a step (%(default)s)"
+    )
+    group.add_argument(
+        "--test-batch-size",
+        type=_number(int, above=0),
+        default=500,
+        metavar="N",
+        help="images at once in evaluation (%(default)s)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=_number(int, above=0),
+        default=1,
+        metavar="K",
+        help="compute a batch in K parts to save memory (%(default)s)",
+    )
+    group.add_argument("--mixup", action="store_true", help="train on mixtures of two images")
+    group.add_argument("--alpha", type=_number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")
+    group.add_argument(
+        "--smooth-eps",
+        type=_number(float, least=0, below=1),
+        default=0.0,
+        metavar="EPS",
+        help="label smoothing (%(default)g)",
+    )
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument(
+        "--optmzr",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="base optimizer, with or without SAM around it (%(default)s)",
+    )
+    group.add_argument(
+        "--epochs", type=_number(int, above=0), default=160, help="passes over the training images (%(default)s)"
+    )
+    group.add_argument(
+        "--lr", type=_number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)"
+    )
+    group.add_argument("--momentum", type=_number(float, least=0, below=1), help="sgd only (0.9)")
+    group.add_argument("--nesterov", action="store_true", help="sgd only")
+    group.add_argument(
+        "--weight-decay", "--wd", type=_number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)"
+    )
+    group.add_argument(
+        "--lr-scheduler",
+        choices=SCHEDULES,
+        default="cosine",
+        help="step: a tenth at 50%% and at 75%% of the epochs (%(default)s)",
+    )
+    group.add_argument(
+        "--warmup-epochs",
+        type=_number(float, least=0),
+        default=0.0,
+        metavar="E",
+        help="epochs over which the learning rate first rises (%(default)g)",
+    )
+    group.add_argument(
+        "--clip-grad", type=_number(float, above=0), metavar="NORM", help="clip the gradient to this norm (not clipped)"
+    )
+
+    group = parser.add_argument_group("sharpness-aware minimisation (with --optmzr *-sam)")
+    group.add_argument(
+        "--sam-v2", action="store_true", help="one step, along the previous gradient; without it the two-step SAM"
+    )
+    group.add_argument(
+        "--sam-rho",
+        type=_number(float, least=0),
+        metavar="RHO",
+        help="radius of the perturbation (0.05; 0.5 with --adaptive)",
+    )
+    group.add_argument("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
+
+    group = parser.add_argument_group("sparsity")
+    group.add_argument("--prune-method", choices=METHODS, default="none", help="(%(default)s)")
+    group.add_argument(
+        "--sparsity",
+        type=_number(float, least=0, below=1),
+        metavar="S",
+        help="share of all convolution and linear weights that is zero",
+    )
+    group.add_argument("--sparsity-distribution", choices=DISTRIBUTIONS, help="how layers share the sparsity (erk)")
+    group.add_argument(
+        "--dense-layers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="layers that stay dense: stem, shortcut, classifier, or patterns of names; the others make up for them",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--seed", type=_number(int, least=0), default=0, help="of weights, masks, order and augmentation (%(default)s)"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
+    group.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
+    group.add_argument("--deterministic", action="store_true", help="only deterministic kernels, which may be slower")
+    group.add_argument(
+        "--output-dir",
+        "--save-model",
+        type=Path,
+        metavar="DIR",
+        help="directory of the run (runs/<name from the flags>)",
+    )
+    group.add_argument("--remark", default="", help="added to the name of the run")
+    group.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="go on from a checkpoint; auto: from that of the run's directory, if there is one",
+    )
+    group.add_argument("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
+    group.add_argument(
+        "--log-interval",
+        type=_number(int, above=0),
+        default=50,
+        metavar="STEPS",
+        help="steps from one logged step to the next (%(default)s)",
+    )
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """The flags, and the names of those that were given. Defaults that depend on others are still None.
+
+    Raises:
+        UsageError: a flag that does not exist, or a value that it cannot have.
+    """
+    parser = build_parser()
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    given = {name for name in names if getattr(args, name) is not unset}
+    for name in names:
+        if name not in given:
+            setattr(args, name, parser.get_default(name))
+    return args, given
+
+
+def check(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags that contradict each other or would be ignored.
+
+    Raises:
+        UsageError: one sentence that names them.
+    """
+    kind = OPTIMIZERS[args.optmzr]
+    useless = {
+        **{name: f"--optmzr {args.optmzr}" for name in ("momentum", "nesterov") if kind.momentum is None},
+        **{name: f"--optmzr {args.optmzr}" for name in ("sam_v2", "sam_rho", "adaptive") if not kind.sam},
+        **{name: "--prune-method none" for name in ("sparsity", "sparsity_distribution", "dense_layers") if args.prune_method == "none"},
+        **({} if args.mixup else {"alpha": "no --mixup"}),
+        **({} if args.dataset == "folder" else {"image_size": f"--dataset {args.dataset}"}),
+        **({"data_dir": "--dataset digits"} if args.dataset == "digits" else {}),
+    }  # fmt: skip
+    for name in sorted(given & useless.keys()):
+        raise UsageError(f"{flag(name)} has no effect with {useless[name]}: leave it out, or change that")
+    if args.nesterov and args.momentum == 0:
+        raise UsageError("--nesterov needs a --momentum above 0")
+    if args.prune_method != "none" and args.sparsity is None:
+        raise UsageError(f"--prune-method {args.prune_method} needs --sparsity, e.g. --sparsity 0.9")
+    if args.warmup_epochs >= args.epochs:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} has to be less than --epochs {args.epochs}")
+    if args.accumulate > args.batch_size:
+        raise UsageError(
+            f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image"
+        )
+    if args.no_cuda and args.device not in ("auto", "cpu"):
+        raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
+    if args.resume is not None and args.evaluate is not None:
+        raise UsageError("--resume goes on training and --evaluate does not train: give one of them")
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the defaults that depend on other flags."""
+    args = argparse.Namespace(**vars(args))
+    kind = OPTIMIZERS[args.optmzr]
+    defaults = {"lr": kind.lr, "weight_decay": kind.weight_decay, "momentum": kind.momentum}
+    if kind.sam:
+        defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
+    if args.mixup:
+        defaults["alpha"] = 1.0
+    if args.prune_method != "none":
+        defaults["sparsity_distribution"] = METHODS[args.prune_method].distributions[0]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _number(
+    kind: type, least: float | None = None, above: float | None = None, below: float | None = None
+) -> Callable[[str], float]:
+    """An argparse type: a finite number within bounds."""
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("at least", least), ("above", above), ("below", below))
+        if bound is not None
+    ]
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        fits = math.isfinite(value) and (least is None or value >= least) and (above is None or value > above)
+        if not fits or (below is not None and value >= below):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"has to be {what} {' and '.join(bounds)}, not '{text}'")
+        return value
+
+    return convert

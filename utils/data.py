@@ -1,0 +1,162 @@
+"""Data sets as whole tensors on the device, and batches cut from them without a loop over images.
+
+Order and augmentation are functions of (seed, step) alone: a run that resumes, or goes back, sees what it would have
+seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels: uint8 [N, H, W, C]; labels: int64 [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Images":
+        return Images(self.pixels[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test set, and the augmentation that suits them.
+
+    Attributes:
+        classes: names, by label.
+        val: images held out of `train`, or None.
+        pad: training images are shifted by up to this many pixels each way, black coming in.
+        flip: training images are mirrored left to right half of the time.
+    """
+
+    train: Images
+    test: Images
+    classes: list[str]
+    pad: int
+    flip: bool
+    val: Images | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.train.pixels.shape[3]
+
+
+def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """Move `count` training images to `val`, the same ones for every run of a seed."""
+    order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(dataset.train)))
+    return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
+
+
+class Normalize:
+    """uint8 [B, H, W, C] to float32 [B, C, H, W] (channels last in memory), zero mean and unit variance a channel.
+
+    Mean and deviation are those of the images it is built from.
+    """
+
+    def __init__(self, images: Images, device: torch.device):
+        levels = torch.arange(256, dtype=torch.float64)
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(3)]).double()
+        share = counts / counts.sum(1, keepdim=True)
+        mean = share @ levels
+        deviation = (share @ levels.square() - mean.square()).sqrt()
+        width = images.pixels.shape[2]
+        self.mean = mean.float().repeat(width).to(device)  # a whole row: three times as fast as broadcasting C values
+        self.scale = (1 / deviation.clamp_min(1)).float().repeat(width).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        rows = pixels.flatten(2).float().sub_(self.mean).mul_(self.scale)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+class TrainLoader:
+    """Augmented training batches, by step.
+
+    Args:
+        images: what to train on.
+        batch_size: images a step; the last step of an epoch takes what is left.
+        seed: with the step it decides order and augmentation.
+        device: where the images live and the batches come from.
+        pad, flip: see Dataset.
+        mixup: alpha of the Beta distribution of the mixing weight (Zhang et al. 2018); 0 for none.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        num_classes: int,
+        seed: int,
+        device: torch.device,
+        pad: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+    ):
+        self.count, self.batch_size, self.seed, self.pad, self.flip, self.mixup = (
+            len(images), batch_size, seed, pad, flip, mixup,
+        )  # fmt: skip
+        self.steps_per_epoch = -(-self.count // batch_size)
+        self.normalize = Normalize(images, device)
+        self.height, self.width = images.pixels.shape[1:3]
+        self.pixels = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(device)
+        self.targets = F.one_hot(images.labels, num_classes).float().to(device)
+        self.device, self.epoch = device, -1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs float32 [B, C, H, W] and target distributions float32 [B, num_classes] of a step, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self._draw(epoch)
+        chosen = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        order = self.order[chosen]
+        inputs = self.normalize(self._crop(order, self.top[chosen], self.left[chosen], self.mirrored[chosen]))
+        targets = self.targets[order]
+        if self.mixup:
+            # The partner of an image is its mirror place in the batch: the order is random already.
+            weight = self.weights[position]
+            inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
+            targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
+        return inputs, targets
+
+    def _draw(self, epoch: int) -> None:
+        """All random numbers of an epoch, moved to the device at once."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        to_device = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        self.order = to_device(rng.permutation(self.count))
+        self.top, self.left = to_device(rng.integers(0, 2 * self.pad + 1, (2, self.count)))
+        self.mirrored = to_device(rng.random(self.count) < (0.5 if self.flip else 0.0))
+        self.weights = rng.beta(self.mixup, self.mixup, self.steps_per_epoch).tolist() if self.mixup else []
+        self.epoch = epoch
+
+    def _crop(self, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        """Windows of the padded images as one gather of pixels: uint8 [B, H, W, C]."""
+        _, padded_height, padded_width, channels = self.pixels.shape
+        x = torch.arange(self.width, device=self.device)
+        rows = top[:, None] + torch.arange(self.height, device=self.device)
+        columns = left[:, None] + torch.where(mirrored[:, None], self.width - 1 - x, x)
+        index = (order[:, None, None] * padded_height + rows[:, :, None]) * padded_width + columns[:, None, :]
+        pixels = self.pixels.view(-1, channels).index_select(0, index.flatten())
+        return pixels.view(len(order), self.height, self.width, channels)
+
+
+class TestLoader:
+    """Batches of inputs float32 [B, C, H, W] and labels int64 [B] in the data set's order, not augmented."""
+
+    def __init__(self, images: Images, batch_size: int, normalize: Normalize, device: torch.device):
+        self.pixels, self.labels = images.pixels.to(device), images.labels.to(device)
+        self.batch_size, self.normalize = batch_size, normalize
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield self.normalize(pixels), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)

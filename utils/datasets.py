@@ -1,0 +1,189 @@
+"""Where images come from: torchvision's CIFAR, a folder of image files, or the digits that ship with scikit-learn."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+
+from utils.data import Dataset, Images
+from utils.errors import UsageError
+from utils.files import save_atomically
+
+
+def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
+    """Load a data set into memory.
+
+    Args:
+        name: a key of DATASETS.
+        data_dir: where its files are, or are downloaded to.
+        image_size: side in pixels that `folder` brings images to.
+
+    Raises:
+        UsageError: data that is not there, cannot be read, or does not fit together.
+    """
+    return DATASETS[name](data_dir, image_size)
+
+
+def cifar(cls: type, name: str) -> Callable[[Path | None, int | None], Dataset]:
+    """CIFAR-10/100 by torchvision, which downloads it on first use and verifies its checksums."""
+
+    def load(data_dir: Path | None, image_size: int | None) -> Dataset:
+        root = data_dir or Path("data")
+        splits = []
+        for train in (True, False):
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    split = cls(root, train=train, download=True)
+            except (OSError, RuntimeError) as error:
+                raise UsageError(
+                    f"{name} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
+                    f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
+                ) from error
+            splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
+        return Dataset(*splits, classes=split.classes, pad=4, flip=True)
+
+    return load
+
+
+def digits(data_dir: Path | None, image_size: int | None) -> Dataset:
+    """1,797 handwritten digits of 8x8 pixels (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998).
+
+    Every fifth image of each class is for testing (355), the others for training (1,442).
+    """
+    from sklearn.datasets import load_digits  # here: it costs the other data sets half a second
+
+    data = load_digits()
+    pixels = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))[..., None]
+    labels = torch.from_numpy(data.target).long()
+    rank = torch.empty_like(labels)  # how many images of the same class came before
+    for label in range(10):
+        of_class = labels == label
+        rank[of_class] = torch.arange(int(of_class.sum()))
+    images, test = Images(pixels, labels), rank % 5 == 4
+    return Dataset(images[~test], images[test], classes=[str(label) for label in range(10)], pad=1, flip=False)
+
+
+def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
+    """DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val), decoded once and cached in DIR/.decoded.
+
+    Images are brought to image_size by cropping the larger side about the centre and resizing (bilinear). Without an
+    image_size all have to be of one size. Grey images make a data set of one channel if all are grey.
+    """
+    if data_dir is None:
+        raise UsageError("--dataset folder needs --data-dir DIR with DIR/train/<class>/* and DIR/test/<class>/*")
+    test = next((name for name in ("test", "val") if (data_dir / name).is_dir()), "test")
+    splits = [_list_images(data_dir / name) for name in ("train", test)]
+    if splits[0].classes != splits[1].classes:
+        odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
+        raise UsageError(
+            f"'{data_dir}/train' and '{data_dir}/{test}' have different classes: '{odd[0]}' is in one only"
+        )
+    key = _content_key(data_dir, [path for split in splits for path, _ in split.samples], image_size)
+    cache = data_dir / ".decoded" / f"{key}.pt"
+    pixels = _load_cached(cache)
+    if pixels is None:
+        pixels = [_decode_all([path for path, _ in split.samples], image_size) for split in splits]
+        channels = max(p.shape[3] for p in pixels)
+        pixels = [p.expand(*p.shape[:3], channels).contiguous() for p in pixels]
+        if pixels[0].shape[1:] != pixels[1].shape[1:]:
+            raise UsageError(f"images in '{data_dir}' differ in size between train and {test}: give --image-size")
+        _save_cached(cache, pixels)
+    images = [Images(p, torch.tensor(split.targets)) for p, split in zip(pixels, splits, strict=True)]
+    return Dataset(*images, classes=splits[0].classes, pad=4, flip=True)
+
+
+DATASETS = {
+    "cifar10": cifar(torchvision.datasets.CIFAR10, "CIFAR-10"),
+    "cifar100": cifar(torchvision.datasets.CIFAR100, "CIFAR-100"),
+    "folder": folder,
+    "digits": digits,
+}
+
+
+def _list_images(directory: Path) -> torchvision.datasets.ImageFolder:
+    try:
+        return torchvision.datasets.ImageFolder(directory)
+    except FileNotFoundError as error:
+        reason = "does not exist" if not directory.is_dir() else "has a class without an image" if any(
+            path.is_dir() for path in directory.iterdir()
+        ) else "has no folder for each class"  # fmt: skip
+        raise UsageError(f"'{directory}' {reason}: --data-dir needs train/<class>/* and test/<class>/*") from error
+
+
+def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
+    """Hash of names, contents and what becomes of them, so that a changed file is never served from the cache."""
+    digest = hashlib.sha256(f"1 {image_size}".encode())
+    for path in paths:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                content = file.read()
+        except OSError as error:
+            raise UsageError(f"'{path}' cannot be read ({error.strerror}): mend or remove it") from error
+        digest.update(f"\0{os.path.relpath(path, root)}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _decode_all(paths: list[str], image_size: int | None) -> torch.Tensor:
+    """uint8 [N, H, W, C]; C is 1 if all images are grey, else 3."""
+    first = _decode(paths[0], image_size)
+    needed, memory = len(paths) * first[..., :1].size * 3, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise UsageError(
+            f"{len(paths):,} images of {first.shape[1]}x{first.shape[0]} take {needed / 2**30:.1f} GiB of this machine's "
+            f"{memory / 2**30:.1f} GiB: give a smaller --image-size"
+        )
+    pixels = np.empty((len(paths), *first.shape[:2], 3), dtype=np.uint8)
+    grey = True
+    for index, image in enumerate(_decode_in_threads(paths, image_size)):
+        if image.shape[:2] != first.shape[:2]:
+            sizes = " and ".join(f"{i.shape[1]}x{i.shape[0]}" for i in (first, image))
+            raise UsageError(f"images differ in size ({sizes}: '{paths[0]}' and '{paths[index]}'): give --image-size")
+        pixels[index] = image  # a grey image fills all three channels
+        grey = grey and image.shape[2] == 1
+    return torch.from_numpy(pixels[..., :1].copy() if grey else pixels)
+
+
+def _decode(path: str, image_size: int | None) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            if image_size:
+                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+            return np.asarray(image).reshape(image.height, image.width, -1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"'{path}' is not a readable image ({error}): mend or remove it") from error
+
+
+def _decode_in_threads(paths: list[str], image_size: int | None) -> Iterator[np.ndarray]:
+    """Images in order, 256 to a task: a task for each would cost more than decoding a small image."""
+    batches = [paths[start : start + 256] for start in range(0, len(paths), 256)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(batches), 64):  # piecewise, so that a large data set does not pile up in memory
+            for images in pool.map(
+                lambda batch: [_decode(path, image_size) for path in batch], batches[start : start + 64]
+            ):
+                yield from images
+
+
+def _load_cached(cache: Path) -> list[torch.Tensor] | None:
+    try:
+        return torch.load(cache, weights_only=True)
+    except Exception:  # absent, or damaged in any way: decode again
+        return None
+
+
+def _save_cached(cache: Path, pixels: list[torch.Tensor]) -> None:
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        save_atomically(cache, pixels)
+    except OSError as error:
+        print(f"note: decoded images are not cached ({error})", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""Where a run computes, and whether bit for bit the same each time."""
+
+import os
+import platform
+
+import torch
+
+from utils.errors import UsageError
+
+
+def pick_device(name: str, no_cuda: bool = False) -> torch.device:
+    """`auto`, or what torch.device takes. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and not no_cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device has to be auto, cpu, cuda or cuda:N, not '{name}'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device has to be auto, cpu, cuda or cuda:N, not '{name}'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device auto or cpu"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Only deterministic kernels, or on CUDA the fastest convolutions that a trial finds."""
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
+        torch.use_deterministic_algorithms(True)

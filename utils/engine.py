@@ -1,0 +1,158 @@
+"""The training step, the loop around it, and evaluation."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.checkpoint import TrainState
+from utils.data import TestLoader, TrainLoader
+from utils.errors import TrainingError
+from utils.optim import Perturbation
+from utils.record import Record
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What stays the same from step to step.
+
+    Attributes:
+        lr_at: the learning rate of a step.
+        total_steps: steps of the whole schedule.
+        accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss.
+        smooth_eps: label smoothing.
+        clip_grad: largest norm of the gradient, or None.
+        log_interval: steps from one logged step to the next.
+    """
+
+    lr_at: Callable[[int], float]
+    total_steps: int
+    accumulate: int = 1
+    smooth_eps: float = 0.0
+    clip_grad: float | None = None
+    log_interval: int = 50
+
+
+def train_step(
+    state: TrainState, perturbation: Perturbation, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step of any optimizer with any sparse-training method.
+
+    Args:
+        inputs: float32 [B, C, H, W].
+        targets: distributions over the classes, float32 [B, num_classes].
+        measure: also return what is only logged.
+
+    Returns:
+        [sum of losses, number of correct predictions] at the weights the gradient was taken at; scalars to log.
+    """
+    model, optimizer, sparsity = state.model, state.optimizer, state.sparsity
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_at(state.step)
+
+    def backward() -> Tensor:
+        optimizer.zero_grad()
+        sums = torch.zeros(2, device=inputs.device)
+        for x, y in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=recipe.smooth_eps, reduction="sum")
+            (loss / len(inputs)).backward()
+            correct = y.gather(1, logits.argmax(1, keepdim=True)).sum()
+            sums += torch.stack([loss.detach(), correct])
+        return sums
+
+    perturbation.perturb(backward)
+    sums = backward()
+    sparsity.after_backward(state.step)
+    if recipe.clip_grad:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+    measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
+    optimizer.step()
+    perturbation.restore()
+    state.step = sparsity.after_step(state.step)
+    state.progress += 1
+    return sums, measured
+
+
+def fit(
+    state: TrainState,
+    perturbation: Perturbation,
+    recipe: Recipe,
+    loader: TrainLoader,
+    evaluators: dict[str, TestLoader],
+    record: Record,
+    save: Callable[[TrainState], None],
+) -> None:
+    """Train to the end of the schedule; after every epoch evaluate, record and save.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    state.model.train()
+    while state.step < recipe.total_steps:
+        began = time.perf_counter()
+        sums = torch.zeros(loader.steps_per_epoch, 2, device=loader.device)
+        lrs = []
+        with record.progress(len(state.rows) + 1, loader.steps_per_epoch) as bar:
+            for position in range(loader.steps_per_epoch):
+                measure = (state.progress + 1) % recipe.log_interval == 0
+                inputs, targets = loader.batch(state.step)
+                sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
+                lrs.append(state.optimizer.param_groups[0]["lr"])
+                if measure:
+                    _check_finite(sums[: position + 1, 0], lrs, state)
+                    loss = sums[position, 0] / len(inputs)
+                    record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
+                bar.update()
+        _check_finite(sums[:, 0], lrs, state)
+        train_loss, train_top1 = (sums.double().sum(0) / loader.count).tolist()
+        trained = time.perf_counter()
+        row = {"epoch": len(state.rows) + 1, "lr": lrs[-1], "train_loss": train_loss, "train_top1": 100 * train_top1}
+        for name, evaluator in evaluators.items():
+            row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator)
+        row["sparsity"] = state.sparsity.masks.sparsity()
+        row["images_per_second"] = loader.count / (trained - began)
+        row["seconds"] = time.perf_counter() - began
+        state.rows.append(row)
+        record.epoch(state.rows, state.sparsity.masks.density(), state.progress)
+        save(state)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: TestLoader) -> tuple[float, float]:
+    """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent)."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=loader.labels.device)
+    for inputs, labels in loader:
+        logits = model(inputs).float()
+        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
+    model.train(training)
+    loss, correct = (sums / len(loader)).tolist()
+    return loss, 100 * correct
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """2-norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _check_finite(losses: Tensor, lrs: list[float], state: TrainState) -> None:
+    """Read the losses of an epoch so far. Weights are looked at too: a last step may have spoilt them."""
+    values = losses.tolist()
+    wrong = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+    if wrong is not None:
+        step = state.progress - len(values) + wrong + 1
+        raise TrainingError(
+            f"the loss is {values[wrong]} at step {step:,} with learning rate {lrs[wrong]:g}: "
+            "lower --lr, or clip with --clip-grad; the last checkpoint is kept"
+        )
+    if not all(torch.stack([p.detach().isfinite().all() for p in state.model.parameters()]).tolist()):
+        raise TrainingError(
+            f"the weights are no longer finite after step {state.progress:,} with learning rate {lrs[-1]:g}: "
+            "lower --lr, or clip with --clip-grad; the last checkpoint is kept"
+        )

@@ -1,0 +1,170 @@
+"""What a run leaves behind in its directory, and what it shows while it goes."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from utils.errors import UsageError
+from utils.files import write_text_atomically
+
+
+def claim_directory(directory: Path, resuming: bool) -> None:
+    """Make the directory of a run, or make sure that it can be written to.
+
+    Raises:
+        UsageError: it holds a run already, or cannot be written to.
+    """
+    taken = [name for name in ("args.json", "checkpoint.pt", "result.json") if (directory / name).exists()]
+    if taken and not resuming:
+        kind = "a finished" if "result.json" in taken else "a started"
+        raise UsageError(
+            f"'{directory}' holds {kind} run: go on with it by --resume auto, or name another place by --output-dir or --remark"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
+
+
+class Record:
+    """args.json, TensorBoard events, metrics.csv and result.json of one run; a bar or a line an epoch.
+
+    Args:
+        directory: of the run; exists.
+        args: the flags, as plain values.
+        rows: of the epochs that are finished already.
+        progress: steps that are finished already; later events of an earlier process are void.
+        loss_label: what the training loss is, where that is shown.
+    """
+
+    def __init__(self, directory: Path, args: dict, device: str, rows: list[dict], progress: int, loss_label: str):
+        self.directory, self.args, self.loss_label = directory, args, loss_label
+        self.total_epochs = args["epochs"]
+        self.terminal = sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
+        write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
+        self.writer = SummaryWriter(directory, purge_step=progress + 1 if progress else None)
+        if rows:
+            self._write_metrics(rows)
+
+    def progress(self, epoch: int, steps: int) -> tqdm:
+        """A bar over the steps of an epoch, on a terminal; silent in a file or pipe."""
+        self._bar = tqdm(
+            total=steps, desc=f"epoch {epoch}/{self.total_epochs}", leave=False, disable=not self.terminal, unit="step"
+        )
+        return self._bar
+
+    def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
+        """Log scalars of one step to TensorBoard. Waits for the device."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", float(value), progress)
+        self._bar.set_postfix_str(f"loss {float(values['loss']):.3f}")
+
+    def epoch(self, rows: list[dict], density: dict[str, float], progress: int) -> None:
+        """Log the last of the finished epochs everywhere; on disk when this returns."""
+        row = rows[-1]
+        for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
+            if name in row:
+                self.writer.add_scalar(f"epoch/{name}", row[name], progress)
+        self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
+        self.writer.add_scalar("sparsity", row["sparsity"], progress)
+        for layer, value in density.items():
+            self.writer.add_scalar(f"density/{layer}", value, progress)
+        self.writer.flush()
+        self._write_metrics(rows)
+        held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
+        self.say(
+            f"epoch {row['epoch']:>{len(str(self.total_epochs))}}/{self.total_epochs}   lr {row['lr']:<8.3g}   "
+            f"{self.loss_label} {row['train_loss']:.4f}   train {row['train_top1']:.2f}%{held_out}   "
+            f"test {row['test_top1']:.2f}%   {row['images_per_second']:,.0f} images/s"
+        )
+
+    def finish(self, result: dict, progress: int) -> None:
+        """Write result.json and TensorBoard's table of hyper-parameters."""
+        flags = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in self.args.items()
+        }
+        metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
+        for summary in hparams(flags, metrics):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, progress)
+        self.writer.close()
+        write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _write_metrics(self, rows: list[dict]) -> None:
+        """Whole anew each time: never a duplicate, missing or torn row."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomically(self.directory / "metrics.csv", text.getvalue())
+
+
+def summarize(rows: list[dict], model: nn.Module, args: dict, images_per_epoch: int) -> dict:
+    """What result.json holds.
+
+    The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
+    held-out images (the last epoch where none are held out); `max_over_epochs_test_top1` was picked on the test images
+    and is no estimate of anything.
+    """
+    last = rows[-1]
+    best = max(rows, key=lambda row: row["val_top1"]) if "val_top1" in last else last
+    return {
+        "test_top1": last["test_top1"],
+        "test_loss": last["test_loss"],
+        "best_test_top1": best["test_top1"],
+        "best_epoch": best["epoch"],
+        "max_over_epochs_test_top1": max(row["test_top1"] for row in rows),
+        "sparsity": last["sparsity"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "nonzero_parameters": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "epochs": len(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "images_per_second": images_per_epoch
+        * len(rows)
+        / sum(images_per_epoch / row["images_per_second"] for row in rows),
+        "seed": args["seed"],
+        "args": args,
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of this program, with "-dirty" where it was changed since; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,136 @@
+"""Which run the flags mean: its name, its directory, and the checkpoint it goes on from."""
+
+import argparse
+import hashlib
+import re
+from pathlib import Path
+
+from utils.checkpoint import load_checkpoint
+from utils.cli import check, flag, parse, resolve
+from utils.errors import UsageError
+from utils.optim import OPTIMIZERS
+
+# Flags that do not touch the mathematics: they may differ when a run is resumed, and do not name it.
+FREE = {
+    "data_dir",
+    "test_batch_size",
+    "device",
+    "no_cuda",
+    "output_dir",
+    "remark",
+    "resume",
+    "evaluate",
+    "log_interval",
+}
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The flags as values that JSON and a checkpoint can hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
+
+
+def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Namespace, Path, dict | None]:
+    """Check and complete the flags; find the run's directory and the checkpoint it goes on from, if any.
+
+    Raises:
+        UsageError: flags that contradict each other or the checkpoint's.
+    """
+    checkpoint = None
+    if args.resume not in (None, "auto"):
+        checkpoint = load_checkpoint(Path(args.resume))
+        directory = Path(args.resume).parent
+        if "output_dir" in given and args.output_dir.resolve() != directory.resolve():
+            raise UsageError(
+                f"--resume {args.resume} goes on in that checkpoint's own directory: leave --output-dir out"
+            )
+        args = _resumed(args, given, checkpoint["args"])
+    check(args, given)
+    args = resolve(args)
+    if args.resume in (None, "auto"):
+        directory = args.output_dir or Path("runs") / run_name(args)
+        if args.resume and (directory / "checkpoint.pt").exists():
+            checkpoint = load_checkpoint(directory / "checkpoint.pt")
+            args = _resumed(args, given, checkpoint["args"])
+    return args, directory, checkpoint
+
+
+def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    """The flags of a checkpoint, with those given now in their place where they may differ.
+
+    Raises:
+        UsageError: a flag that changes the mathematics differs.
+    """
+    now = plain(args)
+    differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
+    if differing == ["epochs"] and now["epochs"] > saved["epochs"] and saved["lr_scheduler"] == "constant":
+        differing = []
+    if differing:
+        changes = ", ".join(f"{flag(name)} was {saved.get(name)} and is {now[name]}" for name in differing)
+        hint = " (--epochs may grow with --lr-scheduler constant only)" if "epochs" in differing else ""
+        raise UsageError(f"a resumed run cannot change its mathematics: {changes}{hint}")
+    return _merge(args, given, saved)
+
+
+def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    """The flags of a checkpoint for evaluating it, with those given now in their place.
+
+    Raises:
+        UsageError: another network than the checkpoint's, or a flag that is for training.
+    """
+    network = ("arch", "depth", "width")
+    data = {"dataset", "data_dir", "image_size", "test_batch_size", "device", "no_cuda", "deterministic", "evaluate"}
+    for name in sorted(given - data - set(network)):
+        raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")
+    for name in network:
+        if name in given and getattr(args, name) != saved[name]:
+            raise UsageError(
+                f"the checkpoint is of another network: its {flag(name)} is {saved[name]}, not {getattr(args, name)}; "
+                "leave the network's flags out"
+            )
+    return _merge(args, given, saved)
+
+
+def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    merged = vars(args) | {name: value for name, value in saved.items() if name not in given}
+    if merged["data_dir"]:
+        merged["data_dir"] = Path(merged["data_dir"])
+    for name in ("resume", "evaluate", "output_dir", "device", "no_cuda"):  # of this command, not of the first
+        merged[name] = getattr(args, name)
+    return argparse.Namespace(**merged)
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """A name from the hyper-parameters: the telling ones always, any other one where it is not the default."""
+    kind = OPTIMIZERS[args.optmzr]
+    dataset = f"folder-{args.data_dir.resolve().name}" if args.dataset == "folder" and args.data_dir else args.dataset
+    optimizer = args.optmzr
+    if kind.sam:
+        optimizer += f"{'-v2' if args.sam_v2 else ''}{'-adaptive' if args.adaptive else ''}-rho{args.sam_rho:g}"
+    sparse = "dense"
+    if args.prune_method != "none":
+        sparse = f"{args.prune_method}-{args.sparsity_distribution}-{args.sparsity:g}"
+    told = {"arch", "depth", "dataset", "optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity",
+            "sparsity_distribution", "lr", "epochs", "seed", "mixup"}  # fmt: skip
+    parts = [f"{args.arch}{args.depth}", dataset, optimizer, sparse, f"lr{args.lr:g}", f"epochs{args.epochs}"]
+    unchanged = vars(parse([])[0]) | {name: getattr(args, name) for name in ("optmzr", "mixup")}
+    unchanged = vars(resolve(argparse.Namespace(**unchanged)))
+    for name, value in plain(args).items():
+        if name not in told | FREE and value != unchanged[name]:
+            parts.append(name.replace("_", "-") + _shown(value))
+    if args.mixup:
+        parts.append("mixup")
+    parts.append(f"seed{args.seed}")
+    if args.remark:
+        parts.append(args.remark)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts)).strip(".-")
+    if len(name) > 200:  # file systems take 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def _shown(value: object) -> str:
+    if value is True:
+        return ""
+    if isinstance(value, list):
+        return "-" + "-".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
