@@ -11,7 +11,7 @@ from models import build_model
 from prune import Sparsity
 from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from utils.data import Dataset, Normalize, TestLoader, TrainLoader, hold_out
+from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, evaluate, fit
@@ -28,14 +28,15 @@ def train(args: Namespace, given: set[str]) -> None:
 
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     if args.val_split:
-        dataset = hold_out(dataset, args.val_split, args.seed)
+        with usage_errors():
+            dataset = hold_out(dataset, args.val_split, args.seed)
     loader = TrainLoader(
         dataset.train, args.batch_size, len(dataset.classes), args.seed, device,
         dataset.pad, dataset.flip, mixup=args.alpha or 0.0,
     )  # fmt: skip
     splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     evaluators = {
-        name: TestLoader(images, args.test_batch_size, loader.normalize, device) for name, images in splits.items()
+        name: EvalLoader(images, args.test_batch_size, loader.normalize, device) for name, images in splits.items()
     }
 
     torch.manual_seed(args.seed)
@@ -103,7 +104,7 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     sparsity.load_state_dict(checkpoint["state"]["sparsity"])
     print(f"{args.evaluate} on {device_name(device)}, after epoch {len(checkpoint['state']['rows'])}")
     print(sparsity.describe())
-    loader = TestLoader(dataset.test, args.test_batch_size, Normalize(dataset.train, device), device)
+    loader = EvalLoader(dataset.test, args.test_batch_size, Normalize(dataset.train, device), device)
     loss, top1 = evaluate(model, loader)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 

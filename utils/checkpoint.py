@@ -1,5 +1,6 @@
 """Everything a run needs to go on, in one file."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def load_checkpoint(path: Path) -> dict:
         UsageError: no such file, a damaged one, or one of another program.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which are refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"there is no checkpoint '{path}'") from error
     except IsADirectoryError as error:

@@ -193,6 +193,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
     for name in names:
         if name not in given:
             setattr(args, name, parser.get_default(name))
+    if args.resume is not None and args.evaluate is not None:
+        raise UsageError("--resume goes on training and --evaluate does not train: give one of them")
     return args, given
 
 
@@ -225,8 +227,6 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.no_cuda and args.device not in ("auto", "cpu"):
         raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
-    if args.resume is not None and args.evaluate is not None:
-        raise UsageError("--resume goes on training and --evaluate does not train: give one of them")
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:

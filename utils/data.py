@@ -51,7 +51,13 @@ class Dataset:
 
 
 def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """Move `count` training images to `val`, the same ones for every run of a seed."""
+    """Move `count` training images to `val`, the same ones for every run of a seed.
+
+    Raises:
+        ValueError: none would be left to train on.
+    """
+    if count >= len(dataset.train):
+        raise ValueError(f"cannot hold out {count} of {len(dataset.train):,} training images: none would be left")
     order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(dataset.train)))
     return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
 
@@ -147,7 +153,7 @@ class TrainLoader:
         return pixels.view(len(order), self.height, self.width, channels)
 
 
-class TestLoader:
+class EvalLoader:
     """Batches of inputs float32 [B, C, H, W] and labels int64 [B] in the data set's order, not augmented."""
 
     def __init__(self, images: Images, batch_size: int, normalize: Normalize, device: torch.device):

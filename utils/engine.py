@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import TrainState
-from utils.data import TestLoader, TrainLoader
+from utils.data import EvalLoader, TrainLoader
 from utils.errors import TrainingError
 from utils.optim import Perturbation
 from utils.record import Record
@@ -83,7 +83,7 @@ def fit(
     perturbation: Perturbation,
     recipe: Recipe,
     loader: TrainLoader,
-    evaluators: dict[str, TestLoader],
+    evaluators: dict[str, EvalLoader],
     record: Record,
     save: Callable[[TrainState], None],
 ) -> None:
@@ -123,7 +123,7 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: TestLoader) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: EvalLoader) -> tuple[float, float]:
     """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent)."""
     training = model.training
     model.eval()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train a 90% sparse ResNet-20 with one-step SAM on real handwritten digits. Further flags go to main_prune_train.py.
+set -euo pipefail
+flags=("$@")
+set -- requirements.txt
+# shellcheck source=scripts/setup.sh
+source "$(dirname "$0")/setup.sh"
+
+"$PYTHON" main_prune_train.py --dataset digits --arch resnet --depth 20 --optmzr sgd-sam --sam-v2 \
+    --prune-method random --sparsity 0.9 --epochs 30 "${flags[@]}"
+
+echo
+echo "Curves: $PYTHON -m tensorboard.main --logdir runs"

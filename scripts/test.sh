@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Linters and tests. Further arguments go to pytest.
+set -euo pipefail
+flags=("$@")
+set -- requirements.txt requirements-dev.txt
+# shellcheck source=scripts/setup.sh
+source "$(dirname "$0")/setup.sh"
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$(dirname "$(command -v "$PYTHON")")/shellcheck" -x scripts/*.sh .ci/run
+"$PYTHON" -m pytest "${flags[@]}"

@@ -1,0 +1,40 @@
+"""One command line for the tests, run in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from main_prune_train import main
+
+
+class Outcome:
+    """Exit code, output and, where there is one, the directory of a run."""
+
+    def __init__(self, code, out, err, directory):
+        self.code, self.out, self.err, self.directory = code, out, err, directory
+
+    def json(self, name):
+        return json.loads((self.directory / name).read_text())
+
+    def checkpoint(self, name="checkpoint.pt"):
+        return torch.load(self.directory / name, weights_only=True)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """train("--flag value ...") runs main_prune_train.py on digits, in a directory of its own, depth 8."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags: str, output: str | None = "run", short: bool = True) -> Outcome:
+        argv = flags.split()
+        if short:
+            argv = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --log-interval 2".split() + argv
+        if output:
+            argv += ["--output-dir", str(tmp_path / output)]
+        code = main(argv)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err, Path(tmp_path / (output or "")))
+
+    return run

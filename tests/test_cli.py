@@ -1,0 +1,162 @@
+"""Bad input: one sentence on stderr, exit code 2, nothing written."""
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--depth 21", "depth 6n+2"),
+        ("--depth twenty", "argument --depth"),
+        ("--width 0", "argument --width: has to be a number above 0, not '0'"),
+        ("--arch alexnet", "argument --arch: invalid choice"),
+        (
+            "--sparsity 1 --prune-method random",
+            "argument --sparsity: has to be a number at least 0 and below 1, not '1'",
+        ),
+        ("--sparsity -0.1 --prune-method random", "argument --sparsity"),
+        ("--sparsity nan --prune-method random", "argument --sparsity"),
+        ("--sparsity 0.99999 --prune-method random", "at most 0.9999 is possible"),
+        ("--sparsity 0.9998 --prune-method random --sparsity-distribution uniform", "leaves layer"),
+        ("--sparsity 0.9", "--sparsity has no effect with --prune-method none"),
+        ("--prune-method random", "--prune-method random needs --sparsity"),
+        ("--prune-method random --sparsity 0.9 --sparsity-distribution global", "choose erk or uniform"),
+        ("--prune-method random --sparsity 0.9 --dense-layers steam", "no prunable layer matches 'steam'"),
+        ("--dense-layers stem", "--dense-layers has no effect with --prune-method none"),
+        ("--dataset imagenet", "argument --dataset: invalid choice"),
+        ("--dataset folder", "--data-dir"),
+        ("--dataset folder --data-dir nowhere", "'nowhere/train' does not exist"),
+        ("--data-dir x", "--data-dir has no effect with --dataset digits"),
+        ("--image-size 8", "--image-size has no effect with --dataset digits"),
+        ("--val-split 1442", "cannot hold out 1442 of 1,442 training images"),
+        ("--val-split -1", "argument --val-split"),
+        ("--sam-v2", "--sam-v2 has no effect with --optmzr sgd"),
+        ("--adaptive --optmzr adam", "--adaptive has no effect with --optmzr adam"),
+        ("--sam-rho 0.1", "--sam-rho has no effect with --optmzr sgd"),
+        ("--optmzr sgd-sam --sam-rho -1", "argument --sam-rho: has to be a number at least 0, not '-1'"),
+        ("--optmzr sgd-sam --sam-rho inf", "argument --sam-rho"),
+        ("--optmzr adam --momentum 0.8", "--momentum has no effect with --optmzr adam"),
+        ("--optmzr adamw-sam --nesterov", "--nesterov has no effect with --optmzr adamw-sam"),
+        ("--nesterov --momentum 0", "--nesterov needs a --momentum above 0"),
+        ("--alpha 0.2", "--alpha has no effect with no --mixup"),
+        ("--lr 0", "argument --lr"),
+        ("--epochs 0", "argument --epochs: has to be a whole number above 0, not '0'"),
+        ("--epochs 1.5", "argument --epochs: has to be a whole number"),
+        ("--warmup-epochs 2 --epochs 2", "--warmup-epochs 2 has to be less than --epochs 2"),
+        ("--batch-size 4 --accumulate 5", "--accumulate 5"),
+        ("--no-cuda --device cuda", "contradict"),
+        ("--device tpu", "--device has to be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ("--device cuda:99", "CUDA devices here"),
+        ("--resume missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--evaluate missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--resume auto --evaluate missing.pt", "give one of them"),
+        ("--lr-schedule cosine", "unrecognized arguments"),
+        ("--learning-rate 1", "unrecognized arguments"),
+        ("--epochs", "expected one argument"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(train, tmp_path, flags, words):
+    bad = train(f"--dataset digits --epochs 1 {flags}", short=False)
+    assert bad.code == 2
+    assert bad.out == ""
+    assert bad.err.startswith("error: ")
+    assert bad.err.count("\n") == 1
+    assert words in bad.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_directory_is_refused(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    bad = train("--epochs 1", "file/run")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "cannot write to" in bad.err
+    bad = train("--epochs 1 --output-dir /proc/run", None)
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+
+
+def test_a_directory_with_a_run_is_not_overwritten(train):
+    run = train("--epochs 1")
+    before = {path: path.read_bytes() for path in run.directory.iterdir()}
+    again = train("--epochs 1")
+    assert again.code == 2
+    assert "holds a finished run: go on with it by --resume auto" in again.err
+    (run.directory / "result.json").unlink()
+    assert "holds a started run" in train("--epochs 1").err
+    before.pop(run.directory / "result.json")
+    assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 3", "--epochs was 2 and is 3 (--epochs may grow with --lr-scheduler constant only)"),
+        ("--lr 0.2 --wd 0.1", "--lr was 0.1 and is 0.2, --weight-decay was 0.0005 and is 0.1"),
+        ("--optmzr sgd-sam", "--optmzr was sgd and is sgd-sam"),
+        ("--depth 14", "--depth was 8 and is 14"),
+        ("--seed 1", "--seed was 0 and is 1"),
+        ("--prune-method random --sparsity 0.5", "--prune-method was none and is random"),
+        ("--output-dir elsewhere", "leave --output-dir out"),
+    ],
+)
+def test_a_resumed_run_cannot_change_its_mathematics(train, flags, words):
+    run = train("--epochs 2")
+    (run.directory / "result.json").unlink()
+    before = {path: path.read_bytes() for path in run.directory.iterdir()}
+    bad = train(f"--resume {run.directory}/checkpoint.pt {flags}", None, short=False)
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert words in bad.err
+    assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
+
+
+def test_what_does_not_touch_the_mathematics_may_change_on_resume(train):
+    run = train("--epochs 2")
+    (run.directory / "result.json").unlink()
+    flags = "--test-batch-size 7 --log-interval 1 --device cpu --remark again"
+    good = train(f"--resume {run.directory}/checkpoint.pt {flags}", None, short=False)
+    assert good.code == 0, good.err
+    assert run.json("result.json")["args"]["test_batch_size"] == 7
+
+
+def test_foreign_checkpoints_are_refused(train, tmp_path):
+    run = train("--epochs 1")
+    path = run.directory / "checkpoint.pt"
+    for flags, words in (
+        ("--depth 14", "its --depth is 8, not 14"),
+        ("--width 2", "its --width is 0.5, not 2.0"),
+        ("--epochs 3", "--epochs has no effect with --evaluate"),
+    ):
+        bad = train(f"--evaluate {path} {flags}", None, short=False)
+        assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")
+        assert words in bad.err
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"classes": ["a", "b"]}, tmp_path / "classes.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:-1000])
+    for name, words in (("classes", "does not fit"), ("foreign", "not a checkpoint"), ("truncated", "truncated")):
+        for flag in ("--evaluate", "--resume"):
+            bad = train(f"{flag} {tmp_path}/{name}.pt", None, short=False)
+            assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")
+            assert words in bad.err
+    (run.directory / "result.json").unlink()
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "truncated" in train("--epochs 1 --resume auto").err
+
+
+def test_help_names_every_flag_in_groups(capsys):
+    from main_prune_train import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in (
+        "--arch --depth --width --dataset --data-dir --image-size --val-split --batch-size --test-batch-size --accumulate "
+        "--epochs --optmzr --sam-rho --sam-v2 --adaptive --lr --momentum --nesterov --weight-decay --wd --lr-scheduler "
+        "--warmup-epochs --smooth-eps --mixup --alpha --clip-grad --prune-method --sparsity --sparsity-distribution "
+        "--dense-layers --seed --device --no-cuda --deterministic --output-dir --save-model --remark --resume --evaluate "
+        "--log-interval"
+    ).split():
+        assert f" {name}" in text, name
+    for group in ("network:", "data:", "optimizer:", "sharpness-aware", "sparsity:", "run:"):
+        assert group in text

@@ -1,0 +1,189 @@
+"""Masks, distributions and methods against formulas and counts written out here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from prune import Sparsity
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model("resnet", 20, 10)
+
+
+def layers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Sparsity:
+    sparsity = Sparsity(model, **kwargs)
+    sparsity.before_training(generator(seed))
+    return sparsity
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+@pytest.mark.parametrize("asked", [0.0, 0.5, 0.9, 0.95, 0.98, 0.123456])
+def test_the_asked_sparsity_is_reached_exactly(method, distribution, asked):
+    model = resnet()
+    sparsity = pruned(model, method=method, sparsity=asked, distribution=distribution)
+    alive = sum(int(w.count_nonzero()) for w in layers(model).values())
+    total = sum(w.numel() for w in layers(model).values())
+    assert total == 270_896
+    assert alive == round((1 - asked) * total)
+    assert sparsity.masks.sparsity() == 1 - alive / total
+    others = [p for n, p in model.named_parameters() if n.endswith("bias") or "bn" in n]
+    assert all(torch.equal(p, torch.ones_like(p)) for p in others if p.ndim == 1 and p.sum() == len(p))
+
+
+def test_uniform_gives_every_layer_the_same_density_to_within_a_weight():
+    model = resnet()
+    pruned(model, method="random", sparsity=0.9, distribution="uniform")
+    for w in layers(model).values():
+        assert abs(int(w.count_nonzero()) - 0.1 * w.numel()) < 1
+
+
+@pytest.mark.parametrize("asked", [0.5, 0.9, 0.98])
+def test_erk_follows_its_formula_to_within_a_weight(asked):
+    model = resnet()
+    shapes = {name: tuple(w.shape) for name, w in layers(model).items()}
+    pruned(model, method="random", sparsity=asked, distribution="erk")
+    # Density min(1, epsilon * (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w)), epsilon by bisection on the total.
+    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    kept = lambda epsilon: sum(min(1, epsilon * raw[n]) * math.prod(shapes[n]) for n in shapes)  # noqa: E731
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) < (1 - asked) * 270_896 else (low, middle)
+    for name, w in layers(model).items():
+        assert abs(int(w.count_nonzero()) - min(1, low * raw[name]) * w.numel()) < 1.01, name
+
+
+def test_magnitude_keeps_the_largest_weights_of_each_layer():
+    model, fresh = resnet(), resnet()
+    pruned(model, method="magnitude", sparsity=0.9)
+    for w, before in zip(layers(model).values(), layers(fresh).values(), strict=True):
+        alive = w != 0
+        assert torch.equal(w[alive], before[alive])
+        if alive.any() and not alive.all():
+            assert before[alive].abs().min() >= before[~alive].abs().max()
+
+
+def test_global_magnitude_keeps_the_largest_weights_of_the_network():
+    model, fresh = resnet(), resnet()
+    pruned(model, method="magnitude", sparsity=0.7, distribution="global")
+    before = np.concatenate([w.detach().abs().numpy().ravel() for w in layers(fresh).values()])
+    after = np.concatenate([w.detach().numpy().ravel() for w in layers(model).values()])
+    expected = np.zeros(len(before), bool)
+    expected[np.argsort(-before, kind="stable")[: round(0.3 * 270_896)]] = True
+    assert ((after != 0) == expected).all()
+
+
+def test_ties_go_to_the_earlier_weight():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.init.ones_(model[0].weight)
+    pruned(model, method="magnitude", sparsity=0.5)
+    assert model[0].weight.flatten().tolist() == [1.0] * 8 + [0.0] * 8
+
+
+def test_random_masks_follow_from_the_seed_and_not_from_the_weights():
+    alive = []
+    for model_seed, seed in ((0, 0), (1, 0), (0, 1)):
+        model = resnet(model_seed)
+        pruned(model, seed, method="random", sparsity=0.9)
+        alive.append(torch.cat([(w != 0).flatten() for w in layers(model).values()]))
+    assert torch.equal(alive[0], alive[1])
+    overlap = (alive[0] & alive[2]).sum() / alive[0].sum()
+    assert overlap < 0.3  # chance, and the layers that erk leaves dense
+
+
+def test_dense_layers_stay_whole_and_the_others_make_up_for_them():
+    model = resnet()
+    sparsity = pruned(
+        model, method="random", sparsity=0.9, dense_layers=["stem", "shortcut", "classifier", "stage1.0.*"]
+    )
+    whole = {name for name, w in layers(model).items() if w.count_nonzero() == w.numel()}
+    named = {"stem.0", "stage2.0.shortcut.0", "stage3.0.shortcut.0", "classifier", "stage1.0.conv1", "stage1.0.conv2"}
+    assert whole >= named
+    assert sum(int(w.count_nonzero()) for w in layers(model).values()) == round(0.1 * 270_896)
+    line = sparsity.describe()
+    assert "0.9000" in line
+    assert "6 layers (8,240 weights) stay dense, the others have 0.9282" in line
+
+
+def test_none_leaves_everything_alone():
+    model, fresh = resnet(), resnet()
+    sparsity = pruned(model)
+    sparsity.after_backward(0)
+    assert sparsity.after_step(0) == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+    assert sparsity.masks.sparsity() == 0
+
+
+def test_dead_weights_get_no_gradient_and_stay_zero():
+    model = resnet().to(memory_format=torch.channels_last)
+    sparsity = pruned(model, method="random", sparsity=0.9)
+    model.classifier.weight.requires_grad_(False)  # a layer without a gradient does no harm
+    dead = {name: w == 0 for name, w in layers(model).items()}
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    sparsity.after_backward(0)
+    for name, w in layers(model).items():
+        if w.grad is not None:
+            assert (w.grad[dead[name]] == 0).all()
+            assert (w.grad[~dead[name]] != 0).any()
+    with torch.no_grad():
+        for w in layers(model).values():
+            w += 1
+    assert sparsity.after_step(7) == 8
+    for name, w in layers(model).items():
+        assert torch.equal(w == 0, dead[name])
+
+
+def test_state_survives_a_round_trip():
+    sparsity = pruned(resnet(), method="random", sparsity=0.9)
+    other = resnet()
+    loaded = Sparsity(other, "random", 0.9)
+    loaded.load_state_dict(sparsity.state_dict())
+    assert loaded.masks.alive() == sparsity.masks.alive()
+    masks = sparsity.state_dict()["masks"]
+    assert all(m.dtype == torch.bool for m in masks.values())
+    assert all((w[~masks[name]] == 0).all() for name, w in layers(other).items())
+
+
+def test_a_shared_weight_counts_once():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    sparsity = pruned(nn.Sequential(first, second), method="random", sparsity=0.5)
+    assert sparsity.masks.alive() == {"0": 8}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"method": "lottery", "sparsity": 0.9}, "choose one of none, random, magnitude"),
+        ({"method": "random"}, "needs a sparsity"),
+        ({"method": "none", "sparsity": 0.9}, "name another one"),
+        ({"method": "random", "sparsity": 1.0}, "at least 0 and less than 1"),
+        ({"method": "random", "sparsity": -0.1}, "at least 0 and less than 1"),
+        ({"method": "random", "sparsity": float("nan")}, "at least 0 and less than 1"),
+        ({"method": "random", "sparsity": 0.9, "distribution": "global"}, "choose erk or uniform"),
+        ({"method": "random", "sparsity": 0.99999}, "at most 0.9999 is possible"),
+        ({"method": "random", "sparsity": 0.995, "distribution": "erk", "dense_layers": ["stage3.*"]}, "at most 0.2"),
+        ({"method": "random", "sparsity": 0.9995, "distribution": "uniform"}, "without a weight"),
+        ({"method": "magnitude", "sparsity": 0.98, "distribution": "global"}, "without a weight"),
+        ({"method": "random", "sparsity": 0.9, "dense_layers": ["steam"]}, "matches 'steam'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(kwargs, words):
+    with pytest.raises(ValueError, match=words) as error:
+        pruned(resnet(), **kwargs)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,269 @@
+"""Whole runs of main_prune_train.py on the real digits."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
+
+
+def rows(directory):
+    with open(directory / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def scalars(directory):
+    """{tag: [(step, value)]}, as TensorBoard shows them."""
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_state(left, right, path="state"):
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            if key not in ("seconds", "images_per_second"):
+                assert_same_state(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same_state(a, b, f"{path}[{index}]")
+    else:
+        assert left == right, path
+
+
+def test_a_run_leaves_everything_it_promises(train):
+    run = train(f"{SPARSE_SAM} --epochs 3")
+    assert (run.code, run.err) == (0, "")
+    names = {path.name for path in run.directory.iterdir()}
+    assert {"args.json", "metrics.csv", "checkpoint.pt", "result.json"} <= names
+    assert "best.pt" not in names
+    about = run.json("args.json")
+    assert about["args"]["sparsity_distribution"] == "erk"
+    assert about["args"]["sam_rho"] == 0.05
+    assert {"torch", "torchvision", "python", "numpy"} <= about["versions"].keys()
+    assert about["device"].startswith("cpu")
+    table = rows(run.directory)
+    assert list(table[0]) == [
+        "epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "sparsity", "images_per_second", "seconds",
+    ]  # fmt: skip
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    result = run.json("result.json")
+    assert result["test_top1"] == float(table[-1]["test_top1"]) == result["best_test_top1"]
+    assert result["max_over_epochs_test_top1"] == max(float(row["test_top1"]) for row in table)
+    assert result["epochs"] == 3
+    weights = run.checkpoint()["state"]["model"]
+    prunable = [w for name, w in weights.items() if w.ndim == 4 or name == "classifier.weight"]
+    total, alive = sum(w.numel() for w in prunable), sum(int(w.count_nonzero()) for w in prunable)
+    assert result["sparsity"] == pytest.approx(1 - alive / total)
+    assert alive == round(0.1 * total)
+    assert result["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in table))
+    assert re.search(r"epoch 3/3 .*loss at w\+e .*test \d+\.\d+%", run.out)
+    assert f"{total - alive:,} of {total:,} convolution and linear weights are zero" in run.out
+
+
+def test_tensorboard_shows_what_one_step_sam_bets_on(train):
+    run = train(f"{SPARSE_SAM} --epochs 2")
+    logged = scalars(run.directory)
+    steps = [2, 4, 6, 8, 10, 12]
+    for name in ("loss", "lr", "gradient_norm", "perturbation_norm", "alignment"):
+        assert [step for step, _ in logged[f"train/{name}"]] == steps
+    assert [value for _, value in logged["train/perturbation_norm"]] == pytest.approx([0.05] * 6, rel=1e-3)
+    assert all(-1 <= value <= 1 for _, value in logged["train/alignment"])
+    assert [step for step, _ in logged["epoch/test_top1"]] == [6, 12]
+    densities = [values[-1][1] for tag, values in logged.items() if tag.startswith("density/")]
+    assert len(densities) == 10
+    assert min(densities) < 0.2 < max(densities)
+    assert logged["result/test_top1"][-1][1] == pytest.approx(run.json("result.json")["test_top1"])
+    events = EventAccumulator(str(run.directory)).Reload()
+    assert "_hparams_/experiment" in events.summary_metadata
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optmzr sgd --nesterov --clip-grad 1 --mixup --smooth-eps 0.1",
+        "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --accumulate 2 --val-split 200",
+        "--optmzr adamw-sam --adaptive --prune-method magnitude --sparsity 0.8 --lr-scheduler step --warmup-epochs 1",
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(train, flags):
+    whole = train(f"{flags} --epochs 4", "whole")
+    assert whole.code == 0, whole.err
+    # The same run as it was after its second epoch, with what it had written of the third.
+    from utils import engine
+
+    original, calls = engine.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 2 * (2 if "--val-split" in flags else 1):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    engine.evaluate = interrupted
+    try:
+        assert train(f"{flags} --epochs 4", "cut").code == 130
+    finally:
+        engine.evaluate = original
+    assert len(rows(whole.directory.parent / "cut")) == 2
+    resumed = train(f"{flags} --epochs 4 --resume auto", "cut")
+    assert resumed.code == 0, resumed.err
+    assert "resumed after epoch 2" in resumed.out
+    assert_same_state(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(run.directory)]
+        for run in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    expected, found = scalars(whole.directory), scalars(resumed.directory)
+    assert expected.keys() == found.keys()
+    for tag in expected:
+        if tag != "epoch/images_per_second":
+            assert expected[tag] == found[tag], tag
+
+
+def test_a_killed_run_resumes_to_the_same_end(train, tmp_path):
+    flags = f"--dataset digits --depth 8 --width 0.5 --batch-size 256 {SPARSE_SAM} --epochs 6"
+    whole = train(flags, "whole", short=False)
+    command = [sys.executable, str(ROOT / "main_prune_train.py"), *flags.split(), "--output-dir", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/6"):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "result.json").exists()
+    finished = train(f"--resume {tmp_path}/cut/checkpoint.pt", None, short=False)
+    assert finished.code == 0, finished.err
+    cut = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    assert_same_state(whole.checkpoint()["state"], cut["state"])
+    assert whole.json("result.json")["test_top1"] == pytest.approx(float(rows(tmp_path / "cut")[-1]["test_top1"]))
+
+
+def test_the_same_flags_give_the_same_bits_and_another_seed_does_not(train):
+    first, again = train(f"{SPARSE_SAM} --epochs 1", "a"), train(f"{SPARSE_SAM} --epochs 1", "b")
+    other = train(f"{SPARSE_SAM} --epochs 1 --seed 1", "c")
+    assert_same_state(first.checkpoint()["state"], again.checkpoint()["state"])
+    with pytest.raises(AssertionError):
+        assert_same_state(first.checkpoint()["state"], other.checkpoint()["state"])
+
+
+def test_one_step_sam_is_not_its_base_optimizer(train):
+    sam = train("--optmzr sgd-sam --sam-v2 --epochs 1", "sam")
+    zero = train("--optmzr sgd-sam --sam-v2 --sam-rho 0 --epochs 1", "zero")
+    plain = train("--optmzr sgd --epochs 1", "plain")
+    assert_same_state(zero.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
+    with pytest.raises(AssertionError):
+        assert_same_state(sam.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
+
+
+def test_the_best_epoch_is_chosen_on_held_out_images(train):
+    run = train(f"{SPARSE_SAM} --epochs 5 --val-split 300 --lr 0.02")
+    table = rows(run.directory)
+    val = [float(row["val_top1"]) for row in table]
+    best = val.index(max(val))
+    result = run.json("result.json")
+    assert result["best_epoch"] == best + 1
+    assert result["best_test_top1"] == float(table[best]["test_top1"])
+    assert result["test_top1"] == float(table[-1]["test_top1"])
+    assert len(run.checkpoint("best.pt")["state"]["rows"]) == best + 1
+    again = train(f"--evaluate {run.directory}/best.pt", None, short=False)
+    assert f"test top-1 {float(table[best]['test_top1']):.2f}%" in again.out
+
+
+def test_evaluate_repeats_the_last_epoch(train):
+    run = train(f"{SPARSE_SAM} --epochs 2")
+    again = train(f"--evaluate {run.directory}/checkpoint.pt", None, short=False)
+    last = rows(run.directory)[-1]
+    assert again.code == 0
+    assert f"test loss {float(last['test_loss']):.4f}   test top-1 {float(last['test_top1']):.2f}%" in again.out
+    assert "sparsity 0.9000" in again.out
+
+
+def test_a_finished_run_is_left_alone_and_a_constant_schedule_may_grow(train):
+    run = train("--epochs 1 --lr-scheduler constant --lr 0.01")
+    before = {path: path.read_bytes() for path in run.directory.iterdir()}
+    assert train("--epochs 1 --lr-scheduler constant --lr 0.01 --resume auto").code == 0
+    assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
+    longer = train("--epochs 2 --lr-scheduler constant --lr 0.01 --resume auto")
+    assert longer.code == 0
+    whole = train("--epochs 2 --lr-scheduler constant --lr 0.01", "whole")
+    assert_same_state(whole.checkpoint()["state"], longer.checkpoint()["state"])
+    assert longer.json("result.json")["epochs"] == 2
+
+
+def test_resume_auto_starts_where_there_is_nothing_to_resume(train):
+    run = train("--epochs 1 --resume auto")
+    assert run.code == 0
+    assert len(rows(run.directory)) == 1
+
+
+def test_runs_are_named_by_their_hyper_parameters(train, tmp_path):
+    train(f"{SPARSE_SAM} --epochs 1 --remark first/try", None)
+    train("--epochs 1 --optmzr adamw-sam --adaptive --weight-decay 0.1", None)
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [
+        "resnet8_digits_adamw-sam-adaptive-rho0.5_dense_lr0.001_epochs1_batch-size256_weight-decay0.1_width0.5_seed0",
+        "resnet8_digits_sgd-sam-v2-rho0.05_random-erk-0.9_lr0.1_epochs1_batch-size256_width0.5_seed0_first-try",
+    ]
+
+
+def test_a_loss_that_stops_being_finite_ends_the_run_and_keeps_the_checkpoint(train):
+    run = train("--lr 0.05 --epochs 3 --lr-scheduler constant")
+    before = run.checkpoint()
+    failed = train("--lr 1e12 --epochs 2 --optmzr sgd", "failed")
+    assert failed.code == 1
+    assert re.fullmatch(r"error: .* step \d+ with learning rate [\d.e+]+: .*\n", failed.err)
+    assert not (failed.directory / "result.json").exists()
+    # A good checkpoint stays when a later epoch goes wrong.
+    broken = shutil.copytree(run.directory, run.directory.parent / "broken")
+    (broken / "result.json").unlink()
+    saved = torch.load(broken / "checkpoint.pt", weights_only=True)
+    saved["args"]["lr"] = 1e12
+    torch.save(saved, broken / "checkpoint.pt")
+    failed = train(f"--resume {broken}/checkpoint.pt --epochs 5", None, short=False)
+    assert failed.code == 1
+    assert_same_state(torch.load(broken / "checkpoint.pt", weights_only=True)["state"], before["state"])
+
+
+@pytest.mark.parametrize("optmzr", ["sgd", "sgd-sam", "adam-sam --sam-v2"])
+def test_folder_images_train_end_to_end(train, tmp_path, optmzr):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    for index in range(300):
+        path = tmp_path / "images" / ("test" if index % 5 == 0 else "train") / f"class{source.target[index]}"
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((source.images[index] * 15).astype("uint8")).convert("RGB").save(path / f"{index}.png")
+    run = train(
+        f"--dataset folder --data-dir {tmp_path}/images --image-size 16 --epochs 2 --optmzr {optmzr} --batch-size 64"
+    )
+    assert run.code == 0, run.err
+    assert len(rows(run.directory)) == 2
+    assert run.checkpoint()["channels"] == 3
+
+
+def test_a_pipe_gets_one_plain_line_an_epoch(tmp_path):
+    command = [sys.executable, str(ROOT / "main_prune_train.py"), *"--dataset digits --depth 8 --epochs 2".split()]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "run")], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert done.stderr == ""
+    assert [line[:9] for line in done.stdout.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert "\r" not in done.stdout
+    assert "\x1b" not in done.stdout
