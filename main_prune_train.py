@@ -62,7 +62,7 @@ def train(args: Namespace, given: set[str]) -> None:
         accumulate=args.accumulate, smooth_eps=args.smooth_eps, clip_grad=args.clip_grad, log_interval=args.log_interval,
     )  # fmt: skip
     if state.step >= recipe.total_steps and (directory / "result.json").exists():
-        print(f"this run is finished: {directory / 'result.json'}")
+        print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
         return
     claim_directory(directory, resuming=args.resume is not None)
     record = Record(
