@@ -1,12 +1,17 @@
 """Whole runs of main_prune_train.py on the real digits."""
 
+import contextlib
 import csv
+import fcntl
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -267,3 +272,18 @@ def test_a_pipe_gets_one_plain_line_an_epoch(tmp_path):
     assert [line[:9] for line in done.stdout.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
     assert "\r" not in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    command = [sys.executable, str(ROOT / "main_prune_train.py"), *"--dataset digits --depth 8 --epochs 1".split()]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen([*command, "--output-dir", str(tmp_path / "run")], stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    assert process.wait() == 0
+    assert b"epoch 1/1:" in shown
+    assert b"/12 [" in shown

@@ -60,7 +60,7 @@ class Record:
         self._bar: tqdm | None = None
         about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
         write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
-        self.writer = SummaryWriter(directory, purge_step=progress + 1 if progress else None)
+        self.writer = SummaryWriter(directory, purge_step=progress + 1)
         if rows:
             self._write_metrics(rows)
 
