@@ -11,7 +11,7 @@ from models import build_model
 from prune import Sparsity
 from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, hold_out
+from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, evaluate, fit
@@ -30,14 +30,14 @@ def train(args: Namespace, given: set[str]) -> None:
     if args.val_split:
         with usage_errors():
             dataset = hold_out(dataset, args.val_split, args.seed)
+    statistics = channel_statistics(dataset.train)
+    normalize = Normalize(**statistics, device=device)
     loader = TrainLoader(
-        dataset.train, args.batch_size, len(dataset.classes), args.seed, device,
+        dataset.train, args.batch_size, len(dataset.classes), normalize, args.seed, device,
         dataset.pad, dataset.flip, mixup=args.alpha or 0.0,
     )  # fmt: skip
     splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
-    evaluators = {
-        name: EvalLoader(images, args.test_batch_size, loader.normalize, device) for name, images in splits.items()
-    }
+    evaluators = {name: EvalLoader(images, args.test_batch_size, normalize, device) for name, images in splits.items()}
 
     torch.manual_seed(args.seed)
     model = build(args, dataset, device)
@@ -75,9 +75,8 @@ def train(args: Namespace, given: set[str]) -> None:
     record.say(f"run directory: {directory}" + (f", resumed after epoch {len(state.rows)}" if checkpoint else ""))
 
     def save(state: TrainState) -> None:
-        write = partial(
-            save_checkpoint, state=state, args=runs.plain(args), classes=dataset.classes, channels=dataset.channels
-        )
+        data = {"classes": dataset.classes, **statistics}
+        write = partial(save_checkpoint, state=state, args=runs.plain(args), data=data)
         if dataset.val and state.rows[-1]["val_top1"] > max((row["val_top1"] for row in state.rows[:-1]), default=-1):
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
@@ -104,7 +103,9 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     sparsity.load_state_dict(checkpoint["state"]["sparsity"])
     print(f"{args.evaluate} on {device_name(device)}, after epoch {len(checkpoint['state']['rows'])}")
     print(sparsity.describe())
-    loader = EvalLoader(dataset.test, args.test_batch_size, Normalize(dataset.train, device), device)
+    data = checkpoint["data"]
+    normalize = Normalize(data["mean"], data["deviation"], device)  # as the network was trained, whatever is in train/
+    loader = EvalLoader(dataset.test, args.test_batch_size, normalize, device)
     loss, top1 = evaluate(model, loader)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 
@@ -117,10 +118,11 @@ def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
 
 def check_fits(checkpoint: dict, dataset: Dataset) -> None:
     """Refuse a checkpoint of a network for other data."""
-    if (checkpoint["classes"], checkpoint["channels"]) != (dataset.classes, dataset.channels):
+    classes, channels = checkpoint["data"]["classes"], len(checkpoint["data"]["mean"])
+    if (classes, channels) != (dataset.classes, dataset.channels):
         raise UsageError(
-            f"the checkpoint is of a network for {len(checkpoint['classes'])} classes and {checkpoint['channels']} channels "
-            f"and does not fit this data set of {len(dataset.classes)} and {dataset.channels}: give the data it was trained on"
+            f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
+            f"data set of {len(dataset.classes)} and {dataset.channels}: give the data it was trained on"
         )
 
 

@@ -130,7 +130,7 @@ def test_foreign_checkpoints_are_refused(train, tmp_path):
         assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")
         assert words in bad.err
     saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"classes": ["a", "b"]}, tmp_path / "classes.pt")
+    torch.save(saved | {"data": saved["data"] | {"classes": ["a", "b"]}}, tmp_path / "classes.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:-1000])
     for name, words in (("classes", "does not fit"), ("foreign", "not a checkpoint"), ("truncated", "truncated")):

@@ -260,7 +260,7 @@ def test_folder_images_train_end_to_end(train, tmp_path, optmzr):
     )
     assert run.code == 0, run.err
     assert len(rows(run.directory)) == 2
-    assert run.checkpoint()["channels"] == 3
+    assert len(run.checkpoint()["data"]["mean"]) == 3
 
 
 def test_a_pipe_gets_one_plain_line_an_epoch(tmp_path):

@@ -48,17 +48,14 @@ class TrainState:
         self.step, self.progress, self.rows = state["step"], state["progress"], list(state["rows"])
 
 
-def save_checkpoint(path: Path, state: TrainState, args: dict, classes: list[str], channels: int) -> None:
+def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> None:
     """Write a checkpoint that is whole or not there.
 
     Args:
         args: the flags of the run, as plain values.
-        classes: names of the data set's classes, by label.
-        channels: of its images.
+        data: what the network has to know of its data: classes (names by label), mean and deviation of each channel.
     """
-    save_atomically(
-        path, {"format": FORMAT, "args": args, "classes": classes, "channels": channels, "state": state.state_dict()}
-    )
+    save_atomically(path, {"format": FORMAT, "args": args, "data": data, "state": state.state_dict()})
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -62,24 +62,26 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
     return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
 
 
+def channel_statistics(images: Images) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(3)]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    deviation = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+    return {"mean": mean.tolist(), "deviation": deviation.tolist()}
+
+
 class Normalize:
-    """uint8 [B, H, W, C] to float32 [B, C, H, W] (channels last in memory), zero mean and unit variance a channel.
+    """uint8 [B, H, W, C] to float32 [B, C, H, W] (channels last in memory), by each channel's mean and deviation."""
 
-    Mean and deviation are those of the images it is built from.
-    """
-
-    def __init__(self, images: Images, device: torch.device):
-        levels = torch.arange(256, dtype=torch.float64)
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(3)]).double()
-        share = counts / counts.sum(1, keepdim=True)
-        mean = share @ levels
-        deviation = (share @ levels.square() - mean.square()).sqrt()
-        width = images.pixels.shape[2]
-        self.mean = mean.float().repeat(width).to(device)  # a whole row: three times as fast as broadcasting C values
-        self.scale = (1 / deviation.clamp_min(1)).float().repeat(width).to(device)
+    def __init__(self, mean: list[float], deviation: list[float], device: torch.device):
+        self.mean = torch.tensor(mean, device=device)
+        self.scale = 1 / torch.tensor(deviation, device=device).clamp_min(1)  # a constant channel stays finite
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        rows = pixels.flatten(2).float().sub_(self.mean).mul_(self.scale)
+        width = pixels.shape[2]  # by whole rows: three times as fast as broadcasting C values
+        rows = pixels.flatten(2).float().sub_(self.mean.repeat(width)).mul_(self.scale.repeat(width))
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
@@ -89,6 +91,7 @@ class TrainLoader:
     Args:
         images: what to train on.
         batch_size: images a step; the last step of an epoch takes what is left.
+        normalize: what the network is to see of them.
         seed: with the step it decides order and augmentation.
         device: where the images live and the batches come from.
         pad, flip: see Dataset.
@@ -100,6 +103,7 @@ class TrainLoader:
         images: Images,
         batch_size: int,
         num_classes: int,
+        normalize: Normalize,
         seed: int,
         device: torch.device,
         pad: int = 0,
@@ -110,7 +114,7 @@ class TrainLoader:
             len(images), batch_size, seed, pad, flip, mixup,
         )  # fmt: skip
         self.steps_per_epoch = -(-self.count // batch_size)
-        self.normalize = Normalize(images, device)
+        self.normalize = normalize
         self.height, self.width = images.pixels.shape[1:3]
         self.pixels = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(device)
         self.targets = F.one_hot(images.labels, num_classes).float().to(device)

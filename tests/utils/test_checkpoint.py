@@ -12,13 +12,15 @@ from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from utils.errors import UsageError
 from utils.files import save_atomically
 
+DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0]}
+
 
 @pytest.fixture
 def saved(tmp_path):
     model = nn.Linear(3, 2)
     state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Sparsity(model), step=3)
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, state, {"arch": "resnet"}, ["a", "b"], 1)
+    save_checkpoint(path, state, {"arch": "resnet"}, DATA)
     return path, state
 
 
@@ -26,7 +28,7 @@ def test_a_checkpoint_holds_what_was_saved(saved):
     path, state = saved
     checkpoint = load_checkpoint(path)
     assert checkpoint["args"] == {"arch": "resnet"}
-    assert (checkpoint["classes"], checkpoint["channels"]) == (["a", "b"], 1)
+    assert checkpoint["data"] == DATA
     assert torch.equal(checkpoint["state"]["model"]["weight"], state.model.weight)
     assert checkpoint["state"]["step"] == 3
 

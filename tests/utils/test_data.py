@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data import Dataset, EvalLoader, Images, Normalize, TrainLoader, hold_out
+from utils.data import Dataset, EvalLoader, Images, Normalize, TrainLoader, channel_statistics, hold_out
 
 CPU = torch.device("cpu")
 
@@ -15,8 +15,13 @@ def images(count: int = 50, size: int = 6, channels: int = 3, seed: int = 0) -> 
     return Images(pixels, torch.arange(count) % 5)
 
 
+def normalize(data: Images) -> Normalize:
+    return Normalize(**channel_statistics(data), device=CPU)
+
+
 def loader(data: Images, **kwargs) -> TrainLoader:
-    return TrainLoader(data, **{"batch_size": 16, "num_classes": 5, "seed": 0, "device": CPU} | kwargs)
+    options = {"batch_size": 16, "num_classes": 5, "normalize": normalize(data), "seed": 0, "device": CPU}
+    return TrainLoader(data, **options | kwargs)
 
 
 def normalized(data: Images) -> np.ndarray:
@@ -109,7 +114,7 @@ def test_batches_are_channels_last():
 
 def test_test_batches_are_in_order_and_not_augmented():
     data = images()
-    feed = EvalLoader(data, 16, Normalize(data, CPU), CPU)
+    feed = EvalLoader(data, 16, normalize(data), CPU)
     inputs = torch.cat([x for x, _ in feed]).numpy()
     assert np.abs(inputs - normalized(data)).max() < 1e-5
     assert torch.cat([y for _, y in feed]).tolist() == data.labels.tolist()

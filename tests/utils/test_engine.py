@@ -8,7 +8,7 @@ from torch import nn
 
 from prune import Sparsity
 from utils.checkpoint import TrainState
-from utils.data import EvalLoader, Images, Normalize
+from utils.data import EvalLoader, Images, Normalize, channel_statistics
 from utils.engine import Recipe, evaluate, train_step
 from utils.optim import OPTIMIZERS, build_optimizer, perturbation_of
 
@@ -137,7 +137,7 @@ def test_evaluate_counts_every_image_once_in_eval_mode():
     with torch.no_grad():
         model[1].running_mean.uniform_(-1, 1)
     statistics = model[1].running_mean.clone()
-    normalize = Normalize(images, torch.device("cpu"))
+    normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
     loss, top1 = evaluate(model, EvalLoader(images, 5, normalize, torch.device("cpu")))
     assert model.training
     assert torch.equal(model[1].running_mean, statistics)
