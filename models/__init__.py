@@ -1,30 +1,54 @@
-"""Networks by name: `build_model(arch, depth, num_classes)`. A new family is one file and one line of ARCHITECTURES."""
+"""Networks by name: `build_model(arch, depth, num_classes)`. A new family is one file and one line of ARCHITECTURES.
+
+In every family the first convolution (in a transformer the patch embedding) lies in a child called `stem`, projections
+on a residual path in children called `shortcut`, and the last linear layer is called `classifier`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
-from models import resnet
+from models import mobilenet, resnet, vgg, vit, wideresnet
+
+
+@dataclass(frozen=True)
+class Family:
+    """A function (depth, num_classes, width, in_channels) -> network, and the depth it gets where none is named."""
+
+    build: Callable[[int, int, float, int], nn.Module]
+    default_depth: int
+
 
 ARCHITECTURES = {
-    "resnet": resnet.build,
+    "mobilenet": Family(mobilenet.build, default_depth=28),
+    "resnet": Family(resnet.build, default_depth=20),
+    "vgg": Family(vgg.build, default_depth=19),
+    "vit": Family(vit.build, default_depth=6),
+    "wideresnet": Family(wideresnet.build, default_depth=28),
 }
 
 
-def build_model(arch: str, depth: int, num_classes: int, width: float = 1, in_channels: int = 3) -> nn.Module:
+def build_model(arch: str, depth: int | None, num_classes: int, width: float = 1, in_channels: int = 3) -> nn.Module:
     """Build an untrained network with random weights from torch's global generator.
 
     Args:
         arch: a key of ARCHITECTURES.
-        depth: number of layers as the family counts them, e.g. 20 for ResNet-20.
+        depth: number of layers as the family counts them, e.g. 20 for ResNet-20; None is the family's default.
         num_classes: size of the output.
-        width: factor on every channel count (but not on the input's).
+        width: factor on every channel count (but not on the input's, nor on the stem's of a wide ResNet).
         in_channels: channels of the input images.
 
     Returns:
-        A module from images [N, in_channels, H, W], of any H and W, to logits [N, num_classes].
+        A module from images [N, in_channels, H, W], of any H and W from 8 on, to logits [N, num_classes].
 
     Raises:
         ValueError: unknown arch, or a depth or width the family does not have.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture '{arch}': choose one of {', '.join(sorted(ARCHITECTURES))}")
-    return ARCHITECTURES[arch](depth, num_classes, width, in_channels)
+    if not 0 < width < math.inf:
+        raise ValueError(f"a width is a finite number above 0, not {width:g}")
+    family = ARCHITECTURES[arch]
+    return family.build(family.default_depth if depth is None else depth, num_classes, width, in_channels)

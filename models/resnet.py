@@ -1,11 +1,20 @@
-"""Residual networks for small images (He et al. 2016, section 4.2), with projection shortcuts."""
+"""Residual networks (He et al. 2016) for small images, with projection shortcuts.
+
+Depth 6n+2 is the CIFAR network of section 4.2: three stages of 16, 32 and 64 channels. Depths 18, 34 and 50 are the
+ImageNet networks of table 1, four stages of 64 to 512 channels, with a stem for small images: one 3x3 convolution of
+stride 1 and no max pool. 50 is 6n+2 as well, with n = 8; here it means the bottleneck network of that name.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common import conv_bn_relu, init_convolutions, scale, stage
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, a 1x1 projection where the shape changes (He et al. 2016, option B)."""
+
+    expansion = 1
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -13,11 +22,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -25,36 +30,78 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class CifarResNet(nn.Module):
-    """Three stages of 16, 32 and 64 channels times `width`, `blocks` basic blocks each: depth 6 * blocks + 2."""
+class Bottleneck(nn.Module):
+    """A 3x3 convolution on a quarter of the channels between two 1x1 convolutions, and a shortcut as above.
 
-    def __init__(self, blocks: int, num_classes: int, width: float = 1, in_channels: int = 3):
+    The stride is the 3x3 convolution's, as implementations have it; in the paper it is the first one's.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        channels = [round(16 * width), round(32 * width), round(64 * width)]
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
-        )
-        self.stage1 = _stage(blocks, channels[0], channels[0], stride=1)
-        self.stage2 = _stage(blocks, channels[0], channels[1], stride=2)
-        self.stage3 = _stage(blocks, channels[1], channels[2], stride=2)
-        self.classifier = nn.Linear(channels[2], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        inner = out_channels // self.expansion
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stage3(self.stage2(self.stage1(self.stem(x))))
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x))
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(nn.Module):
+    """Three or four stages, the i-th of `counts[i]` blocks on `channels[i]` channels; all but the first halve H, W."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        counts: list[int],
+        channels: list[int],
+        num_classes: int,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        widths = [block.expansion * inner for inner in channels]
+        self.stem = conv_bn_relu(in_channels, channels[0])
+        self.stage1 = stage(block, counts[0], channels[0], widths[0], stride=1)
+        self.stage2 = stage(block, counts[1], widths[0], widths[1], stride=2)
+        self.stage3 = stage(block, counts[2], widths[1], widths[2], stride=2)
+        self.stage4 = nn.Identity() if len(counts) == 3 else stage(block, counts[3], widths[2], widths[3], stride=2)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x)))))
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    rest = [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+IMAGENET = {
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+}
 
 
 def build(depth: int, num_classes: int, width: float, in_channels: int) -> nn.Module:
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"a CIFAR ResNet has depth 6n+2 (20, 32, 44, 56, 110), not {depth}")
-    if round(16 * width) < 1:
-        raise ValueError(f"width {width:g} leaves the stem without a channel: use at least 1/16")
-    return CifarResNet((depth - 2) // 6, num_classes, width, in_channels)
+    if depth in IMAGENET:
+        block, counts = IMAGENET[depth]
+        channels = scale([64, 128, 256, 512], width)
+    elif depth >= 8 and depth % 6 == 2:
+        block, counts = BasicBlock, [(depth - 2) // 6] * 3
+        channels = scale([16, 32, 64], width)
+    else:
+        raise ValueError(f"a ResNet has depth 6n+2 (20, 32, 44, 56, 110) or 18, 34, 50, not {depth}")
+    return ResNet(block, counts, channels, num_classes, in_channels)

@@ -1,52 +1,262 @@
-"""Networks against published parameter counts."""
+"""Networks against published parameter counts, and what all families have in common."""
+
+import math
 
 import pytest
 import torch
+from torch import nn
 
-from models import build_model
+from models import ARCHITECTURES, build_model
+from models.vit import positions
+
+SMALL = [  # (arch, depth, width): every family, and every kind of block of a family
+    ("mobilenet", 28, 0.25),
+    ("resnet", 8, 0.5),
+    ("resnet", 18, 0.125),
+    ("resnet", 50, 0.125),
+    ("vgg", 16, 0.125),
+    ("vit", 2, 1 / 3),
+    ("wideresnet", 10, 0.5),
+]
+small = pytest.mark.parametrize(("arch", "depth", "width"), SMALL)
+
+
+def outline(*args, **kwargs):
+    """A network that has shapes but neither memory nor values."""
+    with torch.device("meta"):
+        return build_model(*args, **kwargs)
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def prunable(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def test_what_holds_for_small_networks_is_tested_for_every_family():
+    assert {arch for arch, _, _ in SMALL} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
-    ("depth", "classes", "width", "parameters"),
-    [(20, 10, 1, 272_474), (32, 10, 2, 1_860_522), (32, 100, 2, 1_872_132)],
+    ("arch", "depth", "classes", "width", "parameters"),
+    [
+        ("resnet", 20, 10, 1, 272_474),
+        ("resnet", 32, 10, 2, 1_860_522),
+        ("resnet", 32, 100, 2, 1_872_132),
+        ("resnet", 18, 10, 1, 11_173_962),
+        ("resnet", 34, 10, 1, 21_282_122),
+        ("resnet", 50, 10, 1, 23_520_842),
+        ("vgg", 19, 10, 1, 20_035_018),
+        ("mobilenet", 28, 10, 1, 3_217_226),
+        ("wideresnet", 28, 10, 10, 36_479_194),
+    ],
 )
-def test_cifar_resnets_have_the_published_number_of_parameters(depth, classes, width, parameters):
-    assert sum(p.numel() for p in build_model("resnet", depth, classes, width).parameters()) == parameters
+def test_networks_have_the_published_number_of_parameters(arch, depth, classes, width, parameters):
+    assert size(outline(arch, depth, classes, width)) == parameters
 
 
-@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
-def test_depth_counts_the_layers_on_the_longest_path(depth):
-    model = build_model("resnet", depth, 10)
-    layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    projections = [n for n, _ in model.named_modules() if n.endswith("shortcut.0")]
-    assert len(layers) - len(projections) == depth
-    assert len(projections) == 2
+@pytest.mark.parametrize(("depth", "k", "millions"), [(40, 4, 8.9), (16, 8, 11.0), (28, 10, 36.5)])
+def test_wide_resnets_have_the_size_of_the_paper(depth, k, millions):
+    """Zagoruyko & Komodakis 2016, tables 4 and 5, and the count layer by layer."""
+    blocks = (depth - 4) // 6
+    parameters = 3 * 16 * 9
+    before = 16
+    for after in (16 * k, 32 * k, 64 * k):
+        convolutions = 9 * before * after + 9 * after * after * (2 * blocks - 1)
+        norms = 2 * before + 2 * after * (2 * blocks - 1)
+        parameters += convolutions + norms + before * after
+        before = after
+    parameters += 2 * before + before * 10 + 10
+    assert size(outline("wideresnet", depth, 10, k)) == parameters
+    assert round(parameters / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3), (64, 3)])
-def test_any_input_size_and_channel_count(size, channels):
-    model = build_model("resnet", 20, 7, in_channels=channels)
-    assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
+def test_vit_has_the_blocks_of_deit_tiny():
+    """Touvron et al. 2021: 5,717,416 with 16x16 patches, a class token and learned positions, which are not here."""
+    model = outline("vit", 12, 1000)
+    patches, token, learned = 192 * (3 * 16 * 16 + 1), 192, 192 * (14 * 14 + 1)
+    assert size(model) - size(model.stem) == 5_717_416 - patches - token - learned
 
 
-def test_the_seed_decides_the_weights():
+@pytest.mark.parametrize(
+    ("arch", "depth", "width", "projections"),
+    [
+        *[("resnet", depth, 1, 2) for depth in (20, 32, 44, 56, 110)],
+        ("resnet", 18, 1, 3),
+        ("resnet", 34, 1, 3),
+        ("resnet", 50, 1, 4),
+        ("mobilenet", 28, 1, 0),
+    ],
+)
+def test_depth_counts_the_layers_on_the_longest_path(arch, depth, width, projections):
+    names = list(prunable(outline(arch, depth, 10, width)))
+    shortcuts = [name for name in names if "shortcut" in name.split(".")]
+    assert (len(names) - len(shortcuts), len(shortcuts)) == (depth, projections)
+
+
+def test_depth_in_the_families_that_count_otherwise():
+    def count(kind, *args):
+        return sum(isinstance(module, kind) for module in outline(*args).modules())
+
+    for depth in (16, 28, 40):  # convolutions, with the three projections of any width but 1
+        assert count(nn.Conv2d, "wideresnet", depth, 10, 4) == depth
+    for depth in (16, 19):  # convolutions, and three linear layers of which the last remains
+        assert count(nn.Conv2d, "vgg", depth, 10) == depth - 3
+    for depth in (1, 6):  # blocks, of six linear layers each
+        assert count(nn.Linear, "vit", depth, 10) == 6 * depth + 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_depth_means_the_default_one(arch):
+    def shapes(depth):
+        return [(name, p.shape) for name, p in outline(arch, depth, 10).named_parameters()]
+
+    assert shapes(None) == shapes(ARCHITECTURES[arch].default_depth)
+
+
+def test_checkpoints_of_the_cifar_resnet_keep_fitting():
+    stem = {f"stem.{part}" for part in ("0.weight", "1.weight", "1.bias")}
+    block = ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias")
+    blocks = {f"stage{s}.{b}.{part}" for s in (1, 2, 3) for b in (0, 1, 2) for part in block}
+    shortcuts = {f"stage{s}.0.shortcut.{part}" for s in (2, 3) for part in ("0.weight", "1.weight", "1.bias")}
+    names = {name for name, _ in outline("resnet", 20, 10).named_parameters()}
+    assert names == stem | blocks | shortcuts | {"classifier.weight", "classifier.bias"}
+
+
+@small
+def test_users_find_stem_shortcuts_and_classifier_by_name(arch, depth, width):
+    model = build_model(arch, depth, 7, width, in_channels=1)
+    names = {module: name for name, module in prunable(model).items()}
+    called = []
+    for module in names:
+        module.register_forward_hook(lambda module, args, output: called.append(module))
+    model(torch.zeros(2, 1, 8, 8))
+    assert names[called[0]].split(".")[0] == "stem"
+    assert called[0].in_channels == 1
+    assert names[called[-1]] == "classifier"
+    assert called[-1].out_features == 7
+    assert len(called) == len(names)  # each layer is used, and once
+    shortcuts = {module for module, name in names.items() if "shortcut" in name.split(".")}
+    assert all(module.kernel_size == (1, 1) for module in shortcuts)
+    assert bool(shortcuts) == ("resnet" in arch)  # the transformer's residual path is never projected
+
+
+@small
+@pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (64, 3)])
+def test_any_input_size_and_channel_count(arch, depth, width, side, channels):
+    model = build_model(arch, depth, 7, width, in_channels=channels)
+    assert model(torch.randn(2, channels, side, side)).shape == (2, 7)
+    assert model(torch.randn(2, channels, side + 1, side + 5)).shape == (2, 7)
+
+
+@small
+def test_training_in_channels_last_reaches_every_parameter(arch, depth, width):
+    torch.manual_seed(0)
+    model = build_model(arch, depth, 7, width).double()
+    inputs, targets = torch.randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 3])
+    plain = model(inputs)
+    model.to(memory_format=torch.channels_last)
+    logits = model(inputs.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, plain)
+    nn.functional.cross_entropy(logits, targets).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # A key's bias adds one number to all scores of a query, which softmax does not see.
+        assert parameter.grad.any() or name.endswith("key.bias"), name
+
+
+@pytest.mark.parametrize("arch", ["mobilenet", "resnet", "vgg", "wideresnet"])
+def test_convolutions_start_with_the_variance_of_he(arch):
+    torch.manual_seed(0)
+    for name, module in prunable(build_model(arch, None, 10)).items():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15), name
+
+
+def test_transformer_weights_start_small_and_its_patches_keep_the_variance():
+    torch.manual_seed(0)
+    model = build_model("vit", 1, 10)
+    for name, module in prunable(model).items():
+        deviation = 1 / math.sqrt(3 * 4 * 4) if name == "stem" else 0.02
+        assert module.weight.std().item() == pytest.approx(deviation, rel=0.1), name
+        assert not module.bias.any()
+    assert model.stem(torch.randn(8, 3, 32, 32)).std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_transformer_tells_patches_apart_by_where_they_are():
+    for height, width in [(2, 2), (8, 8), (3, 5)]:
+        table = positions(height, width, 64)
+        assert table.shape == (height * width, 64)
+        assert torch.cdist(table, table).add(torch.eye(height * width)).min() > 0.1
+        row, column = table.view(height, width, 2, 32).unbind(2)
+        assert (row == row[:, :1]).all()
+        assert (column == column[:1]).all()
+    torch.manual_seed(0)
+    model = build_model("vit", 2, 10, 1 / 3)
+    image = torch.randn(1, 3, 8, 8)
+    assert not torch.allclose(model(image), model(image.flip(2).roll(1, 3)))
+
+
+def test_transformer_sees_every_pixel_where_patches_do_not_fit():
+    image = torch.randn(1, 3, 9, 11, requires_grad=True)
+    build_model("vit", 2, 10, 1 / 3)(image)[0, 0].backward()
+    assert (image.grad != 0).all()
+
+
+def test_transformer_has_second_derivatives_under_the_plain_kernel():
+    model = build_model("vit", 1, 10, 1 / 3)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        loss = model(torch.randn(2, 3, 8, 8)).logsumexp(1).sum()
+        (gradient,) = torch.autograd.grad(loss, [model.stem.weight], create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), [model.stem.weight])
+    assert second.isfinite().all()
+    assert second.any()
+
+
+@small
+def test_the_seed_decides_the_weights(arch, depth, width):
     def weights(seed):
         torch.manual_seed(seed)
-        return build_model("resnet", 20, 10).state_dict()
+        return build_model(arch, depth, 10, width).state_dict()
 
     first, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
+    assert all(not torch.equal(first[name], other[name]) for name in ("classifier.weight", next(iter(first))))
 
 
-@pytest.mark.parametrize("depth", [-4, 0, 2, 21])
-def test_impossible_depths_are_refused(depth):
-    with pytest.raises(ValueError, match="6n\\+2"):
-        build_model("resnet", depth, 10)
+@pytest.mark.parametrize(
+    ("arch", "depth", "message"),
+    [
+        *[("resnet", depth, r"6n\+2 .* or 18, 34, 50, not") for depth in (-4, 0, 2, 21, 101)],
+        *[("wideresnet", depth, r"6n\+4 .*, not") for depth in (-2, 4, 20)],
+        ("vgg", 13, "16 or 19, not 13"),
+        ("mobilenet", 20, "28, not 20"),
+        ("vit", 0, "at least 1 block, not 0"),
+    ],
+)
+def test_impossible_depths_are_refused(arch, depth, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(arch, depth, 10)
 
 
-def test_unknown_architectures_and_empty_widths_are_refused():
-    with pytest.raises(ValueError, match="choose one of"):
-        build_model("alexnet", 20, 10)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("width", [0, -1, 0.001, math.inf, math.nan])
+def test_widths_without_a_channel_are_refused(arch, width):
     with pytest.raises(ValueError, match="width"):
-        build_model("resnet", 20, 10, width=0.01)
+        build_model(arch, None, 10, width)
+
+
+def test_transformers_are_as_wide_as_their_heads():
+    assert outline("vit", 1, 10, 0.33).classifier.in_features == 64
+    assert outline("vit", 1, 10, 2).classifier.in_features == 384
+    with pytest.raises(ValueError, match="multiple of 1/3, which is one head, not 1.5"):
+        build_model("vit", 1, 10, 1.5)
+
+
+def test_unknown_architectures_are_refused_with_the_list_of_known_ones():
+    with pytest.raises(ValueError, match="choose one of mobilenet, resnet, vgg, vit, wideresnet$"):
+        build_model("alexnet", 20, 10)

@@ -1,0 +1,45 @@
+"""What the convolutional families share: channel counts that follow the width, repeated blocks and initial weights."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+
+def scale(channels: Sequence[int], width: float) -> list[int]:
+    """Multiply channel counts by the width and round them.
+
+    Raises:
+        ValueError: a width that leaves the smallest of them without a channel.
+    """
+    scaled = [round(count * width) for count in channels]
+    if min(scaled) < 1:
+        raise ValueError(f"width {width:g} leaves a layer without a channel: use at least 1/{min(channels)}")
+    return scaled
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """A convolution that keeps the size up to its stride, without a bias as batch norm has one, then norm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def stage(
+    block: Callable[[int, int, int], nn.Module], count: int, in_channels: int, out_channels: int, stride: int
+) -> nn.Sequential:
+    """`count` blocks(in_channels, out_channels, stride), of which only the first changes the shape."""
+    rest = [block(out_channels, out_channels, 1) for _ in range(count - 1)]
+    return nn.Sequential(block(in_channels, out_channels, stride), *rest)
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draw all convolutions from He et al.'s normal distribution of variance 2 / fan_out (2015, equation 14)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # A depthwise filter has as many inputs as outputs; torch would count the outputs of all groups together.
+            mode = "fan_out" if module.groups == 1 else "fan_in"
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
