@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from prune import Sparsity
+from prune import Options, Sparsity, Timing
 from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, hold_out
@@ -16,8 +16,10 @@ from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, evaluate, fit
 from utils.errors import TrainingError, UsageError, usage_errors
-from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of
+from utils.flops import FlopsMeter, count_flops, summary_table
+from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.record import Record, claim_directory, summarize
+from utils.sparsity_config import load_layer_sparsity
 
 
 def train(args: Namespace, given: set[str]) -> None:
@@ -39,26 +41,33 @@ def train(args: Namespace, given: set[str]) -> None:
     splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     evaluators = {name: EvalLoader(images, args.test_batch_size, normalize, device) for name, images in splits.items()}
 
+    total_steps = args.epochs * loader.steps_per_epoch
+
     torch.manual_seed(args.seed)
     model = build(args, dataset, device)
-    with usage_errors():
-        sparsity = Sparsity(model, args.prune_method, args.sparsity, args.sparsity_distribution, args.dense_layers)
-        sparsity.before_training(torch.Generator().manual_seed(args.seed))
+    if args.pretrained and not checkpoint:
+        load_weights(model, args, dataset)
     optimizer = build_optimizer(
         args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
         rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
     )  # fmt: skip
+    sparsity = build_sparsity(args, model, optimizer, total_steps)
     state = TrainState(model, optimizer, sparsity)
     if checkpoint:
         check_fits(checkpoint, dataset)
         state.load_state_dict(checkpoint["state"])
+    else:
+        with usage_errors():
+            sparsity.before_training(loader.sample)
+    perturbation = perturbation_of(optimizer, model, sparsity)
+    meter = FlopsMeter(count_flops(model, loader.image_shape), sparsity, perturbation.passes)
 
     recipe = Recipe(
         lr_at=partial(
-            learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=args.epochs * loader.steps_per_epoch,
+            learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
             warmup_steps=round(args.warmup_epochs * loader.steps_per_epoch),
         ),
-        total_steps=args.epochs * loader.steps_per_epoch,
+        total_steps=total_steps,
         accumulate=args.accumulate, smooth_eps=args.smooth_eps, clip_grad=args.clip_grad, log_interval=args.log_interval,
     )  # fmt: skip
     if state.step >= recipe.total_steps and (directory / "result.json").exists():
@@ -68,9 +77,12 @@ def train(args: Namespace, given: set[str]) -> None:
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
+        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch),
     )  # fmt: skip
     record.say(f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}")
     record.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
+    if args.summary:
+        record.say(summary_table(meter.flops, sparsity))
     record.say(sparsity.describe())
     record.say(f"run directory: {directory}" + (f", resumed after epoch {len(state.rows)}" if checkpoint else ""))
 
@@ -81,8 +93,8 @@ def train(args: Namespace, given: set[str]) -> None:
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
 
-    fit(state, perturbation_of(optimizer, model, sparsity), recipe, loader, evaluators, record, save)
-    result = summarize(state.rows, model, runs.plain(args), images_per_epoch=loader.count)
+    fit(state, perturbation, recipe, loader, evaluators, meter, record, save)
+    result = summarize(state, meter, runs.plain(args))
     record.finish(result, state.progress)
     record.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
@@ -114,6 +126,32 @@ def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
     with usage_errors():
         model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def build_sparsity(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> Sparsity:
+    timing = Timing(total_steps)
+    if args.update_interval:
+        timing = Timing(total_steps, args.update_interval, args.stop_update)
+    given = {
+        "drop_fraction": args.drop_fraction, "gradient_share": args.mest_lambda, "soft": args.mest_soft or None,
+        "rounds": args.lth_rounds, "rewind": args.lth_rewind,
+    }  # fmt: skip
+    with usage_errors():
+        return Sparsity(
+            model, args.prune_method, args.sparsity, args.sparsity_distribution,
+            load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
+            args.sparsity_pattern, args.dense_layers, timing,
+            Options(**{name: value for name, value in given.items() if value is not None}),
+            args.seed, state_holders(optimizer),
+        )  # fmt: skip
+
+
+def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
+    """Take the weights of --pretrained, which has to be of the same network for the same data."""
+    checkpoint = load_checkpoint(args.pretrained)
+    runs.evaluated(args, {"arch", "depth", "width"}, checkpoint["args"])
+    check_fits(checkpoint, dataset)
+    model.load_state_dict(checkpoint["state"]["model"])
 
 
 def check_fits(checkpoint: dict, dataset: Dataset) -> None:

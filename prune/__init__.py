@@ -1,6 +1,7 @@
 """Which weights live. Knows torch and nothing else of the project; `Sparsity` is what a training loop sees."""
 
 from prune.methods import METHODS
-from prune.sparsity import Sparsity
+from prune.schedules import Timing
+from prune.sparsity import Options, Sparsity
 
-__all__ = ["METHODS", "Sparsity"]
+__all__ = ["METHODS", "Options", "Sparsity", "Timing"]

@@ -1,14 +1,13 @@
 """How one global sparsity is shared out over the layers: how many weights of each layer stay alive.
 
 A distribution is a function of (shapes, budget) that returns the share of each layer in the budget, as fractions of
-weights; `distribute` turns them into whole numbers that sum to it exactly, and `keep_top` picks the weights.
+weights; `distribute` turns them into whole numbers that sum to it exactly.
 """
 
 import math
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from prune.patterns import refuse_empty
 
 Shape = tuple[int, ...]
 
@@ -79,35 +78,8 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if amounts is None:
         return {tuple(sparse): budget}
     counts = _round_to_sum(amounts, budget)
-    _refuse_empty([layer for layer, count in counts.items() if count == 0])
+    refuse_empty([layer for layer, count in counts.items() if count == 0])
     return {(layer,): count for layer, count in counts.items()}
-
-
-def keep_top(scores: dict[str, Tensor], counts: dict[tuple[str, ...], int]) -> dict[str, Tensor]:
-    """Boolean tensors with the highest scores of each group of layers alive, exactly as many as counted.
-
-    Ties go to the earlier weight, on every device.
-
-    Raises:
-        ValueError: a layer is left empty.
-    """
-    alive = {}
-    for layers, count in counts.items():
-        order = torch.cat([scores[layer].flatten() for layer in layers]).sort(descending=True, stable=True).indices
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept[order[:count]] = True
-        parts = kept.split([scores[layer].numel() for layer in layers])
-        alive |= {layer: part.view(scores[layer].shape) for layer, part in zip(layers, parts, strict=True)}
-    _refuse_empty([layer for layer, part in alive.items() if not part.any()])
-    return alive
-
-
-def _refuse_empty(layers: list[str]) -> None:
-    if layers:
-        raise ValueError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk, "
-            f"or keep layers dense by name"
-        )
 
 
 def _round_to_sum(amounts: dict[str, float], total: int) -> dict[str, int]:

@@ -46,6 +46,7 @@ class Masks:
     def __init__(self, weights: dict[str, nn.Parameter]):
         self.weights = weights
         self.masks: dict[str, Tensor] = {}
+        self.version = 0  # of the masks: grows whenever they change
 
     @torch.no_grad()
     def set(self, alive: dict[str, Tensor]) -> None:
@@ -54,6 +55,7 @@ class Masks:
             if name not in self.masks:
                 self.masks[name] = torch.ones_like(self.weights[name], requires_grad=False)
             self.masks[name].copy_(tensor)
+        self.version += 1
         self.apply_to_weights()
 
     @torch.no_grad()

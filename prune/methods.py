@@ -1,26 +1,53 @@
-"""The sparse-training methods by name: a table, each entry saying what is scored and how the layers share."""
+"""The sparse-training methods by name: a table, each entry combining scores, distributions and what changes when."""
 
 from dataclasses import dataclass
 
 from prune import scores
+from prune.schedules import constant, cosine, steps
+from prune.scores import Score
+from prune.updates import Regrow, Shrink
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to get a sparse network.
+    """A way to a sparse network.
 
     Attributes:
-        score: what the weights are ranked by at initialisation; None leaves them all alive.
-        distributions: how the sparsity may be shared out over the layers, the default first. `global` ranks all weights
-            of the network together and needs scores that compare across layers.
+        paper: where it comes from.
+        score: what weights are ranked by before training; None starts dense.
+        distributions: how the sparsity may be shared out over layers, the default first. `global` ranks the weights of
+            all layers together and needs scores that compare across them.
+        rounds: of scoring before training, each pruning some more.
+        update: how masks change during training.
+        tickets: train in rounds, each on fewer of the weights that the first began with.
+        pretrained: it prunes trained weights and needs them.
     """
 
-    score: scores.Score | None
-    distributions: tuple[str, ...]
+    paper: str
+    score: Score | None = None
+    distributions: tuple[str, ...] = ("erk", "uniform")
+    rounds: int = 1
+    update: Regrow | Shrink | None = None
+    tickets: bool = False
+    pretrained: bool = False
 
+
+ANY = ("global", "erk", "uniform")
 
 METHODS = {
-    "none": Method(score=None, distributions=("uniform",)),
-    "random": Method(score=scores.random, distributions=("erk", "uniform")),
-    "magnitude": Method(score=scores.magnitude, distributions=("erk", "uniform", "global")),
+    "none": Method("dense training"),
+    # At initialisation
+    "random": Method("Liu et al. 2022", scores.random),
+    "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
+    "snip": Method("Lee et al. 2019", scores.snip, ANY),
+    "grasp": Method("Wang et al. 2020", scores.grasp, ANY),
+    "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
+    # Dynamic, at a constant budget
+    "set": Method("Mocanu et al. 2018", scores.random, update=Regrow(scores.magnitude, scores.random, constant)),
+    "rigl": Method("Evci et al. 2020", scores.random, update=Regrow(scores.magnitude, scores.gradient, cosine)),
+    "mest": Method("Yuan et al. 2021", scores.random, update=Regrow(scores.magnitude_gradient, scores.random, steps)),
+    # Dense to sparse
+    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=Shrink()),
+    "lth": Method("Frankle et al. 2020", None, ANY, tickets=True),
+    "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
 }

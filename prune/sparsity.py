@@ -1,30 +1,66 @@
 """The one object through which a training loop keeps a network sparse."""
 
-import torch
-from torch import nn
+import difflib
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from prune.distribution import distribute, keep_top
+import torch
+from torch import Tensor, nn
+
+from prune.distribution import distribute
 from prune.masks import Masks, prunable_weights, select_layers
 from prune.methods import METHODS
+from prune.patterns import NofM, find_pattern
+from prune.schedules import Timing
+from prune.scores import Scored, magnitude
+
+
+@dataclass(frozen=True)
+class Options:
+    """What papers vary.
+
+    Attributes:
+        drop_fraction: share of a layer's living weights that `set`, `rigl` and `mest` move at first.
+        gradient_share: lambda in the importance |w| + lambda |g| of `mest`.
+        soft: `mest` grows before it drops (EM&S, soft memory bound).
+        rounds: how often `lth` prunes.
+        rewind: the step whose weights `lth` goes back to.
+    """
+
+    drop_fraction: float = 0.3
+    gradient_share: float = 1.0
+    soft: bool = False
+    rounds: int = 3
+    rewind: int = 0
 
 
 class Sparsity:
     """Chooses the masks of a network, applies them at the right moments of a training step, and remembers them.
 
-        sparsity.before_training(generator)          # once, on fresh weights
+        sparsity.before_training(sample)             # once, on fresh weights
         ...
         loss.backward()
         sparsity.after_backward(step)                # before clipping and before the optimizer sees the gradients
         optimizer.step()
         step = sparsity.after_step(step)             # masks change here; returns the step to go on with
+        ...
+        step = sparsity.next_round(step)             # at the end of the schedule: the step to go back to, if any
 
     Args:
         model: the network; its convolution and linear weights are prunable, nothing else.
         method: a key of METHODS.
-        sparsity: share of all prunable weights that is zero, in [0, 1). None or 0 with method `none` only.
+        sparsity: share of all prunable weights that is zero in the end, in [0, 1); with an N:M pattern it may be None.
         distribution: how it is shared out over the layers; None for the method's default.
-        dense_layers: patterns of layer names that stay dense (see `masks.select_layers`); they count, as zeros that the
-            other layers have to make up for.
+        layer_sparsity: in the place of both the sparsity of each layer by name; layers that are not named stay dense.
+        pattern: which weights live and die together, see `patterns.find_pattern`.
+        dense_layers: patterns of layer names that stay dense (see `masks.select_layers`); they count, as weights that the
+            other layers have to make up for, except with an N:M pattern, which leaves the others no choice.
+        timing: when masks change; for methods that change them.
+        options: what papers vary.
+        seed: of random masks and random growth.
+        optimizers: their state of weights that die or come alive is zeroed (momentum, SAM's memory).
 
     Raises:
         ValueError: unknown names, a combination that makes no sense, or a sparsity that cannot be reached.
@@ -36,39 +72,62 @@ class Sparsity:
         method: str = "none",
         sparsity: float | None = None,
         distribution: str | None = None,
-        dense_layers: list[str] | tuple[str, ...] = (),
+        layer_sparsity: dict[str, float] | None = None,
+        pattern: str = "unstructured",
+        dense_layers: Iterable[str] = (),
+        timing: Timing | None = None,
+        options: Options = Options(),
+        seed: int = 0,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
     ):
         if method not in METHODS:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
-        self.method = METHODS[method]
-        if self.method.score is None and (sparsity or distribution or dense_layers):
-            raise ValueError(f"pruning method '{method}' keeps every weight: name another one to reach a sparsity")
-        if self.method.score is not None and sparsity is None:
-            raise ValueError(f"pruning method '{method}' needs a sparsity")
-        self.target = sparsity or 0.0
-        if not 0 <= self.target < 1:
-            raise ValueError(f"sparsity has to be at least 0 and less than 1, not {self.target:g}")
-        self.distribution = distribution or self.method.distributions[0]
-        if self.distribution not in self.method.distributions:
-            choices = " or ".join(self.method.distributions)
-            raise ValueError(f"pruning method '{method}' has no {self.distribution} distribution: choose {choices}")
+        self.model, self.method, self.options, self.seed = model, METHODS[method], options, seed
+        self.timing, self.optimizers = timing, list(optimizers)
+        self.pattern = find_pattern(pattern)
         weights = prunable_weights(model)
         self.masks = Masks(weights)
+        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self.dense = select_layers(list(weights), list(dense_layers))
-        # Worked out here so that an impossible sparsity is known before anything is written.
-        self.counts = distribute(
-            self.distribution, {n: tuple(w.shape) for n, w in weights.items()}, self.target, self.dense
-        )
+        self._layer_sparsity = self._fixed_layers(layer_sparsity)
+        self.target = self._target(method, sparsity, pattern)
+        self.distribution = self._distribution(method, distribution, pattern)
+        if isinstance(self.pattern, NofM) and self.method.update and self.method.update.needs_gradients:
+            raise ValueError(f"'{method}' moves weights one by one and cannot keep {pattern}: take {pattern} with gmp")
+        if self.method.update and timing is None:
+            raise ValueError(f"pruning method '{method}' changes masks during training and needs a timing")
+        if self.method.tickets and timing and options.rewind >= timing.total_steps:
+            raise ValueError(f"cannot rewind to step {options.rewind} of a training of {timing.total_steps} steps")
+        self.counts(self.target)  # an impossible sparsity is known before anything is written
+        self.targets: dict[str, int] = {}  # living units a layer, where masks move at a constant budget
+        self.ever_alive: dict[str, Tensor] = {}
+        self.round = 0
+        self._rewound: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
 
-    def before_training(self, generator: torch.Generator) -> None:
-        """Score the fresh weights, choose the masks and zero what they drop.
+    def before_training(self, sample: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
+        """Score the weights, choose the masks and zero what they drop.
+
+        Args:
+            sample: see `scores.Scored`; for methods that look at data.
 
         Raises:
-            ValueError: the global distribution left a layer empty.
+            ValueError: a layer is left empty.
         """
-        if self.method.score is not None:
-            weights = {name: w for name, w in self.masks.weights.items() if name not in self.dense}
-            self.masks.set(keep_top(self.method.score(weights, generator), self.counts))
+        rounds = self.method.rounds if self.method.score else 0
+        for number in range(1, rounds + 1):
+            # Each round keeps the same share of what the last one kept (SynFlow, algorithm 1); with one it is the target.
+            wanted = 1 - (1 - self.target) ** (number / rounds)
+            self.masks.set(self.pattern.keep(self.method.score(self.scored(-1, sample)), self.counts(wanted)))
+        if self.method.update and self.method.update.needs_gradients:
+            alive = {name: self.pattern.pool(mask)[0] > 0 for name, mask in self.masks.masks.items()}
+            self.targets = {name: int(units.sum()) for name, units in alive.items()}
+            self.ever_alive = {name: mask.bool() for name, mask in self.masks.masks.items()}
+        self._remember_weights(-1)
+
+    def grows_by_gradient(self, step: int) -> bool:
+        """Whether a step needs the gradients of dead weights too."""
+        return self._due(step) and self.method.update.reads_dead_gradients
 
     def mask_gradients(self) -> None:
         """Zero the gradients of dead weights, for whoever needs gradients before the pass that counts."""
@@ -76,12 +135,64 @@ class Sparsity:
 
     def after_backward(self, step: int) -> None:
         """With the unscaled gradients of a step: let only those of living weights through."""
+        if self._due(step) and self.method.update.needs_gradients:
+            self._gradients = {name: self.masks.weights[name].grad.clone() for name in self.masks.masks}
         self.masks.apply_to_gradients()
 
     def after_step(self, step: int) -> int:
-        """With the weights just moved: keep the dead ones at zero. Returns the step that training goes on with."""
+        """With the weights just moved: change masks if it is time, keep the dead at zero. Returns the step to go on with."""
         self.masks.apply_to_weights()
+        if self._due(step):
+            self._change(self.method.update(self, step))
+            self._gradients = {}
+        self._remember_weights(step)
         return step + 1
+
+    def next_round(self, step: int) -> int:
+        """With training at its end: the same step to stop, or the earlier one that a lottery ticket goes back to.
+
+        Iterative magnitude pruning (Frankle and Carbin 2019; with rewinding, Frankle et al. 2020, algorithm 1): prune the
+        trained weights, take those of step `rewind` in their place, and train again from there.
+        """
+        if not self.method.tickets or self.round == self.options.rounds:
+            return step
+        self.round += 1
+        wanted = 1 - (1 - self.target) ** (self.round / self.options.rounds)
+        masks = self.pattern.keep(magnitude(self.scored(step)), self.counts(wanted))
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(self._rewound[name])
+        self.masks.set(masks)
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    if isinstance(tensor, Tensor):
+                        tensor.zero_()
+        return self.options.rewind
+
+    def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
+        """Epochs, begun ones counted, that the rounds of a lottery ticket take beyond one training."""
+        a_round = -(-(total_steps - self.options.rewind) // steps_per_epoch)
+        return self.options.rounds * a_round if self.method.tickets else 0
+
+    def counts(self, sparsity: float) -> dict[tuple[str, ...], int]:
+        """How many weights each group of layers outside `dense` keeps at a sparsity."""
+        if self._layer_sparsity is None:
+            return distribute(self.distribution, self.shapes, sparsity, self.dense)
+        share = sparsity / self.target if self.target else 0.0  # of the way there, for schedules
+        sizes = {name: self.masks.weights[name].numel() for name in self._layer_sparsity}
+        return {(name,): round((1 - share * self._layer_sparsity[name]) * size) for name, size in sizes.items()}
+
+    def scored(self, step: int, sample: Callable | None = None) -> Scored:
+        """What scores look at after a step (-1: before training)."""
+        weights = {name: w for name, w in self.masks.weights.items() if name not in self.dense}
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
+        return Scored(self.model, weights, generator, sample, self._gradients, self.options.gradient_share)
+
+    def ever_alive_share(self) -> float:
+        """Share of all prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
+        alive = self.masks.alive() | {name: int(mask.sum()) for name, mask in self.ever_alive.items()}
+        return sum(alive.values()) / sum(weight.numel() for weight in self.masks.weights.values())
 
     def describe(self) -> str:
         """One line: how many weights are zero, of which, and what stays dense."""
@@ -94,7 +205,93 @@ class Sparsity:
         return line
 
     def state_dict(self) -> dict:
-        return {"masks": self.masks.state_dict()}
+        return {
+            "masks": self.masks.state_dict(),
+            "targets": self.targets,
+            "ever_alive": self.ever_alive,
+            "round": self.round,
+            "rewound": self._rewound,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
+        self.targets, self.round = dict(state["targets"]), state["round"]
+        device = next(iter(self.masks.weights.values())).device
+        self.ever_alive = {name: mask.to(device) for name, mask in state["ever_alive"].items()}
+        self._rewound = dict(state["rewound"])
+
+    def _due(self, step: int) -> bool:
+        return self.method.update is not None and self.timing.due(step)
+
+    @torch.no_grad()
+    def _change(self, masks: dict[str, Tensor]) -> None:
+        """Put new masks in place and clear what optimizers remember of weights that died or came alive."""
+        before = {name: self.masks.masks[name].bool() for name in masks if name in self.masks.masks}
+        self.masks.set(masks)
+        for name, mask in masks.items():
+            weight = self.masks.weights[name]
+            changed = mask ^ before[name] if name in before else ~mask
+            for optimizer in self.optimizers:
+                for tensor in optimizer.state.get(weight, {}).values():
+                    if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                        tensor.masked_fill_(changed, 0)
+            if name in self.ever_alive:
+                self.ever_alive[name] |= mask
+
+    def _remember_weights(self, step: int) -> None:
+        """Before the first round comes to `rewind`, what later rounds go back to."""
+        if self.method.tickets and self.round == 0 and step + 1 == self.options.rewind:
+            self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def _fixed_layers(self, layer_sparsity: dict[str, float] | None) -> dict[str, float] | None:
+        """The sparsity of each layer where a file or the pattern leaves no choice."""
+        if layer_sparsity is not None:
+            if self.pattern.density is not None:
+                raise ValueError("an N:M pattern fixes the sparsity of every layer: leave the sparsities by layer out")
+            for name, value in layer_sparsity.items():
+                if name not in self.shapes:
+                    nearest = difflib.get_close_matches(name, self.shapes, 1, cutoff=0)[0]
+                    raise ValueError(f"there is no prunable layer '{name}': the nearest name is '{nearest}'")
+                if not 0 <= value < 1:
+                    raise ValueError(
+                        f"the sparsity of layer '{name}' has to be at least 0 and less than 1, not {value:g}"
+                    )
+            self.dense |= self.shapes.keys() - layer_sparsity.keys()
+            return {name: value for name, value in layer_sparsity.items() if name not in self.dense}
+        if self.pattern.density is not None:
+            return {name: 1 - self.pattern.density for name in self.shapes if name not in self.dense}
+        return None
+
+    def _target(self, method: str, sparsity: float | None, pattern: str) -> float:
+        if method == "none":
+            if sparsity:
+                raise ValueError("pruning method 'none' keeps every weight: name another one to reach a sparsity")
+            return 0.0
+        if self._layer_sparsity is not None:
+            sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+            dead = sum(value * sizes[name] for name, value in self._layer_sparsity.items())
+            fixed = dead / sum(sizes[name] for name in self._layer_sparsity) if self._layer_sparsity else 0.0
+            if sparsity is not None and abs(sparsity - fixed) > 1e-9:
+                source = f"pattern {pattern}" if self.pattern.density else "the sparsity by layer"
+                raise ValueError(
+                    f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them"
+                )
+            return fixed
+        if sparsity is None:
+            raise ValueError(f"pruning method '{method}' needs a sparsity")
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity has to be at least 0 and less than 1, not {sparsity:g}")
+        return sparsity
+
+    def _distribution(self, method: str, distribution: str | None, pattern: str) -> str | None:
+        if self._layer_sparsity is not None:
+            if distribution is not None:
+                source = f"pattern {pattern}" if self.pattern.density else "the sparsity by layer"
+                raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+            return None
+        choices = self.method.distributions
+        if distribution not in (None, *choices):
+            raise ValueError(
+                f"pruning method '{method}' has no {distribution} distribution: choose {' or '.join(choices)}"
+            )
+        return distribution or choices[0]

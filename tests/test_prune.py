@@ -11,10 +11,6 @@ from models import build_model
 from prune import Sparsity
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def resnet(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return build_model("resnet", 20, 10)
@@ -25,8 +21,8 @@ def layers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Sparsity:
-    sparsity = Sparsity(model, **kwargs)
-    sparsity.before_training(generator(seed))
+    sparsity = Sparsity(model, **kwargs, seed=seed)
+    sparsity.before_training()
     return sparsity
 
 

@@ -22,6 +22,9 @@ class TrainState:
         step: position in the schedule; learning rate and data follow from it. A method may set it back.
         progress: steps taken; only grows. The axis of logs.
         rows: one of metrics.csv for each finished epoch.
+        images: trained on, repetitions counted.
+        training_seconds: that this took, without evaluation.
+        training_flops: that it took, at the densities the steps had.
     """
 
     model: nn.Module
@@ -30,22 +33,22 @@ class TrainState:
     step: int = 0
     progress: int = 0
     rows: list[dict] = field(default_factory=list)
+    images: int = 0
+    training_seconds: float = 0.0
+    training_flops: float = 0.0
 
     def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sparsity": self.sparsity.state_dict(),
-            "step": self.step,
-            "progress": self.progress,
-            "rows": self.rows,
-        }
+        holders = {name: getattr(self, name).state_dict() for name in self._HOLDERS}
+        return holders | {name: getattr(self, name) for name in self._VALUES}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.sparsity.load_state_dict(state["sparsity"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.progress, self.rows = state["step"], state["progress"], list(state["rows"])
+        for name in self._HOLDERS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self._VALUES:
+            setattr(self, name, state[name])
+
+    _HOLDERS = ("model", "sparsity", "optimizer")
+    _VALUES = ("step", "progress", "rows", "images", "training_seconds", "training_flops")
 
 
 def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models import ARCHITECTURES
-from prune import METHODS
+from prune import METHODS, Options, Timing
 from prune.distribution import DISTRIBUTIONS
 from utils.datasets import DATASETS
 from utils.errors import UsageError
@@ -30,7 +30,9 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("network")
     group.add_argument("--arch", choices=sorted(ARCHITECTURES), default="resnet", help="family (%(default)s)")
     group.add_argument(
-        "--depth", type=int, default=20, help="layers: 20, 32, 44, 56 or 110 for a CIFAR ResNet (%(default)s)"
+        "--depth",
+        type=int,
+        help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)",
     )
     group.add_argument(
         "--width", type=_number(float, above=0), default=1.0, help="factor on the channels (%(default)g)"
@@ -137,15 +139,69 @@ def build_parser() -> Parser:
         "--sparsity",
         type=_number(float, least=0, below=1),
         metavar="S",
-        help="share of all convolution and linear weights that is zero",
+        help="share of all convolution and linear weights that is zero in the end; an N:M pattern fixes it",
     )
-    group.add_argument("--sparsity-distribution", choices=DISTRIBUTIONS, help="how layers share the sparsity (erk)")
+    group.add_argument(
+        "--sparsity-distribution", choices=DISTRIBUTIONS, help="how layers share the sparsity (the method's own)"
+    )
+    group.add_argument(
+        "--sparsity-config",
+        type=Path,
+        metavar="FILE",
+        help="instead, the sparsity of each layer: YAML, 'prune_ratios: {layer: sparsity}'",
+    )
+    group.add_argument(
+        "--sparsity-pattern",
+        default="unstructured",
+        metavar="PATTERN",
+        help="what lives and dies together: unstructured, kernel, channel, blocks such as 4x1, N:M such as 2:4 (%(default)s)",
+    )
     group.add_argument(
         "--dense-layers",
         nargs="+",
         default=[],
         metavar="NAME",
         help="layers that stay dense: stem, shortcut, classifier, or patterns of names; the others make up for them",
+    )
+    group.add_argument(
+        "--update-interval",
+        type=_number(int, above=0),
+        metavar="STEPS",
+        help="steps from one change of the masks to the next (100)",
+    )
+    group.add_argument(
+        "--stop-update",
+        type=_number(float, above=0, most=1),
+        metavar="SHARE",
+        help="share of training after which masks stay (0.75)",
+    )
+    group.add_argument(
+        "--drop-fraction",
+        type=_number(float, above=0, below=1),
+        metavar="F",
+        help="set, rigl, mest: share of a layer's living weights that moves at first (0.3)",
+    )
+    group.add_argument(
+        "--mest-lambda",
+        type=_number(float, least=0),
+        metavar="L",
+        help="mest: weight of the gradient in |w| + L |g| (1.0)",
+    )
+    group.add_argument(
+        "--mest-soft", action="store_true", help="mest: grow above the target, drop back at the next change (EM&S)"
+    )
+    group.add_argument("--lth-rounds", type=_number(int, above=0), metavar="N", help="lth: how often it prunes (3)")
+    group.add_argument(
+        "--lth-rewind",
+        type=_number(int, least=0),
+        metavar="STEP",
+        help="lth: the step whose weights it goes back to (0)",
+    )
+    group.add_argument(
+        "--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it"
+    )
+    group.add_argument(
+        "--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training"
     )
 
     group = parser.add_argument_group("run")
@@ -217,8 +273,17 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         raise UsageError(f"{flag(name)} has no effect with {useless[name]}: leave it out, or change that")
     if args.nesterov and args.momentum == 0:
         raise UsageError("--nesterov needs a --momentum above 0")
-    if args.prune_method != "none" and args.sparsity is None:
+    if (
+        args.prune_method != "none"
+        and args.sparsity is None
+        and not args.sparsity_config
+        and ":" not in args.sparsity_pattern
+    ):
         raise UsageError(f"--prune-method {args.prune_method} needs --sparsity, e.g. --sparsity 0.9")
+    if args.sparsity_config and args.sparsity_distribution:
+        raise UsageError("--sparsity-config says what each layer keeps: leave --sparsity-distribution out")
+    if METHODS[args.prune_method].pretrained and not args.pretrained:
+        raise UsageError(f"--prune-method {args.prune_method} prunes trained weights: give them by --pretrained CKPT")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} has to be less than --epochs {args.epochs}")
     if args.accumulate > args.batch_size:
@@ -227,6 +292,23 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.no_cuda and args.device not in ("auto", "cpu"):
         raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
+
+
+def _useless_for_method(name: str) -> dict[str, str]:
+    """The sparsity flags that a method has no use for."""
+    method, reason = METHODS[name], f"--prune-method {name}"
+    useless = []
+    if name == "none":
+        useless += ["sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"]
+    if not method.update:
+        useless += ["update_interval", "stop_update"]
+    if not (method.update and method.update.needs_gradients):
+        useless += ["drop_fraction"]
+    if name != "mest":
+        useless += ["mest_lambda", "mest_soft"]
+    if not method.tickets:
+        useless += ["lth_rounds", "lth_rewind"]
+    return dict.fromkeys(useless, reason)
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -238,8 +320,18 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
         defaults["alpha"] = 1.0
-    if args.prune_method != "none":
-        defaults["sparsity_distribution"] = METHODS[args.prune_method].distributions[0]
+    method, options = METHODS[args.prune_method], Options()
+    if args.prune_method != "none" and not args.sparsity_config and ":" not in args.sparsity_pattern:
+        defaults["sparsity_distribution"] = method.distributions[0]
+    if method.update:
+        defaults |= {"update_interval": Timing(1).interval, "stop_update": Timing(1).stop}
+        if method.update.needs_gradients:
+            defaults["drop_fraction"] = options.drop_fraction
+    if args.prune_method == "mest":
+        defaults["mest_lambda"] = options.gradient_share
+    if method.tickets:
+        defaults |= {"lth_rounds": options.rounds, "lth_rewind": options.rewind}
+    defaults["depth"] = ARCHITECTURES[args.arch].default_depth
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -251,24 +343,31 @@ def flag(name: str) -> str:
 
 
 def _number(
-    kind: type, least: float | None = None, above: float | None = None, below: float | None = None
+    kind: type,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
 ) -> Callable[[str], float]:
     """An argparse type: a finite number within bounds."""
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("at least", least), ("above", above), ("below", below))
-        if bound is not None
-    ]
+    named = (("at least", least), ("above", above), ("at most", most), ("below", below))
+    bounds = " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        fits = math.isfinite(value) and (least is None or value >= least) and (above is None or value > above)
-        if not fits or (below is not None and value >= below):
+        fits = (
+            math.isfinite(value)
+            and (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+            and (below is None or value < below)
+        )
+        if not fits:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"has to be {what} {' and '.join(bounds)}, not '{text}'")
+            raise argparse.ArgumentTypeError(f"has to be {what} {bounds}, not '{text}'")
         return value
 
     return convert

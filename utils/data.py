@@ -118,6 +118,7 @@ class TrainLoader:
         self.height, self.width = images.pixels.shape[1:3]
         self.pixels = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(device)
         self.targets = F.one_hot(images.labels, num_classes).float().to(device)
+        self.image_shape = (images.pixels.shape[3], self.height, self.width)
         self.device, self.epoch = device, -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -135,6 +136,18 @@ class TrainLoader:
             inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
             targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
         return inputs, targets
+
+    def sample(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the first images of each class in an order of its own, all classes mixed, not augmented."""
+        order = torch.from_numpy(np.random.default_rng([self.seed, 2]).permutation(self.count)).to(self.device)
+        labels = self.targets[order].argmax(1)
+        rank = torch.zeros_like(labels)  # how many of the same class came before
+        for label in range(self.targets.shape[1]):
+            of_class = labels == label
+            rank[of_class] = torch.arange(int(of_class.sum()), device=self.device)
+        chosen = order[rank < per_class]
+        middle = torch.full_like(chosen, self.pad)
+        return self.normalize(self._crop(chosen, middle, middle, middle < 0)), labels[rank < per_class]
 
     def _draw(self, epoch: int) -> None:
         """All random numbers of an epoch, moved to the device at once."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.checkpoint import TrainState
 from utils.data import EvalLoader, TrainLoader
 from utils.errors import TrainingError
+from utils.flops import FlopsMeter
 from utils.optim import Perturbation
 from utils.record import Record
 
@@ -84,42 +85,71 @@ def fit(
     recipe: Recipe,
     loader: TrainLoader,
     evaluators: dict[str, EvalLoader],
+    meter: FlopsMeter,
     record: Record,
     save: Callable[[TrainState], None],
 ) -> None:
-    """Train to the end of the schedule; after every epoch evaluate, record and save.
+    """Train to the end of the schedule, as often as the method wants; after every epoch evaluate, record and save.
 
     Raises:
         TrainingError: the loss is no longer finite.
     """
+    while True:
+        while state.step < recipe.total_steps:
+            began = time.perf_counter()
+            row = train_epoch(state, perturbation, recipe, loader, meter, record)
+            for name, evaluator in evaluators.items():
+                row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator)
+            row["sparsity"] = state.sparsity.masks.sparsity()
+            row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
+            row["seconds"] = time.perf_counter() - began
+            state.rows.append(row)
+            record.epoch(state, meter)
+            save(state)
+        step = state.sparsity.next_round(state.step)
+        if step == state.step:
+            return
+        state.step = step
+
+
+def train_epoch(
+    state: TrainState,
+    perturbation: Perturbation,
+    recipe: Recipe,
+    loader: TrainLoader,
+    meter: FlopsMeter,
+    record: Record,
+) -> dict:
+    """Train to the next multiple of the steps of an epoch. Returns the training columns of a row of metrics.csv."""
+    began = time.perf_counter()
     state.model.train()
-    while state.step < recipe.total_steps:
-        began = time.perf_counter()
-        sums = torch.zeros(loader.steps_per_epoch, 2, device=loader.device)
-        lrs = []
-        with record.progress(len(state.rows) + 1, loader.steps_per_epoch) as bar:
-            for position in range(loader.steps_per_epoch):
-                measure = (state.progress + 1) % recipe.log_interval == 0
-                inputs, targets = loader.batch(state.step)
-                sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
-                lrs.append(state.optimizer.param_groups[0]["lr"])
-                if measure:
-                    _check_finite(sums[: position + 1, 0], lrs, state)
-                    loss = sums[position, 0] / len(inputs)
-                    record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
-                bar.update()
-        _check_finite(sums[:, 0], lrs, state)
-        train_loss, train_top1 = (sums.double().sum(0) / loader.count).tolist()
-        trained = time.perf_counter()
-        row = {"epoch": len(state.rows) + 1, "lr": lrs[-1], "train_loss": train_loss, "train_top1": 100 * train_top1}
-        for name, evaluator in evaluators.items():
-            row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator)
-        row["sparsity"] = state.sparsity.masks.sparsity()
-        row["images_per_second"] = loader.count / (trained - began)
-        row["seconds"] = time.perf_counter() - began
-        state.rows.append(row)
-        record.epoch(state.rows, state.sparsity.masks.density(), state.progress)
-        save(state)
+    steps = loader.steps_per_epoch - state.step % loader.steps_per_epoch
+    sums, lrs, images = torch.zeros(steps, 2, device=loader.device), [], 0
+    with record.progress(len(state.rows) + 1, steps) as bar:
+        for position in range(steps):
+            inputs, targets = loader.batch(state.step)
+            images += len(inputs)
+            state.training_flops += meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
+            measure = (state.progress + 1) % recipe.log_interval == 0
+            sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
+            lrs.append(state.optimizer.param_groups[0]["lr"])
+            if measure:
+                _check_finite(sums[: position + 1, 0], lrs, state)
+                loss = sums[position, 0] / len(inputs)
+                record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
+            bar.update()
+    _check_finite(sums[:, 0], lrs, state)
+    loss, top1 = (sums.double().sum(0) / images).tolist()  # waits for the device
+    seconds = time.perf_counter() - began
+    state.images += images
+    state.training_seconds += seconds
+    return {
+        "epoch": len(state.rows) + 1,
+        "lr": lrs[-1],
+        "train_loss": loss,
+        "train_top1": 100 * top1,
+        "images_per_second": images / seconds,
+    }
 
 
 @torch.no_grad()

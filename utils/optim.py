@@ -58,6 +58,11 @@ def build_optimizer(
     return kind.base(parameters, **options)
 
 
+def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that remember something of each weight: SAM has a state beside its base optimizer's."""
+    return [optimizer, optimizer.base_optimizer] if isinstance(optimizer, SAM) else [optimizer]
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """What an optimizer does to the weights around the backward pass that counts.
@@ -66,11 +71,13 @@ class Perturbation:
         perturb: called before that pass with a function that computes the batch's gradient.
         restore: called after the optimizer's step.
         measure: called between the two; scalars to log.
+        passes: forward-backward passes a step.
     """
 
     perturb: Callable[[Callable[[], object]], None]
     restore: Callable[[], None]
     measure: Callable[[], dict[str, Tensor]]
+    passes: int = 1
 
 
 def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity: Sparsity) -> Perturbation:
@@ -98,7 +105,7 @@ def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity
         for buffer, saved in zip(model.buffers(), statistics, strict=True):
             buffer.copy_(saved)
 
-    return Perturbation(perturb, restore, measure)
+    return Perturbation(perturb, restore, measure, passes=2)
 
 
 def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from utils.checkpoint import TrainState
 from utils.errors import UsageError
 from utils.files import write_text_atomically
+from utils.flops import FlopsMeter
 
 
 def claim_directory(directory: Path, resuming: bool) -> None:
@@ -51,11 +53,21 @@ class Record:
         rows: of the epochs that are finished already.
         progress: steps that are finished already; later events of an earlier process are void.
         loss_label: what the training loss is, where that is shown.
+        total_epochs: of all rounds.
     """
 
-    def __init__(self, directory: Path, args: dict, device: str, rows: list[dict], progress: int, loss_label: str):
+    def __init__(
+        self,
+        directory: Path,
+        args: dict,
+        device: str,
+        rows: list[dict],
+        progress: int,
+        loss_label: str,
+        total_epochs: int,
+    ):
         self.directory, self.args, self.loss_label = directory, args, loss_label
-        self.total_epochs = args["epochs"]
+        self.total_epochs = total_epochs
         self.terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
         about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
@@ -77,18 +89,21 @@ class Record:
             self.writer.add_scalar(f"{group}/{name}", float(value), progress)
         self._bar.set_postfix_str(f"loss {float(values['loss']):.3f}")
 
-    def epoch(self, rows: list[dict], density: dict[str, float], progress: int) -> None:
+    def epoch(self, state: TrainState, meter: FlopsMeter) -> None:
         """Log the last of the finished epochs everywhere; on disk when this returns."""
-        row = rows[-1]
+        row, progress, density = state.rows[-1], state.progress, state.sparsity.masks.density()
         for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
             if name in row:
                 self.writer.add_scalar(f"epoch/{name}", row[name], progress)
         self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
-        self.writer.add_scalar("sparsity", row["sparsity"], progress)
+        self.writer.add_scalar("sparsity/now", row["sparsity"], progress)
+        self.writer.add_scalar("sparsity/ever_alive", state.sparsity.ever_alive_share(), progress)
+        self.writer.add_scalar("flops/inference", meter.flops.inference(density), progress)
+        self.writer.add_scalar("flops/training_so_far", state.training_flops, progress)
         for layer, value in density.items():
             self.writer.add_scalar(f"density/{layer}", value, progress)
         self.writer.flush()
-        self._write_metrics(rows)
+        self._write_metrics(state.rows)
         held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
         self.say(
             f"epoch {row['epoch']:>{len(str(self.total_epochs))}}/{self.total_epochs}   lr {row['lr']:<8.3g}   "
@@ -124,15 +139,16 @@ class Record:
         write_text_atomically(self.directory / "metrics.csv", text.getvalue())
 
 
-def summarize(rows: list[dict], model: nn.Module, args: dict, images_per_epoch: int) -> dict:
+def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:
     """What result.json holds.
 
     The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
     held-out images (the last epoch where none are held out); `max_over_epochs_test_top1` was picked on the test images
     and is no estimate of anything.
     """
-    last = rows[-1]
+    rows, last = state.rows, state.rows[-1]
     best = max(rows, key=lambda row: row["val_top1"]) if "val_top1" in last else last
+    density = state.sparsity.masks.density()
     return {
         "test_top1": last["test_top1"],
         "test_loss": last["test_loss"],
@@ -140,13 +156,15 @@ def summarize(rows: list[dict], model: nn.Module, args: dict, images_per_epoch: 
         "best_epoch": best["epoch"],
         "max_over_epochs_test_top1": max(row["test_top1"] for row in rows),
         "sparsity": last["sparsity"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "nonzero_parameters": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "ever_alive": state.sparsity.ever_alive_share(),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
+        "inference_flops": meter.flops.inference(density),
+        "training_flops": state.training_flops,
+        "dense_training_flops": state.images * meter.passes * meter.flops.train(dict.fromkeys(density, 1.0)),
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "images_per_second": images_per_epoch
-        * len(rows)
-        / sum(images_per_epoch / row["images_per_second"] for row in rows),
+        "images_per_second": state.images / state.training_seconds,
         "seed": args["seed"],
         "args": args,
     }

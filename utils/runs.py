@@ -21,6 +21,7 @@ FREE = {
     "resume",
     "evaluate",
     "log_interval",
+    "summary",
 }
 
 
@@ -92,8 +93,9 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
 
 def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
     merged = vars(args) | {name: value for name, value in saved.items() if name not in given}
-    if merged["data_dir"]:
-        merged["data_dir"] = Path(merged["data_dir"])
+    for name in ("data_dir", "sparsity_config", "pretrained"):
+        if merged[name]:
+            merged[name] = Path(merged[name])
     for name in ("resume", "evaluate", "output_dir", "device", "no_cuda"):  # of this command, not of the first
         merged[name] = getattr(args, name)
     return argparse.Namespace(**merged)
@@ -108,11 +110,16 @@ def run_name(args: argparse.Namespace) -> str:
         optimizer += f"{'-v2' if args.sam_v2 else ''}{'-adaptive' if args.adaptive else ''}-rho{args.sam_rho:g}"
     sparse = "dense"
     if args.prune_method != "none":
-        sparse = f"{args.prune_method}-{args.sparsity_distribution}-{args.sparsity:g}"
+        known = [args.prune_method, args.sparsity_distribution, args.sparsity and f"{args.sparsity:g}"]
+        if args.sparsity_config:
+            known.append(args.sparsity_config.stem)
+        if args.sparsity_pattern != "unstructured":
+            known.append(args.sparsity_pattern.replace(":", "of"))
+        sparse = "-".join(filter(None, known))
     told = {"arch", "depth", "dataset", "optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity",
-            "sparsity_distribution", "lr", "epochs", "seed", "mixup"}  # fmt: skip
+            "sparsity_distribution", "sparsity_config", "sparsity_pattern", "lr", "epochs", "seed", "mixup"}  # fmt: skip
     parts = [f"{args.arch}{args.depth}", dataset, optimizer, sparse, f"lr{args.lr:g}", f"epochs{args.epochs}"]
-    unchanged = vars(parse([])[0]) | {name: getattr(args, name) for name in ("optmzr", "mixup")}
+    unchanged = vars(parse([])[0]) | {name: getattr(args, name) for name in ("arch", "optmzr", "mixup", "prune_method")}
     unchanged = vars(resolve(argparse.Namespace(**unchanged)))
     for name, value in plain(args).items():
         if name not in told | FREE and value != unchanged[name]:

@@ -1,0 +1,155 @@
+"""Which weights live and die together.
+
+A pattern sees scores of weights and chooses masks. Most cut a layer into units, whose weights share one fate, and keep
+the units with the highest mean score; N:M keeps the best N of every M weights instead.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers that competes for them
+
+
+class Units:
+    """A pattern of units.
+
+    Args:
+        number: function of a weight's shape [out, in, ...] to the number of each weight's unit, int64 in that shape,
+            counted from 0; None if each weight is a unit of its own.
+    """
+
+    density = None  # any
+
+    def __init__(self, number: Callable[[Shape], Tensor] | None = None):
+        self._number = number
+
+    def pool(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean value and number of weights of each unit: [units] and int64 [units]."""
+        if self._number is None:
+            return values.flatten(), torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
+        number = self._number(tuple(values.shape)).to(values.device).flatten()
+        sizes = torch.bincount(number)
+        sums = torch.zeros(len(sizes), dtype=values.dtype, device=values.device)
+        return sums.index_add_(0, number, values.flatten()) / sizes, sizes
+
+    def spread(self, alive: Tensor, shape: Shape) -> Tensor:
+        """The mask in a weight's shape of which units live."""
+        return alive.view(shape) if self._number is None else alive[self._number(shape).to(alive.device)]
+
+    def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
+        """Boolean masks of the highest scores, as many weights as counted to within half a unit for each group.
+
+        Raises:
+            ValueError: a layer is left empty.
+        """
+        masks = {}
+        for layers, count in counts.items():
+            pooled = [self.pool(scores[layer]) for layer in layers]
+            alive = top(torch.cat([p for p, _ in pooled]), torch.cat([sizes for _, sizes in pooled]), count)
+            for layer, part in zip(layers, alive.split([len(p) for p, _ in pooled]), strict=True):
+                masks[layer] = self.spread(part, tuple(scores[layer].shape))
+        refuse_empty([layer for layer, mask in masks.items() if not mask.any()])
+        return masks
+
+
+class NofM:
+    """At most n of every m consecutive weights along the input channels (Mishra et al. 2021 for 2:4).
+
+    Where m does not divide the input channels the last, shorter group keeps its share rounded up, at most n: padded
+    with zeros the layer has the pattern.
+    """
+
+    def __init__(self, n: int, m: int):
+        self.n, self.m, self.density = n, m, n / m
+
+    def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
+        """As Units.keep; the counts say how far down to n a schedule has come."""
+        masks = {}
+        for layers, count in counts.items():
+            density = count / sum(scores[layer].numel() for layer in layers)
+            n = max(self.n, math.ceil(density * self.m - 1e-6))
+            masks |= {layer: self._best(scores[layer], n) for layer in layers}
+        return masks
+
+    def _best(self, scores: Tensor, n: int) -> Tensor:
+        channels = scores.shape[1]
+        rest = channels % self.m
+        rows = scores.movedim(1, -1)
+        whole = rows[..., : channels - rest].unflatten(-1, (-1, self.m)) if channels >= self.m else None
+        parts = []
+        if whole is not None:
+            parts.append(_top_of_last(whole, n).flatten(-2))
+        if rest:
+            parts.append(_top_of_last(rows[..., channels - rest :], min(n, math.ceil(n * rest / self.m))))
+        return torch.cat(parts, -1).movedim(-1, 1)
+
+
+def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """Boolean [units]: the highest scores, until their sizes sum to count, to within half a unit.
+
+    Ties go to the earlier unit, on every device.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    sizes = sizes[order]
+    alive = torch.empty(len(order), dtype=torch.bool, device=order.device)
+    alive[order] = 2 * sizes.cumsum(0) - sizes <= 2 * count
+    return alive
+
+
+def refuse_empty(layers: list[str]) -> None:
+    """Raise ValueError if any layer has no weight left."""
+    if layers:
+        raise ValueError(
+            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk, "
+            "take a finer pattern, or keep layers dense by name"
+        )
+
+
+def find_pattern(name: str) -> Units | NofM:
+    """`unstructured`, `channel` (filters), `kernel` (k x k kernels), `RxC` (blocks, e.g. 4x1) or `N:M` (e.g. 2:4).
+
+    A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix [out, in * kh * kw]; those at
+    the edges are smaller where the sizes do not divide.
+
+    Raises:
+        ValueError: no such pattern.
+    """
+    if name in UNITS:
+        return Units(UNITS[name])
+    if match := re.fullmatch(r"(\d+)x(\d+)", name):
+        height, width = map(int, match.groups())
+        if height and width:
+            return Units(partial(_block, height=height, width=width))
+    if match := re.fullmatch(r"(\d+):(\d+)", name):
+        n, m = map(int, match.groups())
+        if 0 < n < m:
+            return NofM(n, m)
+    raise ValueError(f"unknown pattern '{name}': choose {', '.join(UNITS)}, blocks such as 4x1, or N:M such as 2:4")
+
+
+def _channel(shape: Shape) -> Tensor:
+    return torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def _kernel(shape: Shape) -> Tensor:
+    return torch.arange(shape[0] * shape[1]).view(shape[0], shape[1], *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _block(shape: Shape, height: int, width: int) -> Tensor:
+    columns = math.prod(shape[1:])
+    row = torch.arange(shape[0])[:, None] // height
+    return (row * -(-columns // width) + torch.arange(columns) // width).view(shape)
+
+
+UNITS = {"unstructured": None, "kernel": _kernel, "channel": _channel}
+
+
+def _top_of_last(scores: Tensor, n: int) -> Tensor:
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :n], True)

@@ -1,0 +1,394 @@
+"""The sparse-training methods against references written out here, on networks small enough to follow."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prune import METHODS, Options, Sparsity, Timing
+from sam import SAM
+
+CLASSES = 4
+
+
+class Tiny(nn.Module):
+    """A convolution, batch norm, a linear layer, layer norm and a classifier; scores in float64."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
+        self.classifier = nn.Linear(16, CLASSES)
+        self.double()
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return self.classifier(torch.tanh(self.norm(self.linear(x))))
+
+
+def sample(per_class):
+    g = torch.Generator().manual_seed(5)
+    labels = (torch.arange(CLASSES * per_class) % CLASSES)[torch.randperm(CLASSES * per_class, generator=g)]
+    return torch.randn(len(labels), 4, 5, 5, generator=g, dtype=torch.float64), labels
+
+
+def layers(model):
+    return {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def dead(model):
+    weights = layers(model)
+    return sum(int((w == 0).sum()) for w in weights.values()) / sum(w.numel() for w in weights.values())
+
+
+def train(model, sparsity, optimizer, steps, start=0, on_step=lambda step: None):
+    inputs, labels = sample(8)
+    for step in range(start, steps):
+        optimizer.zero_grad()
+        if isinstance(optimizer, SAM):
+            optimizer.first_step()
+        F.cross_entropy(model(inputs), labels).backward()
+        sparsity.after_backward(step)
+        optimizer.step()
+        sparsity.after_step(step)
+        on_step(step)
+
+
+def build(method, sparsity=0.5, steps=20, optimizer="sam", seed=0, interval=3, **kwargs):
+    model = Tiny(seed)
+    if optimizer == "sam":
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+        holders = [optimizer, optimizer.base_optimizer]
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        holders = [optimizer]
+    timing = Timing(steps, interval)
+    mask = Sparsity(model, method, sparsity, timing=timing, optimizers=holders, **kwargs)
+    mask.before_training(sample)
+    return model, mask, optimizer
+
+
+SPARSE = [name for name in METHODS if name != "none"]
+MOVING = ["set", "rigl", "mest"]
+
+
+@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("distribution", ["erk", "uniform", "global"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1", "kernel", "channel"])
+def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribution, pattern):
+    fixed = pattern == "2:4"
+    try:
+        model, mask, optimizer = build(
+            method, None if fixed else 0.5, pattern=pattern, distribution=None if fixed else distribution
+        )
+    except ValueError as error:
+        assert "\n" not in str(error)
+        impossible = distribution not in METHODS[method].distributions or (fixed and method in MOVING)
+        assert impossible or "without a weight" in str(error)
+        return
+    assert fixed or distribution in METHODS[method].distributions
+    step = 0
+    while True:
+        train(model, mask, optimizer, 20, step)
+        step = mask.next_round(20)
+        if step == 20:
+            break
+    unit = {
+        "unstructured": 1,
+        "2:4": 1,
+        "4x1": 4,
+        "kernel": 9,
+        "channel": max(w[0].numel() for w in layers(model).values()),
+    }
+    total = sum(w.numel() for w in layers(model).values())
+    assert abs(mask.masks.sparsity() - 0.5) * total <= len(layers(model)) * unit[pattern]
+    for name, w in layers(model).items():
+        zero = mask.masks.masks[name] == 0
+        assert (w[zero] == 0).all()
+        if pattern == "2:4":
+            groups = zero.movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1)
+            assert (groups == 2).all()
+        elif pattern == "channel":
+            assert (zero.flatten(1).all(1) == zero.flatten(1).any(1)).all()
+        elif pattern == "kernel" and w.ndim == 4:
+            assert (zero.all((2, 3)) == zero.any((2, 3))).all()
+        elif pattern == "4x1":
+            blocks = zero.flatten(1).unflatten(0, (-1, 4))
+            assert (blocks.all(1) == blocks.any(1)).all()
+
+
+@pytest.mark.parametrize("method", [name for name in SPARSE if METHODS[name].score])
+def test_scoring_changes_neither_weights_nor_statistics_nor_gradients(method):
+    model, fresh = Tiny(), Tiny()
+    calls = []
+
+    def look(per_class):
+        calls.append(per_class)
+        return sample(per_class)
+
+    mask = Sparsity(model, method, 0.5, timing=Timing(20))
+    mask.before_training(look)
+    for (name, now), before in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
+        alive = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(now))
+        assert torch.equal(now, before * alive.to(now.dtype)), name
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+def global_reference(scores, keep):
+    """The `keep` highest of all scores, as one flat boolean in the order of the layers."""
+    flat = torch.cat([s.flatten() for s in scores])
+    alive = torch.zeros(len(flat), dtype=torch.bool)
+    alive[flat.argsort(descending=True)[:keep]] = True
+    return alive
+
+
+def kept(mask):
+    return torch.cat([m.flatten().bool() for m in mask.masks.masks.values()])
+
+
+def test_snip_keeps_the_weights_whose_removal_changes_the_loss_most():
+    model, mask, _ = build("snip", 0.6)
+    fresh = Tiny()
+    inputs, labels = sample(10)
+    F.cross_entropy(fresh(inputs), labels).backward()
+    scores = [(w.grad * w).abs() for w in layers(fresh).values()]
+    total = sum(s.numel() for s in scores)
+    assert torch.equal(kept(mask), global_reference(scores, round(0.4 * total)))
+
+
+def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
+    _, mask, _ = build("grasp", 0.6)
+    fresh = Tiny()
+    inputs, labels = sample(10)
+    weights = list(layers(fresh).values())
+
+    def gradient():
+        return torch.autograd.grad(F.cross_entropy(fresh(inputs) / 200, labels), weights)
+
+    # H g as the difference of gradients along g: no second derivative is taken.
+    along, size = gradient(), 1e-4
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for w, g in zip(weights, along, strict=True):
+                w += sign * size * g
+        sides.append(gradient())
+        with torch.no_grad():
+            for w, g in zip(weights, along, strict=True):
+                w -= sign * size * g
+    curved = [(up - down) / (2 * size) for up, down in zip(*sides, strict=True)]
+    scores = [-w.detach() * hg for w, hg in zip(weights, curved, strict=True)]
+    total = sum(s.numel() for s in scores)
+    highest = global_reference(scores, total - round(0.4 * total))
+    assert torch.equal(kept(mask), ~highest)
+
+
+def test_synflow_conserves_flow_and_prunes_in_a_hundred_rounds():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
+    )
+    net = net.double()
+    from prune.scores import Scored, synflow
+
+    weights = layers(net)
+    scores = synflow(Scored(net, weights, torch.Generator(), lambda k: (torch.randn(k, 6), torch.zeros(k))))
+    for before, after in itertools.pairwise(scores.values()):
+        torch.testing.assert_close(before.sum(1), after.sum(0), rtol=1e-12, atol=0)  # through every hidden unit
+    assert len({round(s.sum().item(), 6) for s in scores.values()}) == 1  # and through every layer: R itself
+    product = weights["3"].abs() @ weights["2"].abs() @ weights["0"].abs()
+    assert scores["0"].sum().item() == pytest.approx(product.sum().item())
+    # The whole method by its definition.
+    reference = copy.deepcopy(net)
+    w = {n: p.detach().abs() for n, p in layers(reference).items()}
+    total = sum(p.numel() for p in w.values())
+    for k in range(1, 101):
+        a, b, c = w["0"], w["2"], w["3"]
+        ones = torch.ones(6, dtype=torch.float64)
+        down = (c.sum(0) @ b, c.sum(0), torch.ones(3, dtype=torch.float64))
+        up = (ones, a @ ones, b @ (a @ ones))
+        s = [w_ * torch.outer(d, u) for w_, d, u in zip((a, b, c), down, up, strict=True)]
+        alive = global_reference(s, round(total * 0.1 ** (k / 100)))
+        for name, part in zip(w, alive.split([x.numel() for x in s]), strict=True):
+            w[name] = w[name] * part.view(w[name].shape)
+    mask = Sparsity(net, "synflow", 0.9)
+    mask.before_training(lambda k: (torch.randn(k, 6), torch.zeros(k)))
+    assert torch.equal(kept(mask), torch.cat([(x != 0).flatten() for x in w.values()]))
+
+
+@pytest.mark.parametrize("method", MOVING)
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
+def test_moving_masks_keep_their_budget_start_at_zero_and_clear_memory(method, optimizer):
+    model, mask, optimizer = build(method, 0.7, steps=40, optimizer=optimizer, interval=4)
+    budget = mask.masks.alive()
+    seen = {n: m.bool() for n, m in mask.masks.masks.items()}
+    ever = {n: m.bool() for n, m in mask.masks.masks.items()}
+    moved = []
+
+    def look(step):
+        assert mask.masks.alive() == budget
+        for name, w in layers(model).items():
+            alive = mask.masks.masks[name].bool()
+            assert (w[~alive] == 0).all()
+            born, died = alive & ~seen[name], seen[name] & ~alive
+            if (step + 1) % 4 or step + 1 > 30:
+                assert not born.any()
+                assert not died.any()
+            assert (w[born] == 0).all()
+            for holder in mask.optimizers:
+                for tensor in holder.state[w].values():
+                    assert (tensor[born | died] == 0).all()
+                    assert (tensor[alive & ~born] != 0).any()
+            seen[name] = alive
+            ever[name] |= alive
+            moved.append((step, int(born.sum())))
+
+    train(model, mask, optimizer, 40, on_step=look)
+    assert sum(count for _, count in moved) > 0
+    total = sum(m.numel() for m in ever.values())
+    assert mask.ever_alive_share() == pytest.approx(sum(int(m.sum()) for m in ever.values()) / total)
+    assert mask.ever_alive_share() > 0.3 + 0.01
+
+
+def test_rigl_drops_the_smallest_and_grows_by_the_dense_gradient():
+    model, mask, optimizer = build("rigl", 0.7, steps=40, optimizer="sgd", interval=4)
+    train(model, mask, optimizer, 3)
+    before = {n: m.bool() for n, m in mask.masks.masks.items()}
+    inputs, labels = sample(8)
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), labels).backward()
+    gradients = {n: w.grad.clone() for n, w in layers(model).items()}
+    mask.after_backward(3)
+    optimizer.step()
+    moved_weights = {n: w.detach().clone() for n, w in layers(model).items()}
+    mask.after_step(3)
+    fraction = 0.3 * 0.5 * (1 + math.cos(math.pi * 4 / 30))  # the last change comes at three quarters of 40 steps
+    for name, w in moved_weights.items():
+        count = int(before[name].sum())
+        k = int(fraction * count)
+        order = w.abs().masked_fill(~before[name], -1).flatten().argsort(descending=True, stable=True)
+        expected = torch.zeros(w.numel(), dtype=torch.bool)
+        expected[order[: count - k]] = True
+        grow = gradients[name].abs().flatten().masked_fill(expected, -1).argsort(descending=True, stable=True)
+        expected[grow[:k]] = True
+        assert torch.equal(mask.masks.masks[name].bool().flatten(), expected), name
+
+
+def test_mest_weighs_the_gradient_and_soft_mest_is_denser_until_the_last_change():
+    kept_by = {}
+    for share in (0.0, 100.0):
+        model, mask, optimizer = build("mest", 0.7, steps=40, options=Options(gradient_share=share), optimizer="sgd")
+        train(model, mask, optimizer, 3)
+        kept_by[share] = kept(mask)
+    assert not torch.equal(kept_by[0.0], kept_by[100.0])
+
+    model, mask, optimizer = build("mest", 0.7, steps=40, interval=5, options=Options(soft=True))
+    target = sum(mask.masks.alive().values())
+    counts = []
+    train(model, mask, optimizer, 40, on_step=lambda step: counts.append(sum(mask.masks.alive().values())))
+    grown = lambda share: sum(int(0.3 * share * count) for count in mask.targets.values())  # noqa: E731
+    assert counts[3] == target
+    assert counts[4] == target + grown(1.0)  # at a sixth of the way: the whole fraction
+    assert counts[14] == target + grown(0.5)  # at a half
+    assert counts[24] == target + grown(0.25)
+    assert counts[29:] == [target] * 11  # the last change, at three quarters of training
+    assert mask.targets == {n: c for n, c in mask.masks.alive().items()}
+
+
+def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
+    model, mask, optimizer = build("gmp", 0.8, steps=40, interval=4)
+    total = sum(w.numel() for w in layers(model).values())
+    reached = []
+    train(model, mask, optimizer, 40, on_step=lambda step: reached.append(mask.masks.sparsity()))
+    for step, value in enumerate(reached):
+        last = 30 if step + 1 >= 30 else (step + 1) // 4 * 4
+        expected = 0.8 - 0.8 * (1 - last / 30) ** 3
+        assert value == pytest.approx(1 - round((1 - expected) * total) / total, abs=1e-12), step
+    assert dead(model) == pytest.approx(0.8, abs=1 / total)
+
+
+def test_lottery_tickets_go_back_to_the_weights_of_the_rewind_step():
+    model, mask, optimizer = build("lth", 0.8, steps=20, options=Options(rounds=3, rewind=5))
+    rewound = {}
+
+    def look(step):
+        if step == 4:
+            rewound.update({n: t.clone() for n, t in model.state_dict().items()})
+
+    train(model, mask, optimizer, 20, on_step=look)
+    total = sum(w.numel() for w in layers(model).values())
+    alive = torch.ones(total, dtype=torch.bool)
+    for number in (1, 2, 3):
+        trained = [w.detach().abs() for w in layers(model).values()]
+        alive = global_reference(trained, round(total * 0.2 ** (number / 3)))
+        assert mask.next_round(20) == 5
+        assert torch.equal(kept(mask), alive)
+        for name, tensor in model.state_dict().items():
+            m = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(tensor))
+            assert torch.equal(tensor, rewound[name] * m.to(tensor.dtype)), name
+        assert all(not t.any() for o in mask.optimizers for s in o.state.values() for t in s.values())
+        train(model, mask, optimizer, 20, start=5)
+    assert mask.next_round(20) == 20
+    assert dead(model) == pytest.approx(0.8, abs=1 / total)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "mest", "gmp", "lth"])
+def test_a_method_resumes_bit_for_bit(method):
+    options = Options(rounds=1, rewind=2, soft=method == "mest")
+    runs = []
+    for resume in (False, True):
+        model, mask, optimizer = build(method, 0.7, interval=4, options=options)
+        train(model, mask, optimizer, 10)
+        if resume:
+            saved = copy.deepcopy((model.state_dict(), mask.state_dict(), optimizer.state_dict()))
+            model, mask, optimizer = build(method, 0.7, interval=4, options=options, seed=0)
+            model.load_state_dict(saved[0])
+            mask.load_state_dict(saved[1])
+            optimizer.load_state_dict(saved[2])
+        train(model, mask, optimizer, 20, start=10)
+        start = mask.next_round(20)
+        train(model, mask, optimizer, 20, start=start)
+        runs.append((model, mask))
+    for (name, a), b in zip(runs[0][0].state_dict().items(), runs[1][0].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert runs[0][1].ever_alive_share() == runs[1][1].ever_alive_share()
+
+
+def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
+    model, mask, _ = build("magnitude", None, layer_sparsity={"conv": 0.75, "classifier": 0.5})
+    assert mask.masks.density() == {"conv": 0.25, "linear": 1.0, "classifier": 0.5}
+    model, mask, optimizer = build("gmp", None, layer_sparsity={"conv": 0.75, "classifier": 0.5})
+    train(model, mask, optimizer, 20)
+    assert mask.masks.density() == {"conv": 0.25, "linear": 1.0, "classifier": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"layer_sparsity": {"clasifier": 0.5}}, "the nearest name is 'classifier'"),
+        ({"layer_sparsity": {"conv": 1.5}}, "sparsity of layer 'conv' has to be"),
+        ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.9}, "fixes the sparsity at 0.5"),
+        ({"layer_sparsity": {"conv": 0.5}, "distribution": "erk"}, "leaves nothing to distribute"),
+        ({"pattern": "2:4", "sparsity": 0.9}, "pattern 2:4 fixes the sparsity at 0.5"),
+        ({"pattern": "2:4", "distribution": "erk"}, "leaves nothing to distribute"),
+        ({"pattern": "2:4", "method": "rigl"}, "take 2:4 with gmp"),
+        ({"pattern": "4:2", "sparsity": 0.5}, "unknown pattern '4:2'"),
+        ({"pattern": "0x1", "sparsity": 0.5}, "unknown pattern '0x1'"),
+        ({"pattern": "circle", "sparsity": 0.5}, "choose unstructured, kernel, channel, blocks such as 4x1, or N:M"),
+        ({"method": "synflow", "sparsity": 0.5, "distribution": "erk"}, "choose global"),
+        ({"method": "lth", "sparsity": 0.5, "options": Options(rewind=20)}, "cannot rewind to step 20"),
+        ({"pattern": "channel", "sparsity": 0.97}, "take a finer pattern"),
+    ],
+)
+def test_impossible_combinations_say_what_would_work(kwargs, words):
+    with pytest.raises(ValueError, match=words) as error:
+        build(**{"method": "magnitude", "sparsity": None} | kwargs)
+    assert "\n" not in str(error.value)

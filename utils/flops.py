@@ -1,0 +1,125 @@
+"""Floating-point operations of a sparse network, for one image.
+
+Counted by torch's FlopCounterMode: convolutions, linear layers and attention, two a multiply-add; normalisation and
+elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if
+the hardware made use of every zero (Evci et al. 2020, appendix H).
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prune import Sparsity
+from prune.masks import prunable_weights
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Dense counts for one image.
+
+    Attributes:
+        forward: of each prunable layer.
+        training: forward and backward of each prunable layer.
+        other_forward, other_training: of everything else, whatever the masks (attention products).
+    """
+
+    forward: dict[str, int]
+    training: dict[str, int]
+    other_forward: int
+    other_training: int
+
+    def inference(self, density: dict[str, float]) -> float:
+        """Forward pass with layers at these densities."""
+        return self.other_forward + sum(density[name] * count for name, count in self.forward.items())
+
+    def train(self, density: dict[str, float], dense_gradients: bool = False) -> float:
+        """Forward and backward pass; `dense_gradients`: of dead weights too, as growing by gradient needs them."""
+        total = self.other_training + sum(density[name] * count for name, count in self.training.items())
+        if dense_gradients:
+            total += sum((1 - density[name]) * count for name, count in self.forward.items())  # as many as forward
+        return total
+
+
+def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
+    """Count on a copy without data.
+
+    Args:
+        image_shape: [C, H, W].
+    """
+    shadow = copy.deepcopy(model).to("meta").train()
+    modules = dict(shadow.named_modules())
+    passes = {}  # forward, weight gradient and, but for a layer that sees the images, input gradient: as many each
+    for name in prunable_weights(model):
+        modules[name].register_forward_pre_hook(
+            lambda module, inputs, name=name: passes.__setitem__(name, 3 if inputs[0].requires_grad else 2)
+        )
+    images = torch.zeros(2, *image_shape, device="meta")  # batch norm in training wants more than one value
+    with FlopCounterMode(display=False) as counter:
+        out = shadow(images)
+        by_module = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        total_forward = counter.get_total_flops()
+        out.sum().backward()
+        total = counter.get_total_flops()
+    # Only the forward pass by layer: of the backward pass the counter gives the sum, but not each layer's part.
+    forward = {name: by_module[name] // len(images) for name in passes}
+    training = {name: passes[name] * count for name, count in forward.items()}
+    return Flops(
+        forward,
+        training,
+        total_forward // len(images) - sum(forward.values()),
+        total // len(images) - sum(training.values()),
+    )
+
+
+class FlopsMeter:
+    """Counts the operations of training steps as masks change.
+
+    Args:
+        flops: of the dense network, for one image.
+        passes: forward-backward passes a step.
+    """
+
+    def __init__(self, flops: Flops, sparsity: Sparsity, passes: int):
+        self.flops, self.sparsity, self.passes = flops, sparsity, passes
+        self._version, self._sparse, self._growing = -1, 0.0, 0.0
+
+    def step(self, images: int, dense_gradients: bool) -> float:
+        """Operations of a training step on so many images; densities are read anew only when masks have changed."""
+        if self._version != self.sparsity.masks.version:
+            self._version = self.sparsity.masks.version
+            density = self.sparsity.masks.density()
+            self._sparse = self.flops.train(density)
+            self._growing = self.flops.train(density, dense_gradients=True)
+        return images * ((self.passes - 1) * self._sparse + (self._growing if dense_gradients else self._sparse))
+
+
+def summary_table(flops: Flops, sparsity: Sparsity) -> str:
+    """A line a prunable layer: shape, parameters, density and forward operations for one image, then their sums."""
+    density, weights = sparsity.masks.density(), sparsity.masks.weights
+    rows = [("layer", "shape", "weights", "density", "MFLOPs dense", "MFLOPs now")]
+    for name, weight in weights.items():
+        shape = "x".join(map(str, weight.shape))
+        count = flops.forward[name] / 1e6
+        rows.append(
+            (name, shape, f"{weight.numel():,}", f"{density[name]:.4f}", f"{count:.3f}", f"{density[name] * count:.3f}")
+        )
+    total, dense = sum(w.numel() for w in weights.values()), dict.fromkeys(density, 1.0)
+    now = flops.inference(density)
+    rows.append(
+        (
+            "all",
+            "",
+            f"{total:,}",
+            f"{1 - sparsity.masks.sparsity():.4f}",
+            f"{flops.inference(dense) / 1e6:.3f}",
+            f"{now / 1e6:.3f}",
+        )
+    )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    align = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust]
+    return "\n".join(
+        "  ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)).rstrip() for row in rows
+    )
