@@ -10,15 +10,15 @@ from torch import nn
 from models import build_model
 from prune import Options, Sparsity, Timing
 from utils import cli, runs
-from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, hold_out
+from utils.checkpoint import TrainState, load_checkpoint, load_network, save_checkpoint
+from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, evaluate, fit
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
-from utils.record import Record, claim_directory, summarize
+from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
 
 
@@ -27,13 +27,14 @@ def train(args: Namespace, given: set[str]) -> None:
     args, directory, checkpoint = runs.locate_run(args, given)
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
+    rehearse(args)
 
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     if args.val_split:
         with usage_errors():
             dataset = hold_out(dataset, args.val_split, args.seed)
-    statistics = channel_statistics(dataset.train)
-    normalize = Normalize(**statistics, device=device)
+    about_data = {"classes": dataset.classes, "fingerprint": fingerprint(dataset), **channel_statistics(dataset.train)}
+    normalize = Normalize(about_data["mean"], about_data["deviation"], device)
     loader = TrainLoader(
         dataset.train, args.batch_size, len(dataset.classes), normalize, args.seed, device,
         dataset.pad, dataset.flip, mixup=args.alpha or 0.0,
@@ -51,16 +52,20 @@ def train(args: Namespace, given: set[str]) -> None:
         args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
         rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
     )  # fmt: skip
-    sparsity = build_sparsity(args, model, optimizer, total_steps)
+    sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
     state = TrainState(model, optimizer, sparsity)
     if checkpoint:
         check_fits(checkpoint, dataset)
+        if checkpoint["data"]["fingerprint"] != about_data["fingerprint"]:
+            raise UsageError("the images are not those that the run began with: give it its own --data-dir")
         state.load_state_dict(checkpoint["state"])
     else:
         with usage_errors():
             sparsity.before_training(loader.sample)
     perturbation = perturbation_of(optimizer, model, sparsity)
-    meter = FlopsMeter(count_flops(model, loader.image_shape), sparsity, perturbation.passes)
+    with usage_errors():
+        flops = count_flops(model, loader.image_shape, smallest_batch=loader.smallest_part(args.accumulate))
+    meter = FlopsMeter(flops, sparsity, perturbation.passes)
 
     recipe = Recipe(
         lr_at=partial(
@@ -73,7 +78,7 @@ def train(args: Namespace, given: set[str]) -> None:
     if state.step >= recipe.total_steps and (directory / "result.json").exists():
         print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
         return
-    claim_directory(directory, resuming=args.resume is not None)
+    runs.claim_directory(directory)
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
@@ -87,8 +92,7 @@ def train(args: Namespace, given: set[str]) -> None:
     record.say(f"run directory: {directory}" + (f", resumed after epoch {len(state.rows)}" if checkpoint else ""))
 
     def save(state: TrainState) -> None:
-        data = {"classes": dataset.classes, **statistics}
-        write = partial(save_checkpoint, state=state, args=runs.plain(args), data=data)
+        write = partial(save_checkpoint, state=state, args=runs.plain(args), data=about_data)
         if dataset.val and state.rows[-1]["val_top1"] > max((row["val_top1"] for row in state.rows[:-1]), default=-1):
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
@@ -110,9 +114,8 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     check_fits(checkpoint, dataset)
     model = build(args, dataset, device)
-    model.load_state_dict(checkpoint["state"]["model"])
     sparsity = Sparsity(model)
-    sparsity.load_state_dict(checkpoint["state"]["sparsity"])
+    load_network(model, sparsity, checkpoint)
     print(f"{args.evaluate} on {device_name(device)}, after epoch {len(checkpoint['state']['rows'])}")
     print(sparsity.describe())
     data = checkpoint["data"]
@@ -122,13 +125,22 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 
 
+def rehearse(args: Namespace) -> None:
+    """Build network and sparsity without memory or data, so that impossible flags are known before data is touched."""
+    with usage_errors(), torch.device("meta"):
+        model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
+    build_sparsity(args, model, optimizers=[], total_steps=max(1, args.lth_rewind or 0) + 1)
+
+
 def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
     with usage_errors():
         model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
     return model.to(device, memory_format=torch.channels_last)
 
 
-def build_sparsity(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> Sparsity:
+def build_sparsity(
+    args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int
+) -> Sparsity:
     timing = Timing(total_steps)
     if args.update_interval:
         timing = Timing(total_steps, args.update_interval, args.stop_update)
@@ -142,7 +154,7 @@ def build_sparsity(args: Namespace, model: nn.Module, optimizer: torch.optim.Opt
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
             args.sparsity_pattern, args.dense_layers, timing,
             Options(**{name: value for name, value in given.items() if value is not None}),
-            args.seed, state_holders(optimizer),
+            args.seed, optimizers,
         )  # fmt: skip
 
 
@@ -151,7 +163,7 @@ def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
     checkpoint = load_checkpoint(args.pretrained)
     runs.evaluated(args, {"arch", "depth", "width"}, checkpoint["args"])
     check_fits(checkpoint, dataset)
-    model.load_state_dict(checkpoint["state"]["model"])
+    load_network(model, Sparsity(model), checkpoint)
 
 
 def check_fits(checkpoint: dict, dataset: Dataset) -> None:

@@ -90,7 +90,7 @@ def test_a_directory_with_a_run_is_not_overwritten(train):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--epochs 3", "--epochs was 2 and is 3 (--epochs may grow with --lr-scheduler constant only)"),
+        ("--epochs 3", "--epochs was 2 and is 3 (--epochs may grow with --lr-scheduler constant and masks that stay)"),
         ("--lr 0.2 --wd 0.1", "--lr was 0.1 and is 0.2, --weight-decay was 0.0005 and is 0.1"),
         ("--optmzr sgd-sam", "--optmzr was sgd and is sgd-sam"),
         ("--depth 14", "--depth was 8 and is 14"),
@@ -133,11 +133,25 @@ def test_foreign_checkpoints_are_refused(train, tmp_path):
     torch.save(saved | {"data": saved["data"] | {"classes": ["a", "b"]}}, tmp_path / "classes.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:-1000])
-    for name, words in (("classes", "does not fit"), ("foreign", "not a checkpoint"), ("truncated", "truncated")):
+    torch.save({key: saved[key] for key in ("format", "args", "data")}, tmp_path / "stateless.pt")
+    torch.save(saved | {"args": saved["args"] | {"depth": 14}}, tmp_path / "other.pt")
+    for name, words in (
+        ("classes", "does not fit"),
+        ("foreign", "not a checkpoint"),
+        ("truncated", "truncated"),
+        ("stateless", "not a checkpoint"),
+        ("other", "does not fit the network"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.pt").rename(tmp_path / name / "checkpoint.pt")
         for flag in ("--evaluate", "--resume"):
-            bad = train(f"{flag} {tmp_path}/{name}.pt", None, short=False)
+            bad = train(f"{flag} {tmp_path}/{name}/checkpoint.pt", None, short=False)
             assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")
             assert words in bad.err
+    path.rename(run.directory / "mine.pt")
+    assert "checkpoint.pt or best.pt" in train(f"--resume {run.directory}/mine.pt", None, short=False).err
+    assert "no checkpoint.pt to go on from" in train("--epochs 1 --resume auto").err
+    (run.directory / "mine.pt").rename(path)
     (run.directory / "result.json").unlink()
     path.write_bytes(path.read_bytes()[:-1000])
     assert "truncated" in train("--epochs 1 --resume auto").err

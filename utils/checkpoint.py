@@ -42,13 +42,30 @@ class TrainState:
         return holders | {name: getattr(self, name) for name in self._VALUES}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self._HOLDERS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self._VALUES:
-            setattr(self, name, state[name])
+        """Take over what state_dict returned.
+
+        Raises:
+            UsageError: it is of another network or optimizer.
+        """
+        try:
+            for name in self._HOLDERS:
+                getattr(self, name).load_state_dict(state[name])
+            for name in self._VALUES:
+                setattr(self, name, state[name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
 
     _HOLDERS = ("model", "sparsity", "optimizer")
     _VALUES = ("step", "progress", "rows", "images", "training_seconds", "training_flops")
+
+
+def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None:
+    """Take weights and masks alone out of a checkpoint. Raises UsageError where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["state"]["model"])
+        sparsity.masks.load_state_dict(checkpoint["state"]["sparsity"]["masks"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError("the checkpoint does not fit the network of its flags") from error
 
 
 def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> None:
@@ -75,10 +92,13 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(f"there is no checkpoint '{path}'") from error
     except IsADirectoryError as error:
         raise UsageError(f"'{path}' is a directory: name the checkpoint in it, '{path / 'checkpoint.pt'}'") from error
+    except PermissionError as error:
+        raise UsageError(f"cannot read '{path}' ({error.strerror})") from error
     except Exception as error:  # torch.load has no closed list of what damaged and foreign files raise
         raise UsageError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    parts = ("args", "data", "state")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not checkpoint.keys() >= set(parts):
         raise UsageError(f"'{path}' is not a checkpoint of this program: name a checkpoint.pt or best.pt of a run")
     return checkpoint

@@ -4,6 +4,7 @@ Order and augmentation are functions of (seed, step) alone: a run that resumes, 
 seen.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -48,6 +49,17 @@ class Dataset:
     @property
     def channels(self) -> int:
         return self.train.pixels.shape[3]
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of all images and labels, to know them again."""
+    digest = hashlib.sha256()
+    for images in (dataset.train, dataset.test, dataset.val):
+        if images is not None:
+            digest.update(f"{tuple(images.pixels.shape)}".encode())
+            digest.update(images.pixels.contiguous().numpy())
+            digest.update(images.labels.numpy())
+    return digest.hexdigest()
 
 
 def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
@@ -136,6 +148,11 @@ class TrainLoader:
             inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
             targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
         return inputs, targets
+
+    def smallest_part(self, accumulate: int) -> int:
+        """Images in the smallest micro-batch of an epoch."""
+        whole = [min(self.batch_size, self.count), self.count % self.batch_size or self.batch_size]
+        return min(len(torch.empty(size).chunk(accumulate)[-1]) for size in whole)
 
     def sample(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the first images of each class in an order of its own, all classes mixed, not augmented."""

@@ -69,9 +69,9 @@ def train_step(
     perturbation.perturb(backward)
     sums = backward()
     sparsity.after_backward(state.step)
+    measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-    measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
     optimizer.step()
     perturbation.restore()
     state.step = sparsity.after_step(state.step)
@@ -100,12 +100,17 @@ def fit(
             row = train_epoch(state, perturbation, recipe, loader, meter, record)
             for name, evaluator in evaluators.items():
                 row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator)
+                if not math.isfinite(row[f"{name}_loss"]):
+                    raise TrainingError(
+                        _stopped(f"the {name} loss is {row[f'{name}_loss']}", state.progress, row["lr"])
+                    )
             row["sparsity"] = state.sparsity.masks.sparsity()
             row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
             row["seconds"] = time.perf_counter() - began
             state.rows.append(row)
-            record.epoch(state, meter)
+            record.events(state, meter)  # on disk before the checkpoint that goes on after them
             save(state)
+            record.row(state)
         step = state.sparsity.next_round(state.step)
         if step == state.step:
             return
@@ -177,12 +182,13 @@ def _check_finite(losses: Tensor, lrs: list[float], state: TrainState) -> None:
     wrong = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if wrong is not None:
         step = state.progress - len(values) + wrong + 1
-        raise TrainingError(
-            f"the loss is {values[wrong]} at step {step:,} with learning rate {lrs[wrong]:g}: "
-            "lower --lr, or clip with --clip-grad; the last checkpoint is kept"
-        )
+        raise TrainingError(_stopped(f"the loss is {values[wrong]}", step, lrs[wrong]))
     if not all(torch.stack([p.detach().isfinite().all() for p in state.model.parameters()]).tolist()):
-        raise TrainingError(
-            f"the weights are no longer finite after step {state.progress:,} with learning rate {lrs[-1]:g}: "
-            "lower --lr, or clip with --clip-grad; the last checkpoint is kept"
-        )
+        raise TrainingError(_stopped("the weights are no longer finite", state.progress, lrs[-1]))
+
+
+def _stopped(what: str, step: int, lr: float) -> str:
+    return (
+        f"{what} at step {step:,} with learning rate {lr:g}: lower --lr, or clip with --clip-grad; "
+        "the checkpoint of the last finished epoch, if there is one, is kept"
+    )

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,30 +17,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from utils.checkpoint import TrainState
-from utils.errors import UsageError
 from utils.files import write_text_atomically
 from utils.flops import FlopsMeter
-
-
-def claim_directory(directory: Path, resuming: bool) -> None:
-    """Make the directory of a run, or make sure that it can be written to.
-
-    Raises:
-        UsageError: it holds a run already, or cannot be written to.
-    """
-    taken = [name for name in ("args.json", "checkpoint.pt", "result.json") if (directory / name).exists()]
-    if taken and not resuming:
-        kind = "a finished" if "result.json" in taken else "a started"
-        raise UsageError(
-            f"'{directory}' holds {kind} run: go on with it by --resume auto, or name another place by --output-dir or --remark"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
 
 
 class Record:
@@ -85,16 +62,16 @@ class Record:
 
     def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
+        self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
         for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", float(value), progress)
-        self._bar.set_postfix_str(f"loss {float(values['loss']):.3f}")
+            self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), progress)
 
-    def epoch(self, state: TrainState, meter: FlopsMeter) -> None:
-        """Log the last of the finished epochs everywhere; on disk when this returns."""
+    def events(self, state: TrainState, meter: FlopsMeter) -> None:
+        """Log the last of the finished epochs to TensorBoard; on disk when this returns."""
         row, progress, density = state.rows[-1], state.progress, state.sparsity.masks.density()
         for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
             if name in row:
-                self.writer.add_scalar(f"epoch/{name}", row[name], progress)
+                self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], progress)
         self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
         self.writer.add_scalar("sparsity/now", row["sparsity"], progress)
         self.writer.add_scalar("sparsity/ever_alive", state.sparsity.ever_alive_share(), progress)
@@ -103,6 +80,10 @@ class Record:
         for layer, value in density.items():
             self.writer.add_scalar(f"density/{layer}", value, progress)
         self.writer.flush()
+
+    def row(self, state: TrainState) -> None:
+        """Write metrics.csv and show the last of the finished epochs."""
+        row = state.rows[-1]
         self._write_metrics(state.rows)
         held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
         self.say(
@@ -123,12 +104,17 @@ class Record:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, progress)
         self.writer.close()
-        write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+    def _tag(self, name: str) -> str:
+        """A training loss at perturbed weights does not share its chart with one at the weights."""
+        perturbed = name in ("loss", "train_loss") and self.loss_label != "loss"
+        return f"{name}_at_perturbed_weights" if perturbed else name
 
     def _write_metrics(self, rows: list[dict]) -> None:
         """Whole anew each time: never a duplicate, missing or torn row."""

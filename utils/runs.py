@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import os
 import re
 from pathlib import Path
 
+from prune import METHODS
 from utils.checkpoint import load_checkpoint
 from utils.cli import check, flag, parse, resolve
 from utils.errors import UsageError
@@ -40,6 +42,10 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     if args.resume not in (None, "auto"):
         checkpoint = load_checkpoint(Path(args.resume))
         directory = Path(args.resume).parent
+        if Path(args.resume).name not in ("checkpoint.pt", "best.pt"):
+            raise UsageError(
+                f"--resume goes on from the checkpoint.pt or best.pt of a run's directory, not '{args.resume}'"
+            )
         if "output_dir" in given and args.output_dir.resolve() != directory.resolve():
             raise UsageError(
                 f"--resume {args.resume} goes on in that checkpoint's own directory: leave --output-dir out"
@@ -49,10 +55,51 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     args = resolve(args)
     if args.resume in (None, "auto"):
         directory = args.output_dir or Path("runs") / run_name(args)
-        if args.resume and (directory / "checkpoint.pt").exists():
+        if args.resume and _exists(directory / "checkpoint.pt"):
             checkpoint = load_checkpoint(directory / "checkpoint.pt")
-            args = _resumed(args, given, checkpoint["args"])
+            # The command is that of the run: what it leaves out is meant to have its default.
+            args = _resumed(args, set(vars(args)), checkpoint["args"])
+    _refuse_taken(directory, args.resume, checkpoint)
     return args, directory, checkpoint
+
+
+def claim_directory(directory: Path) -> None:
+    """Make the directory of a run and make sure that it can be written to; a result that is to change is gone.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        (directory / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
+
+
+def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
+    """Refuse a directory whose files a run would overwrite."""
+    names = ["result.json", "checkpoint.pt", "best.pt", "metrics.csv", "args.json"]
+    taken = [name for name in names if _exists(directory / name)]
+    if not taken or checkpoint or (resume and taken == ["args.json"]):  # that one began and did not finish an epoch
+        return
+    if resume:
+        raise UsageError(
+            f"'{directory}' has a {taken[0]} but no checkpoint.pt to go on from: name another --output-dir"
+        )
+    kind = "a finished" if "result.json" in taken else "a started"
+    raise UsageError(
+        f"'{directory}' holds {kind} run: go on with it by --resume auto, or name another place by --output-dir or --remark"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UsageError(f"cannot look into '{path.parent}' ({error.strerror}): name another --output-dir") from error
 
 
 def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
@@ -63,13 +110,19 @@ def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse
     """
     now = plain(args)
     differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
-    if differing == ["epochs"] and now["epochs"] > saved["epochs"] and saved["lr_scheduler"] == "constant":
+    if differing == ["epochs"] and now["epochs"] > saved["epochs"] and _may_grow(saved):
         differing = []
     if differing:
         changes = ", ".join(f"{flag(name)} was {saved.get(name)} and is {now[name]}" for name in differing)
-        hint = " (--epochs may grow with --lr-scheduler constant only)" if "epochs" in differing else ""
+        hint = " (--epochs may grow with --lr-scheduler constant and masks that stay)" if "epochs" in differing else ""
         raise UsageError(f"a resumed run cannot change its mathematics: {changes}{hint}")
     return _merge(args, given, saved)
+
+
+def _may_grow(saved: dict) -> bool:
+    """Whether nothing in a run depends on how long it is."""
+    method = METHODS[saved["prune_method"]]
+    return saved["lr_scheduler"] == "constant" and not method.update and not method.tickets
 
 
 def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
@@ -88,7 +141,11 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
                 f"the checkpoint is of another network: its {flag(name)} is {saved[name]}, not {getattr(args, name)}; "
                 "leave the network's flags out"
             )
-    return _merge(args, given, saved)
+    if "dataset" in given:
+        saved = saved | {"data_dir": None, "image_size": None}
+    merged = _merge(args, given, saved)
+    check(merged, given & data)
+    return merged
 
 
 def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
@@ -118,7 +175,8 @@ def run_name(args: argparse.Namespace) -> str:
         sparse = "-".join(filter(None, known))
     told = {"arch", "depth", "dataset", "optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity",
             "sparsity_distribution", "sparsity_config", "sparsity_pattern", "lr", "epochs", "seed", "mixup"}  # fmt: skip
-    parts = [f"{args.arch}{args.depth}", dataset, optimizer, sparse, f"lr{args.lr:g}", f"epochs{args.epochs}"]
+    parts = [f"{args.arch}{args.depth}", dataset, optimizer, sparse, f"lr{args.lr:g}"]
+    parts += [] if _may_grow(vars(args)) else [f"epochs{args.epochs}"]
     unchanged = vars(parse([])[0]) | {name: getattr(args, name) for name in ("arch", "optmzr", "mixup", "prune_method")}
     unchanged = vars(resolve(argparse.Namespace(**unchanged)))
     for name, value in plain(args).items():
