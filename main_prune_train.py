@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("interrupted: the same command with --resume auto goes on from the last finished epoch", file=sys.stderr)
+        print("interrupted: a training goes on from its last finished epoch by --resume", file=sys.stderr)
         return 130
     return 0
 

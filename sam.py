@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation around any torch.optim optimizer, in one step (SAM.v2) or two. Needs torch only."""
+"""Sharpness-aware minimisation around torch.optim optimizers, in one step (SAM.v2) or two. Needs torch only."""
 
 import inspect
 import math
@@ -36,7 +36,8 @@ class SAM(torch.optim.Optimizer):
     The norm is global, over all parameters of all groups. `rho` and `adaptive` are options of a parameter group. Beside
     the base optimizer's state this keeps one buffer a parameter, which holds g_{t-1} between steps and w_t while the
     weights are perturbed: they come back bit for bit. Nothing here waits for the device. A perturbing gradient with a
-    non-finite norm perturbs nothing, on the device. Gradients have to be dense.
+    non-finite norm perturbs nothing, on the device. Gradients have to be dense, and parameters stay on their device and
+    in their dtype once it has stepped. Step hooks belong on `base_optimizer`: `second_step` calls that one's.
 
     Gradient accumulation: `first_step` before the first micro-batch, `second_step` after the last (two-step SAM runs all
     micro-batches twice). Clip, or mask, gradients before `second_step` (and, in two-step SAM, before `first_step`).
@@ -62,7 +63,8 @@ class SAM(torch.optim.Optimizer):
         **base_kwargs: passed to the base optimizer (lr, momentum, ...).
 
     Raises:
-        ValueError: rho negative or not finite, or base_optimizer not an Optimizer class.
+        ValueError: rho not a finite number >= 0; base_optimizer not an Optimizer class, or one that needs a closure
+            (LBFGS) or has a `rho` of its own (Adadelta).
     """
 
     def __init__(
@@ -74,9 +76,18 @@ class SAM(torch.optim.Optimizer):
         v2: bool = True,
         **base_kwargs,
     ):
-        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+        kind = torch.optim.Optimizer
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, kind) and base_optimizer is not kind):
             raise ValueError(
                 f"base_optimizer has to be an Optimizer class such as torch.optim.SGD, not {base_optimizer!r}"
+            )
+        parameters = inspect.signature(base_optimizer).parameters
+        if parameters.keys() & {"rho", "adaptive"}:
+            raise ValueError(f"{base_optimizer.__name__} has a rho or adaptive of its own, which SAM's would replace")
+        closure = inspect.signature(base_optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{base_optimizer.__name__} evaluates its closure as often as it likes and cannot go in SAM"
             )
         self.v2 = v2
         self.base_optimizer: torch.optim.Optimizer | None = None
@@ -164,14 +175,18 @@ class SAM(torch.optim.Optimizer):
             self.second_step()
             return None
         _refuse_grad_scaler()
-        if self.v2:
-            self.first_step()
-        with torch.enable_grad():
-            loss = closure()
-        if not self.v2:
-            self.first_step()
+        try:
+            if self.v2:
+                self.first_step()
             with torch.enable_grad():
-                closure()
+                loss = closure()
+            if not self.v2:
+                self.first_step()
+                with torch.enable_grad():
+                    closure()
+        except BaseException:
+            self.restore()  # whoever catches it finds w_t
+            raise
         self.second_step()
         return loss
 
@@ -182,14 +197,16 @@ class SAM(torch.optim.Optimizer):
         To be called between backward and second_step. The cosine says how well the gradient that perturbed (one step
         old in one-step SAM) points along the gradient found where it led.
         """
-        dot = e_square = g_square = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        dot = e_square = g_square = torch.zeros((), device=device)
         for block in self._blocks if self._perturbed else []:
             for p, w in zip(block.params, block.views, strict=True):
+                e = (p - w).float()
+                e_square = e_square + e.square().sum().to(device)
                 if p.grad is not None:
-                    e, g = (p - w).float(), p.grad.float()
-                    dot = dot + (e * g).sum().to(dot.device)
-                    e_square = e_square + e.square().sum().to(dot.device)
-                    g_square = g_square + g.square().sum().to(dot.device)
+                    g = p.grad.float()
+                    dot = dot + (e * g).sum().to(device)
+                    g_square = g_square + g.square().sum().to(device)
         tiny = torch.finfo(torch.float32).tiny
         return e_square.sqrt(), dot / (e_square.sqrt() * g_square.sqrt()).clamp_min(tiny)
 
@@ -203,8 +220,8 @@ class SAM(torch.optim.Optimizer):
             raise TypeError(f"param_group has to be a dict, not {type(param_group).__name__}")
         rho = param_group.setdefault("rho", self.defaults["rho"])
         param_group.setdefault("adaptive", self.defaults["adaptive"])
-        if not (math.isfinite(rho) and rho >= 0):
-            raise ValueError(f"rho has to be finite and not negative, not {rho}")
+        if not (isinstance(rho, int | float) and math.isfinite(rho) and rho >= 0):
+            raise ValueError(f"rho has to be a finite number and not negative, not {rho!r}")
         # The constructor of Optimizer calls this for the first groups, when there is no base optimizer to add them to.
         (super() if self.base_optimizer is None else self.base_optimizer).add_param_group(param_group)
 
@@ -230,8 +247,12 @@ class SAM(torch.optim.Optimizer):
         A perturbation that is in place is dropped, not undone: load the model's weights as well.
 
         Raises:
-            ValueError: other number or sizes of parameter groups.
+            ValueError: other number or sizes of parameter groups, or other shapes of what is remembered.
         """
+        memory = state_dict.get("sam_memory")
+        params = [p for group in self.param_groups for p in group["params"]]
+        if memory is not None and {i: m.shape for i, m in memory.items()} != {i: p.shape for i, p in enumerate(params)}:
+            raise ValueError("the state remembers gradients of other parameters: load it around the same network")
         self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.param_groups = self.base_optimizer.param_groups
         for group in self.param_groups:
@@ -239,12 +260,17 @@ class SAM(torch.optim.Optimizer):
             group.setdefault("adaptive", self.defaults["adaptive"])
         self._blocks, self._covered = [], 0
         self._begun = self._perturbed = False
-        memory = state_dict.get("sam_memory")
         self._remembers = memory is not None
         if self._remembers:
             self._cover_new_groups()
-            for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            for index, p in enumerate(params):
                 self.state[p]["sam_buffer"].copy_(memory[index])
+
+    def __deepcopy__(self, memo: dict) -> "SAM":
+        raise TypeError("SAM cannot be copied apart from its parameters: build one around theirs and load_state_dict")
+
+    def __reduce__(self) -> tuple:
+        raise TypeError("SAM cannot be pickled: save its state_dict()")
 
     def _cover_new_groups(self) -> None:
         for group in self.param_groups[self._covered :]:

@@ -66,6 +66,8 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
+    if not sparse:
+        raise ValueError("every layer is to stay dense: name fewer of them, or take no pruning method")
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
     if budget < len(sparse):

@@ -8,5 +8,5 @@ source "$(dirname "$0")/setup.sh"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$(dirname "$(command -v "$PYTHON")")/shellcheck" -x scripts/*.sh .ci/run
-"$PYTHON" -m pytest "${flags[@]}"
+"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh .ci/run
+"$PYTHON" -m pytest ${flags[@]+"${flags[@]}"}

@@ -9,7 +9,7 @@ import torch
     [
         ("--depth 21", "depth 6n+2"),
         ("--depth twenty", "argument --depth"),
-        ("--width 0", "argument --width: has to be a number above 0, not '0'"),
+        ("--width 0", "argument --width: has to be a number above 0 and at most 100, not '0'"),
         ("--arch alexnet", "argument --arch: invalid choice"),
         (
             "--sparsity 1 --prune-method random",
@@ -41,6 +41,26 @@ import torch
         ("--nesterov --momentum 0", "--nesterov needs a --momentum above 0"),
         ("--alpha 0.2", "--alpha has no effect with no --mixup"),
         ("--lr 0", "argument --lr"),
+        (f"--epochs 1{'0' * 400}", "argument --epochs"),
+        ("--seed 99999999999999999999999", "argument --seed"),
+        ("--width 1000000", "argument --width"),
+        ("--dataset cifar10 --depth 21", "depth 6n+2"),
+        ("--dataset cifar10 --prune-method random --sparsity 0.9 --dense-layers steam", "no prunable layer matches"),
+        ("--sparsity-pattern 2:4 --prune-method rigl", "take 2:4 with gmp"),
+        ("--sparsity-pattern 2:4 --prune-method random --sparsity 0.9", "fixes the sparsity at 0.5"),
+        ("--sparsity-config missing.yaml --prune-method random", "cannot read 'missing.yaml'"),
+        (
+            "--drop-fraction 0.2 --prune-method gmp --sparsity 0.9",
+            "--drop-fraction has no effect with --prune-method gmp",
+        ),
+        ("--mest-soft --prune-method rigl --sparsity 0.9", "--mest-soft has no effect with --prune-method rigl"),
+        ("--lth-rounds 2 --prune-method set --sparsity 0.9", "--lth-rounds has no effect with --prune-method set"),
+        ("--update-interval 5 --prune-method snip --sparsity 0.9", "--update-interval has no effect"),
+        ("--lth-rewind 999 --prune-method lth --sparsity 0.9", "cannot rewind to step 999"),
+        ("--prune-method oneshot --sparsity 0.9", "give them by --pretrained"),
+        ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--arch vgg --depth 20", "a VGG has depth 16 or 19, not 20"),
+        ("--batch-size 1441 --arch vgg", "cannot be batch-normalised"),
         ("--epochs 0", "argument --epochs: has to be a whole number above 0, not '0'"),
         ("--epochs 1.5", "argument --epochs: has to be a whole number"),
         ("--warmup-epochs 2 --epochs 2", "--warmup-epochs 2 has to be less than --epochs 2"),
@@ -71,8 +91,9 @@ def test_an_unwritable_directory_is_refused(train, tmp_path):
     bad = train("--epochs 1", "file/run")
     assert (bad.code, bad.err.count("\n")) == (2, 1)
     assert "cannot write to" in bad.err
-    bad = train("--epochs 1 --output-dir /proc/run", None)
-    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    for place in ("/proc/run", "x" * 300):
+        bad = train(f"--epochs 1 --output-dir {place}", None)
+        assert (bad.code, bad.err.count("\n")) == (2, 1)
 
 
 def test_a_directory_with_a_run_is_not_overwritten(train):
@@ -125,6 +146,8 @@ def test_foreign_checkpoints_are_refused(train, tmp_path):
         ("--depth 14", "its --depth is 8, not 14"),
         ("--width 2", "its --width is 0.5, not 2.0"),
         ("--epochs 3", "--epochs has no effect with --evaluate"),
+        ("--image-size 9", "--image-size has no effect with --dataset digits"),
+        ("--data-dir nowhere", "--data-dir has no effect with --dataset digits"),
     ):
         bad = train(f"--evaluate {path} {flags}", None, short=False)
         assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")

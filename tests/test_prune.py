@@ -37,8 +37,9 @@ def test_the_asked_sparsity_is_reached_exactly(method, distribution, asked):
     assert total == 270_896
     assert alive == round((1 - asked) * total)
     assert sparsity.masks.sparsity() == 1 - alive / total
-    others = [p for n, p in model.named_parameters() if n.endswith("bias") or "bn" in n]
-    assert all(torch.equal(p, torch.ones_like(p)) for p in others if p.ndim == 1 and p.sum() == len(p))
+    prunable = {f"{name}.weight" for name in layers(model)}
+    for (name, p), fresh in zip(model.named_parameters(), resnet().parameters(), strict=True):
+        assert name in prunable or torch.equal(p, fresh), name
 
 
 def test_uniform_gives_every_layer_the_same_density_to_within_a_weight():
@@ -177,6 +178,7 @@ def test_a_shared_weight_counts_once():
         ({"method": "random", "sparsity": 0.9995, "distribution": "uniform"}, "without a weight"),
         ({"method": "magnitude", "sparsity": 0.98, "distribution": "global"}, "without a weight"),
         ({"method": "random", "sparsity": 0.9, "dense_layers": ["steam"]}, "matches 'steam'"),
+        ({"method": "random", "sparsity": 0.0, "dense_layers": ["*"]}, "every layer is to stay dense"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(kwargs, words):

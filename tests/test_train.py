@@ -289,3 +289,72 @@ def test_a_terminal_gets_a_bar(tmp_path):
     assert process.wait() == 0
     assert b"epoch 1/1:" in shown
     assert b"/12 [" in shown
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mixup",
+        "--mixup --alpha 0.1",
+        "--smooth-eps 0.1",
+        "--clip-grad 0.1",
+        "--warmup-epochs 0.5",
+        "--lr-scheduler step",
+        "--nesterov",
+        "--weight-decay 0.1",
+        "--momentum 0.5",
+        "--accumulate 2",
+        "--width 1",
+        "--batch-size 100",
+        "--val-split 100",
+        "--optmzr adam",
+        "--optmzr sgd-sam",
+        "--prune-method magnitude --sparsity 0.5",
+    ],
+)
+def test_every_flag_of_the_mathematics_changes_the_weights(train, flags):
+    plain, changed = train("--epochs 1", "plain"), train(f"--epochs 1 {flags}", "changed")
+    assert changed.code == 0, changed.err
+    with pytest.raises(AssertionError):
+        assert_same_state(plain.checkpoint()["state"]["model"], changed.checkpoint()["state"]["model"])
+
+
+def test_the_deterministic_flag_reaches_torch(train):
+    try:
+        assert train("--epochs 1 --deterministic").code == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_does_not_go_on_with_other_images_or_other_flags(train, tmp_path):
+    from PIL import Image
+
+    for name, level in (("a", 10), ("b", 200)):
+        for index in range(24):
+            path = tmp_path / name / "img" / ("test" if index < 6 else "train") / f"c{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (level + index, level, index)).save(path)
+    flags = "--dataset folder --batch-size 6 --depth 8 --lr-scheduler constant"
+    run = train(f"{flags} --data-dir a/img --epochs 1", short=False)
+    assert run.code == 0, run.err
+    before = (run.directory / "checkpoint.pt").read_bytes()
+    for command, words in (
+        (f"--resume {run.directory}/checkpoint.pt --data-dir b/img --epochs 2", "not those that the run began with"),
+        (f"{flags} --data-dir b/img --epochs 2 --resume auto", "not those that the run began with"),
+        (f"{flags} --data-dir a/img --epochs 1 --resume auto --lr 0.2", "--lr was 0.1 and is 0.2"),
+        # What a command leaves out counts too.
+        (
+            f"{flags.replace('--lr-scheduler constant', '')} --data-dir a/img --epochs 1 --resume auto",
+            "--lr-scheduler was",
+        ),
+    ):
+        bad = train(command, None if command.startswith("--resume") else "run", short=False)
+        assert bad.code == 2
+        assert words in bad.err
+    assert (run.directory / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_gradient_norm_is_logged_before_it_is_clipped(train):
+    run = train("--epochs 1 --clip-grad 0.001 --lr 0.001")
+    assert min(value for _, value in scalars(run.directory)["train/gradient_norm"]) > 0.01

@@ -35,7 +35,7 @@ def build_parser() -> Parser:
         help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)",
     )
     group.add_argument(
-        "--width", type=_number(float, above=0), default=1.0, help="factor on the channels (%(default)g)"
+        "--width", type=_number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)"
     )
 
     group = parser.add_argument_group("data")
@@ -261,14 +261,13 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         UsageError: one sentence that names them.
     """
     kind = OPTIMIZERS[args.optmzr]
-    useless = {
-        **{name: f"--optmzr {args.optmzr}" for name in ("momentum", "nesterov") if kind.momentum is None},
-        **{name: f"--optmzr {args.optmzr}" for name in ("sam_v2", "sam_rho", "adaptive") if not kind.sam},
-        **{name: "--prune-method none" for name in ("sparsity", "sparsity_distribution", "dense_layers") if args.prune_method == "none"},
-        **({} if args.mixup else {"alpha": "no --mixup"}),
-        **({} if args.dataset == "folder" else {"image_size": f"--dataset {args.dataset}"}),
-        **({"data_dir": "--dataset digits"} if args.dataset == "digits" else {}),
-    }  # fmt: skip
+    useless = _useless_for_method(args.prune_method) | {
+        **dict.fromkeys(() if kind.momentum is not None else ("momentum", "nesterov"), f"--optmzr {args.optmzr}"),
+        **dict.fromkeys(() if kind.sam else ("sam_v2", "sam_rho", "adaptive"), f"--optmzr {args.optmzr}"),
+        **dict.fromkeys(() if args.mixup else ("alpha",), "no --mixup"),
+        **dict.fromkeys(() if args.dataset == "folder" else ("image_size",), f"--dataset {args.dataset}"),
+        **dict.fromkeys(() if args.dataset != "digits" else ("data_dir",), "--dataset digits"),
+    }
     for name in sorted(given & useless.keys()):
         raise UsageError(f"{flag(name)} has no effect with {useless[name]}: leave it out, or change that")
     if args.nesterov and args.momentum == 0:
@@ -356,6 +355,7 @@ def _number(
     def convert(text: str) -> float:
         try:
             value = kind(text)
+            value = value if abs(value) < 2**63 else math.inf  # what torch can take
         except ValueError:
             value = math.nan
         fits = (

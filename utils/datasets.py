@@ -79,7 +79,7 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
     """
     if data_dir is None:
         raise UsageError("--dataset folder needs --data-dir DIR with DIR/train/<class>/* and DIR/test/<class>/*")
-    test = next((name for name in ("test", "val") if (data_dir / name).is_dir()), "test")
+    test = next((name for name in ("test", "val") if os.path.isdir(data_dir / name)), "test")
     splits = [_list_images(data_dir / name) for name in ("train", test)]
     if splits[0].classes != splits[1].classes:
         odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
@@ -111,11 +111,23 @@ DATASETS = {
 def _list_images(directory: Path) -> torchvision.datasets.ImageFolder:
     try:
         return torchvision.datasets.ImageFolder(directory)
-    except FileNotFoundError as error:
-        reason = "does not exist" if not directory.is_dir() else "has a class without an image" if any(
-            path.is_dir() for path in directory.iterdir()
-        ) else "has no folder for each class"  # fmt: skip
+    except OSError as error:
+        if not directory.is_dir():
+            reason = "is not a directory" if os.path.lexists(directory) else "does not exist"
+        elif isinstance(error, FileNotFoundError):
+            reason = _missing(directory)
+        else:
+            reason = f"cannot be read ({error.strerror})"
         raise UsageError(f"'{directory}' {reason}: --data-dir needs train/<class>/* and test/<class>/*") from error
+
+
+def _missing(directory: Path) -> str:
+    """What a directory lacks to be an image folder."""
+    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() and not any(file.suffix.lower() in extensions for file in path.rglob("*")):
+            return f"has a class without an image, '{path.name}'"
+    return "has no folder for each class"
 
 
 def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
@@ -134,13 +146,14 @@ def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
 
 def _decode_all(paths: list[str], image_size: int | None) -> torch.Tensor:
     """uint8 [N, H, W, C]; C is 1 if all images are grey, else 3."""
-    first = _decode(paths[0], image_size)
-    needed, memory = len(paths) * first[..., :1].size * 3, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    height, width = (image_size, image_size) if image_size else _decode(paths[0], None).shape[:2]
+    needed, memory = 3 * len(paths) * height * width, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise UsageError(
-            f"{len(paths):,} images of {first.shape[1]}x{first.shape[0]} take {needed / 2**30:.1f} GiB of this machine's "
+            f"{len(paths):,} images of {width}x{height} take {needed / 2**30:,.1f} GiB of this machine's "
             f"{memory / 2**30:.1f} GiB: give a smaller --image-size"
         )
+    first = _decode(paths[0], image_size)
     pixels = np.empty((len(paths), *first.shape[:2], 3), dtype=np.uint8)
     grey = True
     for index, image in enumerate(_decode_in_threads(paths, image_size)):
@@ -155,6 +168,8 @@ def _decode_all(paths: list[str], image_size: int | None) -> torch.Tensor:
 def _decode(path: str, image_size: int | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{image.mode} pixels of more than 8 bits")
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
             if image_size:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)

@@ -92,18 +92,21 @@ def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity
     if optimizer.v2:
         return Perturbation(lambda backward: optimizer.first_step(), optimizer.restore, measure)
 
-    statistics: list[Tensor] = []  # of batch norm after the first pass: the second, at w + e, is not to move them
+    # Batch norm's statistics after the first pass: the second, at w + e, is not to move them.
+    statistics = list(model.buffers())
+    saved = [torch.empty_like(buffer) for buffer in statistics]
 
     def perturb(backward: Callable[[], object]) -> None:
         backward()
         sparsity.mask_gradients()
         optimizer.first_step(zero_grad=True)
-        statistics[:] = [buffer.clone() for buffer in model.buffers()]
+        if saved:
+            torch._foreach_copy_(saved, statistics)
 
     def restore() -> None:
         optimizer.restore()
-        for buffer, saved in zip(model.buffers(), statistics, strict=True):
-            buffer.copy_(saved)
+        if saved:
+            torch._foreach_copy_(statistics, saved)
 
     return Perturbation(perturb, restore, measure, passes=2)
 

@@ -153,9 +153,11 @@ def _without_classes(root):
     ("damage", "words"),
     [
         (lambda root: (root / "train").rename(root / "training"), "train' does not exist"),
+        (lambda root: ((root / "train").rename(root / "x"), (root / "train").touch()), "train' is not a directory"),
         (lambda root: (root / "test").rename(root / "testing"), "test' does not exist"),
         (_without_classes, "no folder for each class"),
-        (lambda root: [p.unlink() for p in (root / "train/dog").iterdir()], "a class without an image"),
+        (lambda root: [p.unlink() for p in (root / "train/dog").iterdir()], "a class without an image, 'dog'"),
+        (lambda root: Image.new("I;16", (8, 8)).save(root / "train/cat/1.png"), "more than 8 bits"),
         (lambda root: (root / "test/dog").rename(root / "test/wolf"), "'dog' is in one only"),
         (lambda root: (root / "train/cat/1.png").write_bytes(b"no image"), "1.png' is not a readable image"),
         (lambda root: (root / "train/cat/1.png").write_bytes((root / "train/cat/1.png").read_bytes()[:60]), "1.png'"),
@@ -168,6 +170,18 @@ def test_a_malformed_folder_is_refused_in_one_sentence(tree, damage, words):
         load_dataset("folder", root)
     assert "\n" not in str(error.value)
     assert not (root / ".decoded").exists()
+
+
+def test_an_image_size_beyond_memory_is_refused_before_anything_is_decoded(tree):
+    root, _ = tree
+    with pytest.raises(UsageError, match="give a smaller --image-size"):
+        load_dataset("folder", root, 10**6)
+
+
+def test_a_file_is_no_folder(tree):
+    root, _ = tree
+    with pytest.raises(UsageError, match="--data-dir needs"):
+        load_dataset("folder", root / "train" / "cat" / "0.png")
 
 
 def test_a_folder_needs_a_directory():
