@@ -146,6 +146,7 @@ def build_sparsity(
         timing = Timing(total_steps, args.update_interval, args.stop_update)
     given = {
         "drop_fraction": args.drop_fraction, "gradient_share": args.mest_lambda, "soft": args.mest_soft or None,
+        "images_per_class": args.score_images,
         "rounds": args.lth_rounds, "rewind": args.lth_rewind,
     }  # fmt: skip
     with usage_errors():

@@ -21,6 +21,7 @@ class Method:
         update: how masks change during training.
         tickets: train in rounds, each on fewer of the weights that the first began with.
         pretrained: it prunes trained weights and needs them.
+        reads_images: the score does.
     """
 
     paper: str
@@ -30,6 +31,7 @@ class Method:
     update: Regrow | Shrink | None = None
     tickets: bool = False
     pretrained: bool = False
+    reads_images: bool = False
 
 
 ANY = ("global", "erk", "uniform")
@@ -39,8 +41,8 @@ METHODS = {
     # At initialisation
     "random": Method("Liu et al. 2022", scores.random),
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
-    "snip": Method("Lee et al. 2019", scores.snip, ANY),
-    "grasp": Method("Wang et al. 2020", scores.grasp, ANY),
+    "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True),
+    "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True),
     "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
     # Dynamic, at a constant budget
     "set": Method("Mocanu et al. 2018", scores.random, update=Regrow(scores.magnitude, scores.random, constant)),

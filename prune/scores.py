@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Scored:
         weights: those to be scored, by layer.
         generator: on the CPU, so that a seed means the same on every device.
         sample: function of a number k to (inputs, labels) of k images of each class, in random order.
+        images_per_class: how many of them a score looks at.
         gradients: of the last training step, before they were masked, by layer.
         gradient_share: lambda of MEST.
     """
@@ -29,14 +31,13 @@ class Scored:
     weights: dict[str, Tensor]
     generator: torch.Generator
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    images_per_class: int = 10
     gradients: dict[str, Tensor] = field(default_factory=dict)
     gradient_share: float = 1.0
 
 
 Scores = dict[str, Tensor]
 Score = Callable[[Scored], Scores]
-
-IMAGES_A_CLASS = 10  # for snip and grasp, as in the GraSP paper
 
 
 def random(scored: Scored) -> Scores:
@@ -79,10 +80,11 @@ def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
     images by class, so that the halves it takes g and H from see different classes; here every class is in every batch.
     """
     model, weights = _copy(scored)
-    loss = _losses(scored, model, temperature)
-    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    product = sum((g.detach() * g).sum() for g in grads)
-    curved = torch.autograd.grad(product, list(weights.values()))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss = _losses(scored, model, temperature)
+        grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        product = sum((g.detach() * g).sum() for g in grads)
+        curved = torch.autograd.grad(product, list(weights.values()))
     return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), curved, strict=True)}
 
 
@@ -110,6 +112,6 @@ def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
 
 
 def _losses(scored: Scored, model: nn.Module, temperature: float = 1.0) -> Tensor:
-    """Mean cross-entropy over IMAGES_A_CLASS images of each class."""
-    inputs, labels = scored.sample(IMAGES_A_CLASS)
+    """Mean cross-entropy over the images to look at."""
+    inputs, labels = scored.sample(scored.images_per_class)
     return F.cross_entropy(model(inputs) / temperature, labels)

@@ -25,6 +25,7 @@ class Options:
         drop_fraction: share of a layer's living weights that `set`, `rigl` and `mest` move at first.
         gradient_share: lambda in the importance |w| + lambda |g| of `mest`.
         soft: `mest` grows before it drops (EM&S, soft memory bound).
+        images_per_class: that `snip` and `grasp` look at.
         rounds: how often `lth` prunes.
         rewind: the step whose weights `lth` goes back to.
     """
@@ -32,6 +33,7 @@ class Options:
     drop_fraction: float = 0.3
     gradient_share: float = 1.0
     soft: bool = False
+    images_per_class: int = 10
     rounds: int = 3
     rewind: int = 0
 
@@ -187,10 +189,15 @@ class Sparsity:
         """What scores look at after a step (-1: before training)."""
         weights = {name: w for name, w in self.masks.weights.items() if name not in self.dense}
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
-        return Scored(self.model, weights, generator, sample, self._gradients, self.options.gradient_share)
+        options = self.options
+        return Scored(
+            self.model, weights, generator, sample, options.images_per_class, self._gradients, options.gradient_share
+        )
 
     def ever_alive_share(self) -> float:
         """Share of all prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
+        if self.method.score is None:
+            return 1.0  # it begins dense
         alive = self.masks.alive() | {name: int(mask.sum()) for name, mask in self.ever_alive.items()}
         return sum(alive.values()) / sum(weight.numel() for weight in self.masks.weights.values())
 

@@ -54,6 +54,8 @@ def train(model, sparsity, optimizer, steps, start=0, on_step=lambda step: None)
         optimizer.zero_grad()
         if isinstance(optimizer, SAM):
             optimizer.first_step()
+            for name, mask in sparsity.masks.masks.items():
+                assert (layers(model)[name][mask == 0] == 0).all()  # in the perturbed forward pass too
         F.cross_entropy(model(inputs), labels).backward()
         sparsity.after_backward(step)
         optimizer.step()
@@ -310,6 +312,7 @@ def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
         expected = 0.8 - 0.8 * (1 - last / 30) ** 3
         assert value == pytest.approx(1 - round((1 - expected) * total) / total, abs=1e-12), step
     assert dead(model) == pytest.approx(0.8, abs=1 / total)
+    assert mask.ever_alive_share() == 1
 
 
 def test_lottery_tickets_go_back_to_the_weights_of_the_rewind_step():

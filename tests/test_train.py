@@ -104,6 +104,9 @@ def test_tensorboard_shows_what_one_step_sam_bets_on(train):
         "--optmzr sgd --nesterov --clip-grad 1 --mixup --smooth-eps 0.1",
         "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --accumulate 2 --val-split 200",
         "--optmzr adamw-sam --adaptive --prune-method magnitude --sparsity 0.8 --lr-scheduler step --warmup-epochs 1",
+        "--optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.9 --update-interval 2",
+        "--optmzr sgd-sam --sam-v2 --prune-method mest --mest-soft --sparsity 0.9 --update-interval 2",
+        "--optmzr sgd-sam --prune-method lth --lth-rounds 1 --lth-rewind 8 --sparsity 0.9",
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(train, flags):
@@ -358,3 +361,66 @@ def test_a_run_does_not_go_on_with_other_images_or_other_flags(train, tmp_path):
 def test_the_gradient_norm_is_logged_before_it_is_clipped(train):
     run = train("--epochs 1 --clip-grad 0.001 --lr 0.001")
     assert min(value for _, value in scalars(run.directory)["train/gradient_norm"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "resnet --depth 18 --width 0.125",
+        "resnet --depth 50 --width 0.125",
+        "vgg --depth 16 --width 0.125",
+        "wideresnet --depth 16 --width 0.5",
+        "mobilenet --width 0.25",
+        "vit --depth 2 --width 0.34",
+    ],
+)
+def test_every_family_trains_sparse(train, network):
+    flags = f"--dataset digits --batch-size 256 --epochs 1 --prune-method rigl --sparsity 0.7 --update-interval 2 --arch {network}"
+    run = train(f"{flags} --optmzr sgd-sam --sam-v2 --lr 0.01", short=False)
+    assert run.code == 0, run.err
+    result = run.json("result.json")
+    assert result["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert 0.3 < result["ever_alive"] <= 1
+    assert result["training_flops"] < result["dense_training_flops"]
+
+
+def test_lottery_tickets_run_all_rounds_in_one_command(train):
+    run = train("--epochs 2 --prune-method lth --lth-rounds 2 --lth-rewind 3 --sparsity 0.75")
+    assert run.code == 0, run.err
+    assert run.out.count("epoch ") == 6
+    assert [round(float(row["sparsity"]), 3) for row in rows(run.directory)] == [0, 0, 0.5, 0.5, 0.75, 0.75]
+    assert "epoch 6/6" in run.out
+
+
+def test_oneshot_prunes_what_was_trained(train):
+    first = train("--epochs 1 --lr 0.01", "first")
+    run = train(
+        f"--epochs 1 --lr 1e-9 --momentum 0 --prune-method oneshot --sparsity 0.5 --pretrained {first.directory}/checkpoint.pt"
+    )
+    assert run.code == 0, run.err
+    before, after = (r.checkpoint()["state"]["model"] for r in (first, run))
+    scores = torch.cat([w.abs().flatten() for name, w in before.items() if w.ndim == 4 or name == "classifier.weight"])
+    threshold = scores.sort(descending=True).values[round(len(scores) / 2) - 1]
+    for name, w in before.items():
+        if w.ndim == 4 or name == "classifier.weight":
+            torch.testing.assert_close(after[name], torch.where(w.abs() >= threshold, w, 0), rtol=1e-4, atol=1e-6)
+    other = train(f"--depth 14 --epochs 1 --pretrained {first.directory}/checkpoint.pt", "other")
+    assert "its --depth is 8, not 14" in other.err
+
+
+def test_the_sparsity_of_layers_comes_from_a_file(train, tmp_path):
+    (tmp_path / "layers.yaml").write_text("prune_ratios: {stage3.0.conv1: 0.75, stage3.0.conv2.weight: 0.5}")
+    run = train("--epochs 1 --prune-method random --sparsity-config layers.yaml --summary")
+    assert run.code == 0, run.err
+    assert re.search(r"stage3.0.conv1 .* 0\.2500 ", run.out)
+    weights = run.checkpoint()["state"]["model"]
+    zeros = {n: int((w == 0).sum()) / w.numel() for n, w in weights.items() if w.ndim == 4}
+    assert zeros.pop("stage3.0.conv1.weight") == 0.75
+    assert zeros.pop("stage3.0.conv2.weight") == 0.5
+    assert set(zeros.values()) == {0}
+    (tmp_path / "layers.yaml").write_text("prune_ratios: {stage9.0.conv1: 0.75}")
+    bad = train("--epochs 1 --prune-method random --sparsity-config layers.yaml", "bad")
+    assert "the nearest name is 'stage" in bad.err
+    (tmp_path / "layers.yaml").write_text("!!python/object/apply:os.mkdir [it-ran]")
+    assert train("--epochs 1 --prune-method random --sparsity-config layers.yaml", "bad").code == 2
+    assert not (tmp_path / "it-ran").exists()

@@ -182,6 +182,12 @@ def build_parser() -> Parser:
         help="set, rigl, mest: share of a layer's living weights that moves at first (0.3)",
     )
     group.add_argument(
+        "--score-images",
+        type=_number(int, above=0),
+        metavar="N",
+        help="snip, grasp: images of each class that scores look at (10)",
+    )
+    group.add_argument(
         "--mest-lambda",
         type=_number(float, least=0),
         metavar="L",
@@ -303,6 +309,8 @@ def _useless_for_method(name: str) -> dict[str, str]:
         useless += ["update_interval", "stop_update"]
     if not (method.update and method.update.needs_gradients):
         useless += ["drop_fraction"]
+    if not method.reads_images:
+        useless += ["score_images"]
     if name != "mest":
         useless += ["mest_lambda", "mest_soft"]
     if not method.tickets:
@@ -326,6 +334,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults |= {"update_interval": Timing(1).interval, "stop_update": Timing(1).stop}
         if method.update.needs_gradients:
             defaults["drop_fraction"] = options.drop_fraction
+    if method.reads_images:
+        defaults["score_images"] = options.images_per_class
     if args.prune_method == "mest":
         defaults["mest_lambda"] = options.gradient_share
     if method.tickets:
