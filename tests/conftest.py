@@ -1,7 +1,11 @@
 """One command line for the tests, run in this process."""
 
 import json
+import os
 from pathlib import Path
+
+# Before torch is imported, and for child processes too: on cores that others use, threads wait for each other for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
