@@ -224,7 +224,9 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="directory of the run (runs/<name from the flags>)",
     )
-    group.add_argument("--remark", default="", help="added to the name of the run")
+    group.add_argument(
+        "--remark", default="", help="a note for args.json, added to the name of the run where --output-dir gives none"
+    )
     group.add_argument(
         "--resume",
         metavar="PATH",
