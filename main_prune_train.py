@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from prune import Options, Sparsity, Timing
+from prune import EmptyLayerError, Options, Sparsity, Timing
 from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, load_network, save_checkpoint
 from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, fingerprint, hold_out
@@ -129,7 +129,7 @@ def rehearse(args: Namespace) -> None:
     """Build network and sparsity without memory or data, so that impossible flags are known before data is touched."""
     with usage_errors(), torch.device("meta"):
         model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
-    build_sparsity(args, model, optimizers=[], total_steps=max(1, args.lth_rewind or 0) + 1)
+    build_sparsity(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
 
 
 def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, given = cli.parse(argv)
         (evaluate_checkpoint if args.evaluate else train)(args, given)
-    except (UsageError, TrainingError) as error:
+    except (UsageError, TrainingError, EmptyLayerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

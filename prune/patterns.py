@@ -102,10 +102,14 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
+class EmptyLayerError(ValueError):
+    """A sparsity that leaves a layer without a weight; with scores that compete, known only when they are there."""
+
+
 def refuse_empty(layers: list[str]) -> None:
-    """Raise ValueError if any layer has no weight left."""
+    """Raise EmptyLayerError if any layer has no weight left."""
     if layers:
-        raise ValueError(
+        raise EmptyLayerError(
             f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk, "
             "take a finer pattern, or keep layers dense by name"
         )

@@ -98,6 +98,11 @@ class Sparsity:
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {pattern}: take {pattern} with gmp")
         if self.method.update and timing is None:
             raise ValueError(f"pruning method '{method}' changes masks during training and needs a timing")
+        if self.method.update and self.method.update.needs_gradients and timing.interval >= timing.last:
+            raise ValueError(
+                f"masks would never move: they stay from step {timing.last} of {timing.total_steps} on and the first change "
+                f"would come after {timing.interval}; shorten the update interval, or train for longer"
+            )
         if self.method.tickets and timing and options.rewind >= timing.total_steps:
             raise ValueError(f"cannot rewind to step {options.rewind} of a training of {timing.total_steps} steps")
         self.counts(self.target)  # an impossible sparsity is known before anything is written
@@ -138,11 +143,16 @@ class Sparsity:
     def after_backward(self, step: int) -> None:
         """With the unscaled gradients of a step: let only those of living weights through."""
         if self._due(step) and self.method.update.needs_gradients:
-            self._gradients = {name: self.masks.weights[name].grad.clone() for name in self.masks.masks}
+            weights = {name: self.masks.weights[name] for name in self.masks.masks}
+            self._gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad.clone() for n, w in weights.items()}
         self.masks.apply_to_gradients()
 
     def after_step(self, step: int) -> int:
-        """With the weights just moved: change masks if it is time, keep the dead at zero. Returns the step to go on with."""
+        """With the weights just moved: change masks if it is time, keep the dead at zero. Returns the step to go on with.
+
+        Raises:
+            EmptyLayerError: a layer is left empty, where layers compete.
+        """
         self.masks.apply_to_weights()
         if self._due(step):
             self._change(self.method.update(self, step))

@@ -132,7 +132,7 @@ def test_scoring_changes_neither_weights_nor_statistics_nor_gradients(method):
         calls.append(per_class)
         return sample(per_class)
 
-    mask = Sparsity(model, method, 0.5, timing=Timing(20))
+    mask = Sparsity(model, method, 0.5, timing=Timing(20, 3))
     mask.before_training(look)
     for (name, now), before in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         alive = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(now))
@@ -386,6 +386,7 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"method": "synflow", "sparsity": 0.5, "distribution": "erk"}, "choose global"),
         ({"method": "lth", "sparsity": 0.5, "options": Options(rewind=20)}, "cannot rewind to step 20"),
         ({"pattern": "channel", "sparsity": 0.97}, "take a finer pattern"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": 15}, "masks would never move"),
     ],
 )
 def test_impossible_combinations_say_what_would_work(kwargs, words):

@@ -36,3 +36,27 @@ def test_files_in_the_layout_exist():
     layout = README[README.index("## Layout") : README.index("Read `main_prune_train.py`")]
     for name in re.findall(r"\b\w+\.(?:py|sh)\b", layout):
         assert list(ROOT.glob(name)) + list(ROOT.glob(f"*/{name}")), name
+
+
+def test_the_method_of_ones_own_works():
+    """Its two pieces, put where the README says."""
+    import torch
+
+    from prune import METHODS, Sparsity, methods, scores
+
+    block = README[README.index("# prune/scores.py\n") : README.index("```\n\n## Reading the results")]
+    function, line = block.split("# prune/methods.py, in METHODS\n")
+    exec(function, vars(scores))
+    try:
+        METHODS |= eval("{" + line + "}", vars(methods))
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        with torch.no_grad():
+            model[1].weight.mul_(100)
+        sparsity = Sparsity(model, "relative", 0.5)
+        sparsity.before_training()
+        assert sum(sparsity.masks.alive().values()) == 64
+        assert min(sparsity.masks.alive().values()) > 20  # plain magnitude would empty the first layer
+    finally:
+        METHODS.pop("relative", None)
+        del scores.relative_magnitude

@@ -424,3 +424,11 @@ def test_the_sparsity_of_layers_comes_from_a_file(train, tmp_path):
     (tmp_path / "layers.yaml").write_text("!!python/object/apply:os.mkdir [it-ran]")
     assert train("--epochs 1 --prune-method random --sparsity-config layers.yaml", "bad").code == 2
     assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_layer_that_empties_during_training_ends_it_with_a_sentence(train):
+    flags = "--epochs 1 --prune-method gmp --sparsity 0.999 --sparsity-distribution global --sparsity-pattern channel"
+    failed = train(f"{flags} --update-interval 2")
+    assert failed.code == 1
+    assert re.fullmatch(r"error: this sparsity leaves layer '.*' without a weight: .*\n", failed.err)
+    assert not (failed.directory / "result.json").exists()

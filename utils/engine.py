@@ -93,6 +93,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is no longer finite.
+        EmptyLayerError: the masks came to leave a layer empty.
     """
     while True:
         while state.step < recipe.total_steps:
