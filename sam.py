@@ -155,7 +155,7 @@ class SAM(torch.optim.Optimizer):
         """
         if self._perturbed:
             for block in self._blocks:
-                torch._foreach_copy_(block.params, block.views)
+                block.restore()
         self._perturbed = self._begun = False
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -291,27 +291,57 @@ class SAM(torch.optim.Optimizer):
         self._remembers = True
 
 
+@torch.no_grad()
+def flatten_parameters(params: Iterable[Tensor]) -> None:
+    """Move parameters into one piece of memory, where SAM perturbs and restores all of them by one call each.
+
+    Their values stay, and so do the parameters: only their memory changes, as by `model.to()`, which undoes this. SAM
+    needs none of it; call it before building one, with the parameters of a group in their order.
+
+    Args:
+        params: of one device and dtype.
+    """
+    params = list(params)
+    for p, view in zip(params, _views(*_zeros_for(params)), strict=True):
+        view.copy_(p)
+        p.data = view
+
+
 class _Block:
     """Parameters of one group on one device in one dtype, and one flat buffer with a view in the shape of each.
 
-    On the flat buffer norm, scaling and guard are one call each, however many parameters there are.
+    On the flat buffer norm, scaling and guard are one call each, however many parameters there are. Where the parameters
+    lie in memory as its views do, so are keeping, adding and restoring.
     """
 
     def __init__(self, group: dict, params: list[Tensor]):
         self.group, self.params = group, params
-        self.offsets, size = [], 0
-        for p in params:
-            self.offsets.append(size)
-            size += -(-p.numel() // 16) * 16  # every view aligned, for vectorised loads; the padding stays zero
-        self.strides = [torch.empty_like(p, device="meta").stride() for p in params]  # p's own layout if that is dense
-        self.buffer = torch.zeros(size, dtype=params[0].dtype, device=params[0].device)
+        self.buffer, self.layout = _zeros_for(params)
         self.views = self.views_of(self.buffer)
+        self._flat = self._find_flat()
 
     def views_of(self, flat: Tensor) -> list[Tensor]:
-        return [
-            flat.as_strided(p.shape, stride, offset)
-            for p, stride, offset in zip(self.params, self.strides, self.offsets, strict=True)
-        ]
+        return _views(flat, self.layout)
+
+    def _find_flat(self) -> Tensor | None:
+        """The memory that the parameters share as one tensor, if flatten_parameters laid them out."""
+        storage, start = self.params[0].untyped_storage(), self.params[0].storage_offset()
+        for p, (_, stride, offset) in zip(self.params, self.layout, strict=True):
+            if (p.untyped_storage().data_ptr(), p.storage_offset(), p.stride()) != (
+                storage.data_ptr(), start + offset, stride,
+            ):  # fmt: skip
+                return None
+        if storage.nbytes() < (start + len(self.buffer)) * self.buffer.element_size():
+            return None
+        flat = self.params[0].detach().as_strided(self.buffer.shape, (1,), start)
+        self._addresses = [p.data_ptr() for p in self.params]
+        return flat
+
+    def flat(self) -> Tensor | None:
+        """The same, as long as no parameter was moved: `_flat` keeps the memory from serving anyone else."""
+        if self._flat is not None and [p.data_ptr() for p in self.params] != self._addresses:
+            self._flat = None
+        return self._flat
 
     def remember_gradients(self) -> None:
         grads = [p.grad for p in self.params]
@@ -329,8 +359,10 @@ class _Block:
         """T^2 g and T g as flat tensors, g being what the buffer holds; both g itself if not adaptive."""
         if not self.group["adaptive"]:
             return self.buffer, self.buffer
-        weights = torch.zeros_like(self.buffer)
-        torch._foreach_copy_(self.views_of(weights), self.params)
+        weights = self.flat()
+        if weights is None:
+            weights = torch.zeros_like(self.buffer)
+            torch._foreach_copy_(self.views_of(weights), self.params)
         scaled = self.buffer * weights  # w in the place of T = |w|: the norm and the square are the same
         return scaled * weights, scaled
 
@@ -338,8 +370,36 @@ class _Block:
         """Keep the weights in the buffer and add rho * direction / norm to them, nothing where norm is not finite."""
         e = direction * (self.group["rho"] / (norm.to(direction.device) + 1e-12))
         e.nan_to_num_(0.0, 0.0, 0.0)  # a norm of inf or NaN has left zeros and NaN: a guard without host or mask
-        torch._foreach_copy_(self.views, self.params)
-        torch._foreach_add_(self.params, self.views_of(e))
+        flat = self.flat()
+        if flat is None:
+            torch._foreach_copy_(self.views, self.params)
+            torch._foreach_add_(self.params, self.views_of(e))
+        else:
+            self.buffer.copy_(flat)
+            flat.add_(e)
+
+    def restore(self) -> None:
+        flat = self.flat()
+        if flat is None:
+            torch._foreach_copy_(self.params, self.views)
+        else:
+            flat.copy_(self.buffer)
+
+
+Layout = list[tuple[torch.Size, tuple[int, ...], int]]  # shape, stride and offset of each parameter in a flat tensor
+
+
+def _zeros_for(params: list[Tensor]) -> tuple[Tensor, Layout]:
+    """A flat tensor with room for all parameters, and where each goes: in its own layout if that is dense."""
+    layout, size = [], 0
+    for p in params:
+        layout.append((p.shape, torch.empty_like(p, device="meta").stride(), size))
+        size += -(-p.numel() // 16) * 16  # every view aligned, for vectorised loads; the padding stays zero
+    return torch.zeros(size, dtype=params[0].dtype, device=params[0].device), layout
+
+
+def _views(flat: Tensor, layout: Layout) -> list[Tensor]:
+    return [flat.as_strided(*place) for place in layout]
 
 
 def _global_norm(tensors: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam import SAM
+from sam import SAM, flatten_parameters
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -104,6 +104,77 @@ def test_the_documented_loop_follows_the_formulas(base, adaptive, v2):
         reference.step(batch)
         for p, q in zip(model.parameters(), reference_model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_flattened_parameters_train_bit_for_bit_alike(adaptive, v2):
+    model, flat_model = network(), network()
+    before = weights(flat_model)
+    flatten_parameters(flat_model.parameters())
+    assert_same(weights(flat_model), before)
+    assert len({p.untyped_storage().data_ptr() for p in flat_model.parameters()}) == 1
+    strides = [p.stride() for p in model.parameters()]
+    assert [p.stride() for p in flat_model.parameters()] == strides
+    optimizers = [
+        SAM(m.parameters(), torch.optim.SGD, rho=0.3, adaptive=adaptive, v2=v2, lr=0.1, momentum=0.9)
+        for m in (model, flat_model)
+    ]
+    for batch in batches(6):
+        documented_step(model, optimizers[0], batch)
+        documented_step(flat_model, optimizers[1], batch)
+        assert_same(weights(model), weights(flat_model))
+
+
+def test_flattened_parameters_are_perturbed_and_restored_as_one():
+    def calls(optimizer):
+        with Count() as count:
+            optimizer.first_step()
+            optimizer.restore()
+        return count.calls
+
+    model = network()
+    flatten_parameters(model.parameters())
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    for batch in batches(2):
+        documented_step(model, optimizer, batch)
+    assert not any("foreach" in call for call in calls(optimizer))
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        lambda params: [setattr(p, "data", p.data.clone()) for p in params],
+        lambda params: setattr(params[1], "data", params[1].data.clone()),
+        lambda params: setattr(params[0], "data", params[0].data.clone()),
+    ],
+    ids=["all", "one", "first"],
+)
+@pytest.mark.parametrize("when", ["before the first step", "later"])
+def test_parameters_that_leave_their_common_memory_are_still_perturbed(undo, when):
+    model, reference = network(), network()
+    flatten_parameters(model.parameters())
+    optimizers = [SAM(m.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9) for m in (model, reference)]
+    for number, batch in enumerate(batches(6)):
+        if number == (3 if when == "later" else 0):
+            undo(list(model.parameters()))
+        documented_step(model, optimizers[0], batch)
+        documented_step(reference, optimizers[1], batch)
+        assert_same(weights(model), weights(reference))
+
+
+def test_parameters_of_other_groups_or_orders_than_they_were_flattened_in_are_still_perturbed():
+    model, reference = network(), network()
+    flatten_parameters(model.parameters())
+    optimizers = []
+    for m in (model, reference):
+        a, b, c, d = m.parameters()
+        groups = [{"params": [b, a]}, {"params": [c, d], "rho": 0.7}]
+        optimizers.append(SAM(groups, torch.optim.SGD, rho=0.3, lr=0.1))
+    for batch in batches(4):
+        documented_step(model, optimizers[0], batch)
+        documented_step(reference, optimizers[1], batch)
+        assert_same(weights(model), weights(reference))
 
 
 def test_one_step_sam_differs_from_its_base_although_zero_grad_sets_gradients_to_none():

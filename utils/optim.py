@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune import Sparsity
-from sam import SAM
+from sam import SAM, flatten_parameters
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def build_optimizer(
     v2: bool = False,
     adaptive: bool = False,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over all parameters of a model. momentum and nesterov are SGD's; rho, v2, adaptive SAM's."""
+    """Build an optimizer over all parameters of a model. momentum and nesterov are SGD's; rho, v2, adaptive SAM's.
+
+    The model stays where it is from now on: SAM has its parameters moved into one piece of memory.
+    """
     kind = OPTIMIZERS[name]
     options = {"lr": lr, "weight_decay": weight_decay}
     if kind.momentum is not None:
@@ -54,6 +57,7 @@ def build_optimizer(
     if parameters[0].device.type in ("cpu", "cuda"):
         options["fused"] = True  # one kernel: half the time of the default on the CPU
     if kind.sam:
+        flatten_parameters(parameters)
         return SAM(parameters, kind.base, rho=rho, adaptive=adaptive, v2=v2, **options)
     return kind.base(parameters, **options)
 
