@@ -11,12 +11,13 @@ from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
 from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, load_network, save_checkpoint
-from utils.data import Dataset, EvalLoader, Normalize, TrainLoader, channel_statistics, fingerprint, hold_out
+from utils.data import Dataset, channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, evaluate, fit
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
+from utils.loaders import EvalLoader, Normalize, TrainLoader
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity

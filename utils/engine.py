@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import TrainState
-from utils.data import EvalLoader, TrainLoader
 from utils.errors import TrainingError
 from utils.flops import FlopsMeter
+from utils.loaders import EvalLoader, TrainLoader
 from utils.optim import Perturbation
 from utils.record import Record
 

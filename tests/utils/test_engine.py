@@ -8,8 +8,9 @@ from torch import nn
 
 from prune import Sparsity
 from utils.checkpoint import TrainState
-from utils.data import EvalLoader, Images, Normalize, channel_statistics
+from utils.data import Images, channel_statistics
 from utils.engine import Recipe, evaluate, train_step
+from utils.loaders import EvalLoader, Normalize
 from utils.optim import OPTIMIZERS, build_optimizer, perturbation_of
 
 ARMS = [(name, v2) for name in OPTIMIZERS for v2 in ((True, False) if name.endswith("-sam") else (False,))]
