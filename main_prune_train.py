@@ -14,11 +14,12 @@ from utils.checkpoint import TrainState, load_checkpoint, load_network, save_che
 from utils.data import Dataset, channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, pick_device, use_deterministic_kernels
-from utils.engine import Recipe, evaluate, fit
+from utils.engine import Recipe, build_objective, evaluate, fit
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
-from utils.loaders import EvalLoader, Normalize, TrainLoader
+from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
+from utils.precision import choose
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
 
@@ -35,15 +36,10 @@ def train(args: Namespace, given: set[str]) -> None:
         with usage_errors():
             dataset = hold_out(dataset, args.val_split, args.seed)
     about_data = {"classes": dataset.classes, "fingerprint": fingerprint(dataset), **channel_statistics(dataset.train)}
-    normalize = Normalize(about_data["mean"], about_data["deviation"], device)
-    loader = TrainLoader(
-        dataset.train, args.batch_size, len(dataset.classes), normalize, args.seed, device,
-        dataset.pad, dataset.flip, mixup=args.alpha or 0.0,
-    )  # fmt: skip
-    splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
-    evaluators = {name: EvalLoader(images, args.test_batch_size, normalize, device) for name, images in splits.items()}
-
-    total_steps = args.epochs * loader.steps_per_epoch
+    augmentation = Augmentation(
+        len(dataset.train), args.batch_size, args.seed, dataset.pad, dataset.flip, mixup=args.alpha or 0.0
+    )
+    total_steps = args.epochs * augmentation.steps_per_epoch
 
     torch.manual_seed(args.seed)
     model = build(args, dataset, device)
@@ -54,7 +50,28 @@ def train(args: Namespace, given: set[str]) -> None:
         rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
     )  # fmt: skip
     sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
+    perturbation = perturbation_of(optimizer, model, sparsity)
     state = TrainState(model, optimizer, sparsity)
+
+    with usage_errors():
+        flops = count_flops(model, dataset.image_shape, smallest_batch=augmentation.smallest_part(args.accumulate))
+    meter = FlopsMeter(flops, sparsity, perturbation.passes)
+    execution = choose(
+        args.precision, args.compile, device,
+        perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
+        args.deterministic,
+    )  # fmt: skip
+    args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
+
+    normalize = Normalize(about_data["mean"], about_data["deviation"], device)
+    workers = pick_workers(dataset.train, device) if args.workers is None else args.workers
+    loader = TrainLoader(dataset.train, augmentation, len(dataset.classes), normalize, device, workers, execution)
+    splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
+    evaluators = {
+        name: EvalLoader(images, args.test_batch_size, normalize, device, resident=not workers)
+        for name, images in splits.items()
+    }
+
     if checkpoint:
         check_fits(checkpoint, dataset)
         if checkpoint["data"]["fingerprint"] != about_data["fingerprint"]:
@@ -63,18 +80,15 @@ def train(args: Namespace, given: set[str]) -> None:
     else:
         with usage_errors():
             sparsity.before_training(loader.sample)
-    perturbation = perturbation_of(optimizer, model, sparsity)
-    with usage_errors():
-        flops = count_flops(model, loader.image_shape, smallest_batch=loader.smallest_part(args.accumulate))
-    meter = FlopsMeter(flops, sparsity, perturbation.passes)
 
     recipe = Recipe(
+        build_objective(model, execution, -(-args.batch_size // args.accumulate), args.smooth_eps), execution,
         lr_at=partial(
             learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
             warmup_steps=round(args.warmup_epochs * loader.steps_per_epoch),
         ),
         total_steps=total_steps,
-        accumulate=args.accumulate, smooth_eps=args.smooth_eps, clip_grad=args.clip_grad, log_interval=args.log_interval,
+        accumulate=args.accumulate, clip_grad=args.clip_grad, log_interval=args.log_interval,
     )  # fmt: skip
     if state.step >= recipe.total_steps and (directory / "result.json").exists():
         print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
@@ -85,7 +99,9 @@ def train(args: Namespace, given: set[str]) -> None:
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
         total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch),
     )  # fmt: skip
-    record.say(f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}")
+    record.say(
+        f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}, {execution}"
+    )
     record.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
     if args.summary:
         record.say(summary_table(meter.flops, sparsity))
@@ -122,7 +138,8 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     data = checkpoint["data"]
     normalize = Normalize(data["mean"], data["deviation"], device)  # as the network was trained, whatever is in train/
     loader = EvalLoader(dataset.test, args.test_batch_size, normalize, device)
-    loss, top1 = evaluate(model, loader)
+    execution = choose(args.precision, "off", device)
+    loss, top1 = evaluate(model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 
 

@@ -71,10 +71,18 @@ class Masks:
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
+    def alive_counts(self) -> Tensor:
+        """Number of living weights of each layer in `weights`: int64 [layers] on the device, which it does not wait for."""
+        return torch.stack(
+            [
+                self.masks[name].count_nonzero() if name in self.masks else torch.full((), w.numel(), device=w.device)
+                for name, w in self.weights.items()
+            ]
+        )
+
     def alive(self) -> dict[str, int]:
         """Number of living weights a layer."""
-        dense = {name: weight.numel() for name, weight in self.weights.items()}
-        return dense | {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        return dict(zip(self.weights, self.alive_counts().tolist(), strict=True))
 
     def density(self) -> dict[str, float]:
         """Share of living weights a layer."""

@@ -28,33 +28,37 @@ class Units:
 
     def __init__(self, number: Callable[[Shape], Tensor] | None = None):
         self._number = number
+        self._units: dict[tuple[Shape, torch.device], tuple[Tensor, Tensor]] = {}
 
     def pool(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean value and number of weights of each unit: [units] and int64 [units]."""
         if self._number is None:
             return values.flatten(), torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
-        number = self._number(tuple(values.shape)).to(values.device).flatten()
-        sizes = torch.bincount(number)
+        number, sizes = self._units_of(tuple(values.shape), values.device)
         sums = torch.zeros(len(sizes), dtype=values.dtype, device=values.device)
         return sums.index_add_(0, number, values.flatten()) / sizes, sizes
 
     def spread(self, alive: Tensor, shape: Shape) -> Tensor:
         """The mask in a weight's shape of which units live."""
-        return alive.view(shape) if self._number is None else alive[self._number(shape).to(alive.device)]
+        if self._number is None:
+            return alive.view(shape)
+        return alive.index_select(0, self._units_of(shape, alive.device)[0]).view(shape)
+
+    def _units_of(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The unit of each weight, int32 [weights], and the size of each unit, int64 [units]; kept, as they never change."""
+        if (shape, device) not in self._units:
+            number = self._number(shape).flatten()
+            self._units[shape, device] = number.int().to(device), torch.bincount(number).to(device)
+        return self._units[shape, device]
 
     def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """Boolean masks of the highest scores, as many weights as counted to within half a unit for each group.
-
-        Raises:
-            ValueError: a layer is left empty.
-        """
+        """Boolean masks of the highest scores, as many weights as counted to within half a unit for each group."""
         masks = {}
         for layers, count in counts.items():
             pooled = [self.pool(scores[layer]) for layer in layers]
             alive = top(torch.cat([p for p, _ in pooled]), torch.cat([sizes for _, sizes in pooled]), count)
             for layer, part in zip(layers, alive.split([len(p) for p, _ in pooled]), strict=True):
                 masks[layer] = self.spread(part, tuple(scores[layer].shape))
-        refuse_empty([layer for layer, mask in masks.items() if not mask.any()])
         return masks
 
 

@@ -42,9 +42,12 @@ Score = Callable[[Scored], Scores]
 
 def random(scored: Scored) -> Scores:
     """Independent and uniform."""
-    return {
-        name: torch.rand(w.shape, generator=scored.generator, dtype=torch.float64).to(w.device)
-        for name, w in scored.weights.items()
+    draws = {n: torch.rand(w.shape, generator=scored.generator, dtype=torch.float64) for n, w in scored.weights.items()}
+    return {  # pinned, so that the copy does not make the host wait for the device
+        name: (draw.pin_memory() if scored.weights[name].is_cuda else draw).to(
+            scored.weights[name].device, non_blocking=True
+        )
+        for name, draw in draws.items()
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune.distribution import distribute
 from prune.masks import Masks, prunable_weights, select_layers
 from prune.methods import METHODS
-from prune.patterns import NofM, find_pattern
+from prune.patterns import NofM, find_pattern, refuse_empty
 from prune.schedules import Timing
 from prune.scores import Scored, magnitude
 
@@ -119,13 +119,16 @@ class Sparsity:
             sample: see `scores.Scored`; for methods that look at data.
 
         Raises:
-            ValueError: a layer is left empty.
+            EmptyLayerError: a layer is left empty.
         """
         rounds = self.method.rounds if self.method.score else 0
         for number in range(1, rounds + 1):
             # Each round keeps the same share of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.target) ** (number / rounds)
             self.masks.set(self.pattern.keep(self.method.score(self.scored(-1, sample)), self.counts(wanted)))
+        if not self.method.score and self.method.update:  # masks of ones, so that none has to be made during training
+            self.masks.set(self.pattern.keep(magnitude(self.scored(-1)), self.counts(0.0)))
+        self.refuse_empty_layers()
         if self.method.update and self.method.update.needs_gradients:
             alive = {name: self.pattern.pool(mask)[0] > 0 for name, mask in self.masks.masks.items()}
             self.targets = {name: int(units.sum()) for name, units in alive.items()}
@@ -150,8 +153,7 @@ class Sparsity:
     def after_step(self, step: int) -> int:
         """With the weights just moved: change masks if it is time, keep the dead at zero. Returns the step to go on with.
 
-        Raises:
-            EmptyLayerError: a layer is left empty, where layers compete.
+        Where layers compete for weights one may come out empty: `refuse_empty_layers` tells, and waits for the device.
         """
         self.masks.apply_to_weights()
         if self._due(step):
@@ -165,6 +167,9 @@ class Sparsity:
 
         Iterative magnitude pruning (Frankle and Carbin 2019; with rewinding, Frankle et al. 2020, algorithm 1): prune the
         trained weights, take those of step `rewind` in their place, and train again from there.
+
+        Raises:
+            EmptyLayerError: a layer is left empty.
         """
         if not self.method.tickets or self.round == self.options.rounds:
             return step
@@ -175,12 +180,17 @@ class Sparsity:
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(self._rewound[name])
         self.masks.set(masks)
+        self.refuse_empty_layers()
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():
                     if isinstance(tensor, Tensor):
                         tensor.zero_()
         return self.options.rewind
+
+    def refuse_empty_layers(self) -> None:
+        """Raise EmptyLayerError if any layer has no weight left. Waits for the device."""
+        refuse_empty([name for name, count in self.masks.alive().items() if count == 0])
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Epochs, begun ones counted, that the rounds of a lottery ticket take beyond one training."""

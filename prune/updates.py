@@ -71,5 +71,4 @@ def _highest(scores: Tensor, excluded: Tensor, count: int) -> Tensor:
     """Boolean: the `count` highest scores outside `excluded`; ties go to the earlier one."""
     order = scores.masked_fill(excluded, -torch.inf).sort(descending=True, stable=True).indices
     chosen = torch.zeros_like(excluded)
-    chosen[order[:count]] = True
-    return chosen
+    return chosen.index_fill_(0, order[:count], True)

@@ -1,7 +1,14 @@
 """Bad input: one sentence on stderr, exit code 2, nothing written."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -197,3 +204,28 @@ def test_help_names_every_flag_in_groups(capsys):
         assert f" {name}" in text, name
     for group in ("network:", "data:", "optimizer:", "sharpness-aware", "sparsity:", "run:"):
         assert group in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "code", "words"),
+    [
+        ("no-such-compiler", 2, "--compile on needs a C++ compiler ('no-such-compiler' is not there)"),
+        ("/bin/false", 1, "the network could not be compiled"),
+    ],
+    ids=["none", "broken"],
+)
+def test_a_compiler_that_is_not_there_or_broken_is_one_sentence(tmp_path, compiler, code, words):
+    environment = os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        ROOT / "main_prune_train.py",
+        *"--dataset digits --depth 8 --epochs 1 --width 0.25".split(),
+    ]
+    done = subprocess.run(
+        [*command, "--compile", "on", "--output-dir", tmp_path / "run"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()

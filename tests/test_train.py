@@ -40,7 +40,7 @@ def assert_same_state(left, right, path="state"):
     elif isinstance(left, dict):
         assert left.keys() == right.keys(), path
         for key in left:
-            if key not in ("seconds", "images_per_second", "training_seconds"):
+            if key not in ("seconds", "images_per_second"):
                 assert_same_state(left[key], right[key], f"{path}.{key}")
     elif isinstance(left, list | tuple):
         assert len(left) == len(right), path
@@ -78,6 +78,60 @@ def test_a_run_leaves_everything_it_promises(train):
     assert result["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in table))
     assert re.search(r"epoch 3/3 .*loss at w\+e .*test \d+\.\d+%", run.out)
     assert f"{total - alive:,} of {total:,} convolution and linear weights are zero" in run.out
+
+
+def test_a_compiled_run_trains_resumes_bit_for_bit_and_says_so(train):
+    flags = f"{SPARSE_SAM} --epochs 2 --compile on"  # the last batch of an epoch is a smaller one
+    whole = train(flags, "whole")
+    assert whole.code == 0, whole.err
+    assert "fp32, compiled" in whole.out.splitlines()[0]
+    assert whole.json("args.json")["args"]["compile"] == whole.checkpoint()["args"]["compile"] == "on"
+    plain = train(flags.replace("compile on", "compile off"), "plain")
+    losses = [float(rows(run.directory)[0]["train_loss"]) for run in (whole, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+    from utils import engine
+
+    original, calls = engine.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    engine.evaluate = interrupted
+    try:
+        assert train(flags, "cut").code == 130
+    finally:
+        engine.evaluate = original
+    resumed = train("--compile auto " + flags.replace("--compile on", "") + " --resume auto", "cut")
+    assert resumed.code == 0, resumed.err
+    assert_same_state(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    refused = train(flags.replace("compile on", "compile off") + " --resume auto", "cut")
+    assert refused.code == 2
+    assert "--compile was on and is off" in refused.err
+
+
+def test_precision_is_resolved_once_and_kept(train):
+    run = train(f"{SPARSE_SAM} --epochs 1 --precision bf16")
+    assert run.code == 0, run.err
+    assert "bf16, not compiled" in run.out.splitlines()[0]
+    assert all(t.dtype == torch.float32 for t in run.checkpoint()["state"]["model"].values() if t.is_floating_point())
+    refused = train(f"{SPARSE_SAM} --epochs 1 --precision fp32 --resume auto")
+    assert (refused.code, "--precision was bf16 and is fp32" in refused.err) == (2, True)
+    evaluated = train(f"--evaluate {run.directory / 'checkpoint.pt'}", output=None, short=False)
+    shown = float(re.search(r"test loss ([\d.]+)", evaluated.out)[1])
+    assert shown == pytest.approx(run.json("result.json")["test_loss"], abs=1e-4)
+    auto = train("--epochs 1", "auto")
+    assert auto.json("args.json")["args"]["precision"] in ("fp32", "bf16")
+    assert auto.json("args.json")["args"]["compile"] == "off"
+
+
+def test_batches_from_workers_train_the_same_run(train):
+    plain, streamed = (train(f"{SPARSE_SAM} --epochs 2 --workers {n}", str(n)) for n in (0, 2))
+    assert streamed.code == 0, streamed.err
+    assert_same_state(plain.checkpoint()["state"], streamed.checkpoint()["state"])
 
 
 def test_tensorboard_shows_what_one_step_sam_bets_on(train):

@@ -23,8 +23,7 @@ class TrainState:
         progress: steps taken; only grows. The axis of logs.
         rows: one of metrics.csv for each finished epoch.
         images: trained on, repetitions counted.
-        training_seconds: that this took, without evaluation.
-        training_flops: that it took, at the densities the steps had.
+        training_flops: that this took, at the densities the steps had.
     """
 
     model: nn.Module
@@ -34,7 +33,6 @@ class TrainState:
     progress: int = 0
     rows: list[dict] = field(default_factory=list)
     images: int = 0
-    training_seconds: float = 0.0
     training_flops: float = 0.0
 
     def state_dict(self) -> dict:
@@ -56,7 +54,7 @@ class TrainState:
             raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
 
     _HOLDERS = ("model", "sparsity", "optimizer")
-    _VALUES = ("step", "progress", "rows", "images", "training_seconds", "training_flops")
+    _VALUES = ("step", "progress", "rows", "images", "training_flops")
 
 
 def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None:

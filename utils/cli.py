@@ -11,6 +11,7 @@ from prune.distribution import DISTRIBUTIONS
 from utils.datasets import DATASETS
 from utils.errors import UsageError
 from utils.optim import OPTIMIZERS
+from utils.precision import PRECISIONS
 
 SCHEDULES = ("cosine", "step", "constant")
 
@@ -216,6 +217,24 @@ def build_parser() -> Parser:
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
     group.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
+    group.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the forward pass; auto: bf16 where the device computes in it (%(default)s)",
+    )
+    group.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="by torch.compile; auto: where the run is long enough to earn it back (%(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_number(int, least=0),
+        metavar="N",
+        help="processes that cut batches from images in the host's memory; 0: cut on the device (0 where they fit it)",
+    )
     group.add_argument("--deterministic", action="store_true", help="only deterministic kernels, which may be slower")
     group.add_argument(
         "--output-dir",

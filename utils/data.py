@@ -44,6 +44,12 @@ class Dataset:
     def channels(self) -> int:
         return self.train.pixels.shape[3]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W]."""
+        _, height, width, channels = self.train.pixels.shape
+        return channels, height, width
+
 
 def fingerprint(dataset: Dataset) -> str:
     """A hash of all images and labels, to know them again."""

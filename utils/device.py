@@ -4,6 +4,7 @@ import os
 import platform
 
 import torch
+from torch import Tensor
 
 from utils.errors import UsageError
 
@@ -37,3 +38,8 @@ def use_deterministic_kernels(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
         torch.use_deterministic_algorithms(True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -14,6 +14,7 @@ from utils.errors import TrainingError
 from utils.flops import FlopsMeter
 from utils.loaders import EvalLoader, TrainLoader
 from utils.optim import Perturbation
+from utils.precision import Execution
 from utils.record import Record
 
 
@@ -22,20 +23,45 @@ class Recipe:
     """What stays the same from step to step.
 
     Attributes:
+        objective: see build_objective.
+        execution: how evaluation computes.
         lr_at: the learning rate of a step.
         total_steps: steps of the whole schedule.
         accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss.
-        smooth_eps: label smoothing.
         clip_grad: largest norm of the gradient, or None.
         log_interval: steps from one logged step to the next.
     """
 
+    objective: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    execution: Execution
     lr_at: Callable[[int], float]
     total_steps: int
     accumulate: int = 1
-    smooth_eps: float = 0.0
     clip_grad: float | None = None
     log_interval: int = 50
+
+
+def build_objective(
+    model: nn.Module, execution: Execution, micro_batch: int, smooth_eps: float = 0.0
+) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """What is differentiated: a function of inputs, targets and the size of the whole batch they are part of.
+
+    It returns the part's share of the batch's mean loss, and [sum of losses, number of correct predictions].
+
+    Args:
+        micro_batch: the size to compile for.
+        smooth_eps: label smoothing.
+    """
+
+    def objective(inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        with execution.autocast(inputs.device):
+            logits = model(inputs)
+        logits = logits.to(targets.dtype)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smooth_eps, reduction="sum")
+        correct = targets.gather(1, logits.argmax(1, keepdim=True)).sum()
+        return loss / batch_size, torch.stack([loss.detach(), correct])
+
+    return execution.compile(objective, micro_batch, graphs=True)
 
 
 def train_step(
@@ -59,11 +85,9 @@ def train_step(
         optimizer.zero_grad()
         sums = torch.zeros(2, device=inputs.device)
         for x, y in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
-            logits = model(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=recipe.smooth_eps, reduction="sum")
-            (loss / len(inputs)).backward()
-            correct = y.gather(1, logits.argmax(1, keepdim=True)).sum()
-            sums += torch.stack([loss.detach(), correct])
+            loss, part = recipe.objective(x, y, len(inputs))
+            loss.backward()
+            sums += part
         return sums
 
     perturbation.perturb(backward)
@@ -100,7 +124,7 @@ def fit(
             began = time.perf_counter()
             row = train_epoch(state, perturbation, recipe, loader, meter, record)
             for name, evaluator in evaluators.items():
-                row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator)
+                row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator, recipe.execution)
                 if not math.isfinite(row[f"{name}_loss"]):
                     raise TrainingError(
                         _stopped(f"the {name} loss is {row[f'{name}_loss']}", state.progress, row["lr"])
@@ -130,15 +154,17 @@ def train_epoch(
     began = time.perf_counter()
     state.model.train()
     steps = loader.steps_per_epoch - state.step % loader.steps_per_epoch
-    sums, lrs, images = torch.zeros(steps, 2, device=loader.device), [], 0
+    sums, lrs, images, untimed = torch.zeros(steps, 2, device=loader.device), [], 0, 0
     with record.progress(len(state.rows) + 1, steps) as bar:
         for position in range(steps):
             inputs, targets = loader.batch(state.step)
             images += len(inputs)
-            state.training_flops += meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
+            meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
             measure = (state.progress + 1) % recipe.log_interval == 0
             sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
             lrs.append(state.optimizer.param_groups[0]["lr"])
+            if record.first_step_of_process(sums[position], began) and steps > 1:
+                began, untimed = time.perf_counter(), images  # compilation is not what images/s are about
             if measure:
                 _check_finite(sums[: position + 1, 0], lrs, state)
                 loss = sums[position, 0] / len(inputs)
@@ -147,25 +173,28 @@ def train_epoch(
     _check_finite(sums[:, 0], lrs, state)
     loss, top1 = (sums.double().sum(0) / images).tolist()  # waits for the device
     seconds = time.perf_counter() - began
+    state.training_flops += meter.read()
+    state.sparsity.refuse_empty_layers()
     state.images += images
-    state.training_seconds += seconds
     return {
         "epoch": len(state.rows) + 1,
         "lr": lrs[-1],
         "train_loss": loss,
         "train_top1": 100 * top1,
-        "images_per_second": images / seconds,
+        "images_per_second": (images - untimed) / seconds,
     }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution) -> tuple[float, float]:
     """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent)."""
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=loader.labels.device)
     for inputs, labels in loader:
-        logits = model(inputs).float()
+        with execution.autocast(inputs.device):
+            logits = model(inputs)
+        logits = logits.float()
         sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
     model.train(training)
     loss, correct = (sums / len(loader)).tolist()

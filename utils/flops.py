@@ -9,7 +9,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune import Sparsity
@@ -95,16 +95,28 @@ class FlopsMeter:
 
     def __init__(self, flops: Flops, sparsity: Sparsity, passes: int):
         self.flops, self.sparsity, self.passes = flops, sparsity, passes
-        self._version, self._sparse, self._growing = -1, 0.0, 0.0
+        self._version = -1
+        # For each of the masks that steps had: living weights by layer, images, images that dense gradients were for.
+        self._counted: list[tuple[Tensor, int, int]] = []
 
-    def step(self, images: int, dense_gradients: bool) -> float:
-        """Operations of a training step on so many images; densities are read anew only when masks have changed."""
+    def step(self, images: int, dense_gradients: bool) -> None:
+        """Count a training step on so many images; nothing waits for the device."""
         if self._version != self.sparsity.masks.version:
             self._version = self.sparsity.masks.version
-            density = self.sparsity.masks.density()
-            self._sparse = self.flops.train(density)
-            self._growing = self.flops.train(density, dense_gradients=True)
-        return images * ((self.passes - 1) * self._sparse + (self._growing if dense_gradients else self._sparse))
+            self._counted.append((self.sparsity.masks.alive_counts(), 0, 0))
+        alive, total, dense = self._counted[-1]
+        self._counted[-1] = (alive, total + images, dense + images * dense_gradients)
+
+    def read(self) -> float:
+        """Operations of the steps since it was read last. Waits for the device."""
+        operations = 0.0
+        for alive, total, dense in self._counted:
+            weights = self.sparsity.masks.weights
+            density = {name: n / w.numel() for n, (name, w) in zip(alive.tolist(), weights.items(), strict=True)}
+            operations += (self.passes * total - dense) * self.flops.train(density)
+            operations += dense * self.flops.train(density, dense_gradients=True)
+        self._counted = [(alive, 0, 0) for alive, _, _ in self._counted[-1:]]
+        return operations
 
 
 def summary_table(flops: Flops, sparsity: Sparsity) -> str:

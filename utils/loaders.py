@@ -1,17 +1,22 @@
-"""Batches cut from data sets on the device, without a loop over images.
+"""Batches cut from data sets without a loop over images: on the device, or ahead of it by worker processes.
 
 Order and augmentation are functions of (seed, step) alone: a run that resumes, or goes back, sees what it would have
-seen.
+seen, wherever its batches are cut.
 """
 
+import itertools
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from utils.data import Images
+from utils.device import to_device
+from utils.precision import Execution
 
 
 class Normalize:
@@ -27,106 +32,173 @@ class Normalize:
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-class TrainLoader:
-    """Augmented training batches, by step.
+Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Augmentation:
+    """What a seed does to images: their order, shift and mirroring in each epoch.
 
     Args:
-        images: what to train on.
+        count: images.
         batch_size: images a step; the last step of an epoch takes what is left.
-        normalize: what the network is to see of them.
-        seed: with the step it decides order and augmentation.
-        device: where the images live and the batches come from.
         pad, flip: see Dataset.
         mixup: alpha of the Beta distribution of the mixing weight (Zhang et al. 2018); 0 for none.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        num_classes: int,
-        normalize: Normalize,
-        seed: int,
-        device: torch.device,
-        pad: int = 0,
-        flip: bool = False,
-        mixup: float = 0.0,
-    ):
+    def __init__(self, count: int, batch_size: int, seed: int, pad: int = 0, flip: bool = False, mixup: float = 0.0):
         self.count, self.batch_size, self.seed, self.pad, self.flip, self.mixup = (
-            len(images), batch_size, seed, pad, flip, mixup,
-        )  # fmt: skip
-        self.steps_per_epoch = -(-self.count // batch_size)
-        self.normalize = normalize
-        self.height, self.width = images.pixels.shape[1:3]
-        self.pixels = F.pad(images.pixels, (0, 0, pad, pad, pad, pad)).to(device)
-        self.targets = F.one_hot(images.labels, num_classes).float().to(device)
-        self.image_shape = (images.pixels.shape[3], self.height, self.width)
-        self.device, self.epoch = device, -1
+            count,
+            batch_size,
+            seed,
+            pad,
+            flip,
+            mixup,
+        )
+        self.steps_per_epoch = -(-count // batch_size)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs float32 [B, C, H, W] and target distributions float32 [B, num_classes] of a step, counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self._draw(epoch)
-        chosen = slice(position * self.batch_size, (position + 1) * self.batch_size)
-        order = self.order[chosen]
-        inputs = self.normalize(self._crop(order, self.top[chosen], self.left[chosen], self.mirrored[chosen]))
-        targets = self.targets[order]
-        if self.mixup:
-            # The partner of an image is its mirror place in the batch: the order is random already.
-            weight = self.weights[position]
-            inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
-            targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
-        return inputs, targets
+    def plan(self, epoch: int) -> tuple[Plan, list[float]]:
+        """Order (indices), top and left of the windows, and which are mirrored, each [count]; mixing weights by step."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        order = rng.permutation(self.count)
+        top, left = rng.integers(0, 2 * self.pad + 1, (2, self.count))
+        mirrored = rng.random(self.count) < (0.5 if self.flip else 0.0)
+        weights = rng.beta(self.mixup, self.mixup, self.steps_per_epoch).tolist() if self.mixup else []
+        return tuple(map(torch.from_numpy, (order, top, left, mirrored))), weights
+
+    def part(self, plan: Plan, position: int) -> Plan:
+        """A plan's lines for one step of its epoch."""
+        return tuple(line[position * self.batch_size : (position + 1) * self.batch_size] for line in plan)
 
     def smallest_part(self, accumulate: int) -> int:
         """Images in the smallest micro-batch of an epoch."""
         whole = [min(self.batch_size, self.count), self.count % self.batch_size or self.batch_size]
         return min(len(torch.empty(size).chunk(accumulate)[-1]) for size in whole)
 
+
+def cut(pixels: Tensor, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, pad: int) -> Tensor:
+    """Windows of the padded images as one gather: uint8 [N, H, W, C] and a plan's lines [B] to uint8 [B, H, W, C]."""
+    _, height, width, channels = pixels.shape
+    padded = F.pad(pixels[order], (0, 0, pad, pad, pad, pad))
+    x = torch.arange(width, device=pixels.device)
+    rows = top[:, None] + torch.arange(height, device=pixels.device)
+    rows += torch.arange(len(order), device=pixels.device)[:, None] * padded.shape[1]
+    columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - x, x)
+    index = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, index.flatten()).view(len(order), height, width, channels)
+
+
+class Stream:
+    """Batches that worker processes cut ahead of the training step, from images that stay in the host's memory."""
+
+    def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool):
+        self.pixels, self.augmentation, self.workers, self.pin = pixels, augmentation, workers, pin
+        self._epoch, self._next, self._batches = -1, -1, iter(())
+
+    def __call__(self, step: int) -> Tensor:
+        """The pixels of a step; workers start anew where it does not follow the last one."""
+        if step != self._next:
+            options = {"num_workers": self.workers, "pin_memory": self.pin, "multiprocessing_context": "fork"}
+            self._batches = iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), **options))
+        self._next = step + 1
+        return next(self._batches)
+
+    def __getitem__(self, step: int) -> Tensor:
+        """In a worker: cut the batch of a step."""
+        epoch, position = divmod(step, self.augmentation.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
+        return cut(self.pixels, *self.augmentation.part(self._plan, position), self.augmentation.pad)
+
+
+def pick_workers(images: Images, device: torch.device) -> int:
+    """Workers for images that would take more than half of the device's free memory; 0 where they may live there."""
+    if device.type == "cpu" or 2 * images.pixels.nbytes <= torch.cuda.mem_get_info(device)[0]:
+        return 0
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+class TrainLoader:
+    """Augmented training batches, by step.
+
+    Args:
+        images: what to train on.
+        augmentation: their order, and what becomes of them.
+        normalize: what the network is to see of them.
+        device: where the batches come from and, without workers, the images live.
+        workers: processes that cut batches from images in the host's memory; 0 to cut them on the device.
+        execution: whether the function that does so is compiled; only on CUDA, on the CPU it is fast enough.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        augmentation: Augmentation,
+        num_classes: int,
+        normalize: Normalize,
+        device: torch.device,
+        workers: int,
+        execution: Execution,
+    ):
+        self.augmentation, self.normalize, self.device = augmentation, normalize, device
+        self.steps_per_epoch = augmentation.steps_per_epoch
+        self.targets = F.one_hot(images.labels, num_classes).float().to(device)
+        self.pixels = images.pixels if workers else images.pixels.to(device)
+        self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda") if workers else None
+        self._cut = lambda *lines: normalize(cut(self.pixels, *lines, augmentation.pad))
+        if device.type == "cuda":
+            self._cut = execution.compile(self._cut, augmentation.batch_size, graphs=False)
+        self._epoch = -1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs float32 [B, C, H, W] and target distributions float32 [B, num_classes] of a step, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            lines, self._weights = self.augmentation.plan(epoch)
+            self._plan = tuple(to_device(line, self.device) for line in lines)  # an epoch's random numbers at once
+            self._epoch = epoch
+        lines = self.augmentation.part(self._plan, position)
+        if self._stream:
+            inputs = self.normalize(self._stream(step).to(self.device, non_blocking=True))
+        else:
+            inputs = self._cut(*lines)
+        targets = self.targets[lines[0]]
+        if self._weights:
+            # The partner of an image is its mirror place in the batch: the order is random already.
+            weight = self._weights[position]
+            inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
+            targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
+        return inputs, targets
+
     def sample(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the first images of each class in an order of its own, all classes mixed, not augmented."""
-        order = torch.from_numpy(np.random.default_rng([self.seed, 2]).permutation(self.count)).to(self.device)
+        order = torch.from_numpy(np.random.default_rng([self.augmentation.seed, 2]).permutation(len(self.targets)))
+        order = order.to(self.device)
         labels = self.targets[order].argmax(1)
         rank = torch.zeros_like(labels)  # how many of the same class came before
         for label in range(self.targets.shape[1]):
             of_class = labels == label
             rank[of_class] = torch.arange(int(of_class.sum()), device=self.device)
-        chosen = order[rank < per_class]
-        middle = torch.full_like(chosen, self.pad)
-        return self.normalize(self._crop(chosen, middle, middle, middle < 0)), labels[rank < per_class]
-
-    def _draw(self, epoch: int) -> None:
-        """All random numbers of an epoch, moved to the device at once."""
-        rng = np.random.default_rng([self.seed, 0, epoch])
-        to_device = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
-        self.order = to_device(rng.permutation(self.count))
-        self.top, self.left = to_device(rng.integers(0, 2 * self.pad + 1, (2, self.count)))
-        self.mirrored = to_device(rng.random(self.count) < (0.5 if self.flip else 0.0))
-        self.weights = rng.beta(self.mixup, self.mixup, self.steps_per_epoch).tolist() if self.mixup else []
-        self.epoch = epoch
-
-    def _crop(self, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        """Windows of the padded images as one gather of pixels: uint8 [B, H, W, C]."""
-        _, padded_height, padded_width, channels = self.pixels.shape
-        x = torch.arange(self.width, device=self.device)
-        rows = top[:, None] + torch.arange(self.height, device=self.device)
-        columns = left[:, None] + torch.where(mirrored[:, None], self.width - 1 - x, x)
-        index = (order[:, None, None] * padded_height + rows[:, :, None]) * padded_width + columns[:, None, :]
-        pixels = self.pixels.view(-1, channels).index_select(0, index.flatten())
-        return pixels.view(len(order), self.height, self.width, channels)
+        chosen = order[rank < per_class].to(self.pixels.device)
+        return self.normalize(self.pixels[chosen].to(self.device)), labels[rank < per_class]
 
 
 class EvalLoader:
-    """Batches of inputs float32 [B, C, H, W] and labels int64 [B] in the data set's order, not augmented."""
+    """Batches of inputs float32 [B, C, H, W] and labels int64 [B] in the data set's order, not augmented.
 
-    def __init__(self, images: Images, batch_size: int, normalize: Normalize, device: torch.device):
-        self.pixels, self.labels = images.pixels.to(device), images.labels.to(device)
+    Args:
+        resident: the images live on the device; else they go there batch by batch.
+    """
+
+    def __init__(
+        self, images: Images, batch_size: int, normalize: Normalize, device: torch.device, resident: bool = True
+    ):
+        self.pixels = images.pixels.to(device) if resident else images.pixels
+        self.labels = images.labels.to(device)
         self.batch_size, self.normalize = batch_size, normalize
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield self.normalize(pixels), labels
+            yield self.normalize(pixels.to(labels.device)), labels
 
     def __len__(self) -> int:
         return len(self.labels)

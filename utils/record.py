@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import platform
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -47,6 +49,7 @@ class Record:
         self.total_epochs = total_epochs
         self.terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
+        self._awaits_first_step = True
         about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
         write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
         self.writer = SummaryWriter(directory, purge_step=progress + 1)
@@ -59,6 +62,15 @@ class Record:
             total=steps, desc=f"epoch {epoch}/{self.total_epochs}", leave=False, disable=not self.terminal, unit="step"
         )
         return self._bar
+
+    def first_step_of_process(self, outcome: Tensor, began: float) -> bool:
+        """Whether a step, begun at a reading of perf_counter, is this process's first; then wait for its outcome."""
+        if not self._awaits_first_step:
+            return False
+        outcome.tolist()
+        self.say(f"the first step took {time.perf_counter() - began:.1f} s")
+        self._awaits_first_step = False
+        return True
 
     def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
@@ -150,7 +162,7 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:
         "dense_training_flops": state.images * meter.passes * meter.flops.train(dict.fromkeys(density, 1.0)),
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "images_per_second": state.images / state.training_seconds,
+        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
         "seed": args["seed"],
         "args": args,
     }

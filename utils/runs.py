@@ -24,7 +24,11 @@ FREE = {
     "evaluate",
     "log_interval",
     "summary",
+    "workers",
 }
+
+# Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
+RESOLVED = ("precision", "compile")
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -109,6 +113,7 @@ def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse
         UsageError: a flag that changes the mathematics differs.
     """
     now = plain(args)
+    given = given - {name for name in RESOLVED if now[name] == "auto"}
     differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
     if differing == ["epochs"] and now["epochs"] > saved["epochs"] and _may_grow(saved):
         differing = []
@@ -132,7 +137,17 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
         UsageError: another network than the checkpoint's, or a flag that is for training.
     """
     network = ("arch", "depth", "width")
-    data = {"dataset", "data_dir", "image_size", "test_batch_size", "device", "no_cuda", "deterministic", "evaluate"}
+    data = {
+        "dataset",
+        "data_dir",
+        "image_size",
+        "test_batch_size",
+        "device",
+        "no_cuda",
+        "deterministic",
+        "evaluate",
+        "precision",
+    }
     for name in sorted(given - data - set(network)):
         raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")
     for name in network:

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune import Sparsity
+from models import build_model
+from prune import METHODS, Sparsity, Timing
 from utils.checkpoint import TrainState
 from utils.data import Images, channel_statistics
-from utils.engine import Recipe, evaluate, train_step
-from utils.loaders import EvalLoader, Normalize
-from utils.optim import OPTIMIZERS, build_optimizer, perturbation_of
+from utils.engine import Recipe, build_objective, evaluate, train_step
+from utils.flops import FlopsMeter, count_flops
+from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
+from utils.optim import OPTIMIZERS, build_optimizer, perturbation_of, state_holders
+from utils.precision import Execution
 
 ARMS = [(name, v2) for name in OPTIMIZERS for v2 in ((True, False) if name.endswith("-sam") else (False,))]
 
@@ -27,7 +31,11 @@ def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
     return (
         state,
         perturbation_of(optimizer, model, mask),
-        Recipe(**{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe),
+        Recipe(
+            build_objective(model, Execution(), 8 // recipe.get("accumulate", 1), recipe.pop("smooth_eps", 0.0)),
+            Execution(),
+            **{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe,
+        ),
     )
 
 
@@ -103,6 +111,51 @@ def test_after_a_step_the_weights_are_not_perturbed(name, v2):
         assert all(torch.equal(p, w) for p, w in zip(state.model.parameters(), start, strict=True))
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operators for which a host has to wait for the device's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2x1"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.pretrained])
+def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, pattern):
+    torch.manual_seed(0)
+    model = build_model("resnet", 8, 5, width=0.5)
+    optimizer = build_optimizer("sgd-sam", model, lr=0.1, weight_decay=0.01, momentum=0.9, rho=0.1, v2=True)
+    options = {} if method == "none" else {"sparsity": 0.2, "pattern": pattern}
+    if "erk" in METHODS[method].distributions and method != "none":
+        options["distribution"] = "erk"  # no layer comes out empty
+    sparsity = Sparsity(model, method, **options, timing=Timing(16, interval=2), optimizers=state_holders(optimizer))
+    images = Images(torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 5)
+    normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
+    augmentation = Augmentation(40, 20, seed=0, pad=1, flip=True)
+    loader = TrainLoader(images, augmentation, 5, normalize, torch.device("cpu"), 0, Execution())
+    sparsity.before_training(loader.sample)
+    state, perturbation = TrainState(model, optimizer, sparsity), perturbation_of(optimizer, model, sparsity)
+    meter = FlopsMeter(count_flops(model, (3, 8, 8)), sparsity, passes=1)
+    recipe = Recipe(build_objective(model, Execution(), 20), Execution(), lambda step: 0.05, 16, clip_grad=1.0)
+    versions = set()
+    with Waits() as waits:
+        for step in range(12):
+            meter.step(20, sparsity.grows_by_gradient(step))
+            train_step(state, perturbation, recipe, *loader.batch(step), measure=step % 3 == 0)
+            versions.add(sparsity.masks.version)
+    assert waits.seen == []
+    assert len(versions) == (7 if METHODS[method].update else 1)
+
+
 def test_clipping_bounds_the_gradient_after_the_mask():
     state, perturbation, recipe = build(sparsity=0.7, clip_grad=1e-3, lr_at=lambda step: 1.0)
     state.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
@@ -139,7 +192,7 @@ def test_evaluate_counts_every_image_once_in_eval_mode():
         model[1].running_mean.uniform_(-1, 1)
     statistics = model[1].running_mean.clone()
     normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
-    loss, top1 = evaluate(model, EvalLoader(images, 5, normalize, torch.device("cpu")))
+    loss, top1 = evaluate(model, EvalLoader(images, 5, normalize, torch.device("cpu")), Execution())
     assert model.training
     assert torch.equal(model[1].running_mean, statistics)
     model.eval()

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from utils.data import Images, channel_statistics
-from utils.loaders import EvalLoader, Normalize, TrainLoader
+from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
+from utils.precision import Execution
 
 CPU = torch.device("cpu")
 
@@ -20,8 +21,11 @@ def normalize(data: Images) -> Normalize:
 
 
 def loader(data: Images, **kwargs) -> TrainLoader:
-    options = {"batch_size": 16, "num_classes": 5, "normalize": normalize(data), "seed": 0, "device": CPU}
-    return TrainLoader(data, **options | kwargs)
+    names = ("batch_size", "seed", "pad", "flip", "mixup")
+    augmentation = {"batch_size": 16, "seed": 0} | {name: kwargs.pop(name) for name in names if name in kwargs}
+    return TrainLoader(
+        data, Augmentation(len(data), **augmentation), 5, normalize(data), CPU, kwargs.pop("workers", 0), Execution()
+    )
 
 
 def normalized(data: Images) -> np.ndarray:
@@ -83,6 +87,15 @@ def test_every_image_is_a_shifted_and_perhaps_mirrored_original():
         taken.append(matches[0][1])
     assert sorted(taken) == list(range(200))
     assert len(seen) > 40  # of 25 shifts times 2: all are drawn
+
+
+def test_workers_cut_the_same_batches_in_whatever_order_they_are_asked_for():
+    resident, streamed = (loader(images(), pad=2, flip=True, mixup=0.4, workers=workers) for workers in (0, 2))
+    for step in (0, 1, 2, 3, 4, 9, 10, 2, 3):
+        for a, b in zip(streamed.batch(step), resident.batch(step), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(streamed.sample(2), resident.sample(2), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_mixup_is_a_convex_mixture_of_two_images_and_of_their_labels():
