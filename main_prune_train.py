@@ -13,7 +13,7 @@ from utils import cli, runs
 from utils.checkpoint import TrainState, load_checkpoint, load_network, save_checkpoint
 from utils.data import Dataset, channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
-from utils.device import device_name, pick_device, use_deterministic_kernels
+from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, build_objective, evaluate, fit
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
@@ -197,6 +197,7 @@ def check_fits(checkpoint: dict, dataset: Dataset) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 for a run that went wrong, 2 for bad input."""
+    keep_freed_memory()
     try:
         args, given = cli.parse(argv)
         (evaluate_checkpoint if args.evaluate else train)(args, given)

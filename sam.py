@@ -114,6 +114,8 @@ class SAM(torch.optim.Optimizer):
         """
         self.restore()
         self._cover_new_groups()
+        if zero_grad and self.v2:
+            self.zero_grad()  # before the perturbation is made, so that it takes no memory beside the gradients
         if not self.v2:
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 raise RuntimeError(

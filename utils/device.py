@@ -1,5 +1,7 @@
 """Where a run computes, and whether bit for bit the same each time."""
 
+import contextlib
+import ctypes
 import os
 import platform
 
@@ -30,6 +32,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step rather than give it back and fault it in page by page.
+
+    A tenth of a step of ResNet-20 on the CPU. Linux with glibc; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        for option, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            library.mallopt(option, value)
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def use_deterministic_kernels(wanted: bool) -> None:

@@ -94,7 +94,7 @@ def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity
         return {"perturbation_norm": norm, "alignment": cosine}
 
     if optimizer.v2:
-        return Perturbation(lambda backward: optimizer.first_step(), optimizer.restore, measure)
+        return Perturbation(lambda backward: optimizer.first_step(zero_grad=True), optimizer.restore, measure)
 
     # Batch norm's statistics after the first pass: the second, at w + e, is not to move them.
     statistics = list(model.buffers())

@@ -14,8 +14,14 @@ from utils.errors import TrainingError, UsageError
 PRECISIONS = ("fp32", "bf16")
 
 # For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves.
-# The CPU's are the benchmark's (BENCHMARKS.md); CUDA's are a guess at the launches that a graph saves.
-COMPILATION = {"cpu": (35.0, lambda flops: 1e-12 * flops), "cuda": (60.0, lambda flops: 2e-3)}
+# In fp32 on a CPU it saves nothing (BENCHMARKS.md). The other savings are estimates: of the conversions that bf16 needs
+# without it, and of the launches that a graph replaces.
+COMPILATION = {
+    ("cpu", "fp32"): (35.0, lambda flops: 0.0),
+    ("cpu", "bf16"): (35.0, lambda flops: 1e-12 * flops),
+    ("cuda", "fp32"): (60.0, lambda flops: 2e-3),
+    ("cuda", "bf16"): (60.0, lambda flops: 2e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        cost, saved = COMPILATION[device.type]
+        cost, saved = COMPILATION[device.type, precision]
         compilation = "on" if not (missing or deterministic) and steps * saved(step_flops) > cost else "off"
     return Execution(precision, compilation == "on")
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 from utils.errors import UsageError
 
 
@@ -13,6 +11,8 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
     Raises:
         UsageError: no such file, or another content.
     """
+    import yaml  # here: whoever gives no such file needs no YAML
+
     try:
         content = yaml.safe_load(path.read_text())
         ratios = content["prune_ratios"]

@@ -1,0 +1,365 @@
+"""How fast this project is, beside the usual way of writing the same: python -m analysis.benchmark.
+
+Everything that is compared is measured in one process, in turns, and given as the median of the turns with its lower and
+upper quartile; a ratio is the median of the turns' ratios. Prints a table and whether each target is met, and writes
+both with all samples as JSON.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from analysis.baseline import UsualLoop
+from analysis.report import Report, measure, ratios
+from models import build_model
+from prune import METHODS, Sparsity, Timing
+from utils.checkpoint import TrainState
+from utils.data import Images, channel_statistics
+from utils.device import device_name, pick_device, use_deterministic_kernels
+from utils.engine import Recipe, build_objective, evaluate, train_epoch
+from utils.errors import UsageError
+from utils.files import write_text_atomically
+from utils.flops import FlopsMeter, count_flops
+from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
+from utils.optim import build_optimizer, perturbation_of, state_holders
+from utils.precision import Execution, choose
+from utils.record import Record, git_revision, versions
+
+BATCH = 128
+CLASSES = 10
+LOG_INTERVAL, UPDATE_INTERVAL = 50, Timing(1).interval  # the defaults of the command line
+DYNAMIC = [name for name, method in METHODS.items() if method.update]
+ROOT = Path(__file__).parent.parent
+
+
+class Loop:
+    """This project's training of ResNet-20, an epoch of few steps at a time."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        execution: Execution,
+        images: Images,
+        directory: Path,
+        optimizer: str = "sgd-sam",
+        v2: bool = True,
+        method: str = "none",
+    ):
+        torch.manual_seed(0)
+        self.model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(
+            optimizer, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2
+        )
+        self.sparsity = Sparsity(
+            self.model, method, None if method == "none" else 0.9, timing=Timing(10**9, interval=UPDATE_INTERVAL),
+            optimizers=state_holders(self.optimizer),
+        )  # fmt: skip
+        normalize = Normalize(**channel_statistics(images), device=device)
+        augmentation = Augmentation(len(images), BATCH, seed=0, pad=4, flip=True)
+        self.loader = TrainLoader(images, augmentation, CLASSES, normalize, device, 0, execution)
+        self.sparsity.before_training(self.loader.sample)
+        self.state = TrainState(self.model, self.optimizer, self.sparsity)
+        self.perturbation = perturbation_of(self.optimizer, self.model, self.sparsity)
+        self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.sparsity, self.perturbation.passes)
+        self.objective, self.execution = build_objective(self.model, execution, BATCH), execution
+        directory.mkdir()
+        self.record = Record(directory, {}, "", [], 0, "loss", 1)
+        self.testing = EvalLoader(images, 500, normalize, device)
+
+    def run(self, log_interval: int = LOG_INTERVAL) -> None:
+        recipe = Recipe(self.objective, self.execution, lambda step: 0.1, 10**9, log_interval=log_interval)
+        with contextlib.redirect_stdout(sys.stderr):
+            train_epoch(self.state, self.perturbation, recipe, self.loader, self.meter, self.record)
+
+    def evaluate(self) -> None:
+        evaluate(self.model, self.testing, self.execution)
+
+
+def random_images(count: int) -> Images:
+    """Of CIFAR's shape; speed does not depend on what they show."""
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 32, 32, 3), generator=g, dtype=torch.uint8)
+    return Images(pixels, torch.arange(count) % CLASSES)
+
+
+def whole_steps(report: Report, device: torch.device, execution: Execution, steps: int, turns: int, scratch: Path):
+    """Training loops end to end: the usual one, and this project's with each optimizer, with masks and without logging."""
+    images = random_images(steps * BATCH)
+    make = partial(Loop, device, execution, images)
+    loops = {
+        name: make(scratch / name, **options)
+        for name, options in {
+            "sgd": {"optimizer": "sgd"},
+            "SAM": {"v2": False},
+            "SAM.v2": {},
+            "SAM.v2 masked": {"method": "random"},
+        }.items()
+    }
+    torch.manual_seed(0)
+    usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, images)
+    usual_alone = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None)
+    tasks = {f"{name}": loop.run for name, loop in loops.items()}
+    tasks |= {"usual": partial(usual.run, steps), "usual, no data": partial(usual_alone.run, steps)}
+    tasks["logging every step"] = partial(loops["SAM.v2"].run, 1)
+    tasks["evaluation"] = loops["SAM.v2"].evaluate
+    seconds = measure(turns, tasks, device)
+
+    rate = lambda name: [len(images) / s for s in seconds[name]]  # noqa: E731
+    report.add("the usual loop, SAM.v2 tensor by tensor, with its data", rate("usual"), "images/s")
+    report.add("the usual loop on one batch, without data", rate("usual, no data"), "images/s")
+    for name in ("sgd", "SAM", "SAM.v2", "SAM.v2 masked"):
+        report.add(f"this project end to end, {name}", rate(name), "images/s")
+    report.add("evaluation", rate("evaluation"), "images/s")
+    speedup = report.add("SAM.v2, this project / the usual loop", ratios(rate("SAM.v2"), rate("usual")), "")
+    v2_sgd = report.add("SAM.v2 / sgd, time of a step", ratios(seconds["SAM.v2"], seconds["sgd"]), "")
+    v2_sam = report.add("SAM.v2 / SAM, time of a step", ratios(seconds["SAM.v2"], seconds["SAM"]), "")
+    masked = report.add("masked / dense, time of a step", ratios(seconds["SAM.v2 masked"], seconds["SAM.v2"]), "")
+    step = median(seconds["SAM.v2"]) / steps
+    # The loop logs once in LOG_INTERVAL steps as it is; what a logged step costs comes from logging all of them.
+    cost = [(a - b) / steps for a, b in zip(seconds["logging every step"], seconds["SAM.v2"], strict=True)]
+    report.add("a logged step costs", [1e3 * c for c in cost], "ms")
+    logging = report.add(
+        f"logging on / off, every {LOG_INTERVAL} steps", [1 + c / (LOG_INTERVAL * step) for c in cost], ""
+    )
+
+    if device.type == "cpu":
+        report.target("CPU: at least 3.0 times the images/s of the usual loop, end to end", speedup, least=3.0)
+    else:
+        report.target("GPU: SAM.v2 at most 1.02 of sgd", v2_sgd, most=1.02)
+        report.target("GPU: SAM.v2 at most 0.52 of SAM", v2_sam, most=0.52)
+        report.target("GPU: masked at most 1.02 of dense", masked, most=1.02)
+        rest = 160 * 50_000 / median(rate("SAM.v2"))
+        report.target("GPU: 160 epochs of CIFAR-10 with SAM.v2 in at most 90 s of training", rest, most=90)
+    report.target("logging at most 1.01 of none", logging, most=1.01)
+    share_of_peak(report, device, execution, loops["SAM.v2"], step)
+    mask_updates(report, device, images, step, turns, scratch)
+
+
+def share_of_peak(report: Report, device: torch.device, execution: Execution, loop: Loop, step: float) -> None:
+    """Where the time of a step goes, and how much of what a matrix product reaches the operations of a step come to."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if execution.precision == "bf16" else None)
+    seconds = median(measure(50, {"product": lambda: matrix @ matrix}, device)["product"])
+    peak = report.add(f"product of two {size} x {size} matrices", 2e-9 * size**3 / seconds, "GFLOP/s")
+    flops = loop.meter.flops.train(dict.fromkeys(loop.meter.flops.forward, 1.0))
+    attained = report.add("a step of SAM.v2", 1e-9 * BATCH * flops / step, "GFLOP/s")
+    report.add("a step of SAM.v2 / matrix product", attained / peak, "")
+    with torch.profiler.profile(acc_events=True) as profile:
+        loop.run()
+    on_cuda = device.type == "cuda"
+    spent = {"convolutions": 0.0, "compiled kernels": 0.0, "optimizer and masks": 0.0, "everything else": 0.0}
+    kinds = {"conv": 0, "gemm": 0, "cudnn": 0, "triton": 1, "CompiledFxGraph": 1, "foreach": 2, "multi_tensor": 2}
+    kinds |= {"fused_sgd": 2}
+    for event in profile.key_averages():
+        kind = next((place for word, place in kinds.items() if word in event.key), 3)
+        spent[list(spent)[kind]] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
+    for name, value in spent.items():
+        report.add(f"share of a step of SAM.v2: {name}", value / sum(spent.values()), "")
+
+
+def mask_updates(report: Report, device: torch.device, images: Images, step: float, turns: int, scratch: Path) -> None:
+    """Masking alone, and a change of the masks with each method that makes one, beyond that."""
+    calls = {}
+    for name in ("random", *DYNAMIC):
+        loop = Loop(device, Execution(), images, scratch / name, method=name)
+        for p in loop.model.parameters():
+            p.grad = torch.randn_like(p)
+        due = UPDATE_INTERVAL - 1
+
+        def call(sparsity: Sparsity = loop.sparsity, at: int = due) -> None:
+            sparsity.after_backward(at)
+            sparsity.after_step(at)
+
+        calls[name] = call
+    seconds = measure(max(20, turns), calls, device)
+    report.add("masks on gradients and weights", [1e3 * s for s in seconds["random"]], "ms")
+    for name in DYNAMIC:
+        extra = [a - b for a, b in zip(seconds[name], seconds["random"], strict=True)]
+        report.add(f"a mask update of {name}", [1e3 * s for s in extra], "ms")
+        ratio = report.add(
+            f"{name} / static masks, every {UPDATE_INTERVAL} steps",
+            [1 + s / (UPDATE_INTERVAL * step) for s in extra], "",
+        )  # fmt: skip
+        report.target(f"{name} at most 1.02 of static masks", ratio, most=1.02)
+
+
+def optimizer_alone(report: Report, device: torch.device, turns: int) -> None:
+    """Optimizer steps on given gradients, and the numbers that optimizers keep."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    repeats = 20 if device.type == "cuda" else 1  # so that the last wait is little beside what it waits for
+
+    def repeated(step: Callable[[], object]) -> Callable[[], None]:
+        return lambda: [step() for _ in range(repeats)] and None
+
+    def parameters() -> list[Tensor]:
+        model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+        for p in model.parameters():
+            p.grad = 1e-3 * torch.randn_like(p)
+        return list(model.parameters())
+
+    def samv2() -> None:
+        ours.first_step()
+        ours.second_step()
+
+    def per_tensor() -> None:
+        usual.first_step()
+        usual.second_step()
+
+    default, fused = (torch.optim.SGD(parameters(), **options, fused=f) for f in (None, True))
+    model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+    ours = build_optimizer("sgd-sam", model, **options, rho=0.05, v2=True)
+    for p in model.parameters():
+        p.grad = 1e-3 * torch.randn_like(p)
+    usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None).optimizer
+    for p in usual.param_groups[0]["params"]:
+        p.grad = 1e-3 * torch.randn_like(p)
+    steps = {"default": default.step, "fused": fused.step, "ours": samv2, "usual": per_tensor}
+    seconds = measure(turns, {name: repeated(step) for name, step in steps.items()}, device)
+    for name, text in {
+        "default": "torch.optim.SGD by default, alone",
+        "fused": "its fused kernel, the base optimizer here",
+        "ours": "SAM.v2 around it, all of it",
+        "usual": "SAM.v2 tensor by tensor around the default, all of it",
+    }.items():
+        report.add(text, [1e3 * s / repeats for s in seconds[name]], "ms")
+    report.add("SAM.v2 / its base optimizer, alone", ratios(seconds["ours"], seconds["fused"]), "")
+    own = [a - b for a, b in zip(seconds["ours"], seconds["fused"], strict=True)]
+    cost = report.add("SAM.v2's own cost / a default SGD step", ratios(own, seconds["default"]), "")
+    own = [a - b for a, b in zip(seconds["usual"], seconds["default"], strict=True)]
+    report.add("the same, tensor by tensor", ratios(own, seconds["default"]), "")
+    if device.type == "cpu":
+        report.target("CPU: SAM.v2's own cost at most 0.8 of a default SGD step", cost, most=0.8)
+    count = sum(p.numel() for p in model.parameters())
+    floats = sum(t.numel() for o in state_holders(ours) for s in o.state.values() for t in s.values() if t is not None)
+    kept = report.add("numbers a parameter that SAM.v2 with SGD keeps", floats / count, "")
+    report.add("the same, tensor by tensor", usual.floats() / count, "")
+    report.target("at most 2.0 numbers a parameter kept by SAM.v2 with SGD", round(kept, 3), most=2.0)
+
+
+def peak_memory(
+    name: str, v2: bool, device_text: str, trace: Path, pipe: multiprocessing.connection.Connection
+) -> None:
+    """In a process of its own: bytes that torch hands out at the peak of three steps of VGG-19 at batch 32."""
+    device = torch.device(device_text)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model = build_model("vgg", 19, CLASSES).to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(name, model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
+        perturbation = perturbation_of(optimizer, model, Sparsity(model))
+        objective = build_objective(model, Execution(), 32)
+        inputs, targets = torch.randn(32, 3, 32, 32, device=device), torch.full((32, CLASSES), 0.1, device=device)
+
+        def backward() -> None:
+            optimizer.zero_grad()
+            objective(inputs, targets, 32)[0].backward()
+
+        for _ in range(3):
+            perturbation.perturb(backward)
+            backward()
+            optimizer.step()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:  # of the resident memory a part is what the C library keeps for later
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+        peak = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    pipe.send((peak, sum(p.nbytes for p in model.parameters())))
+
+
+def memory(report: Report, device: torch.device, scratch: Path) -> None:
+    """Peak memory of SAM.v2 over that of SGD."""
+    peaks, context = {}, multiprocessing.get_context("spawn")
+    for name in ("sgd", "sgd-sam"):
+        here, there = context.Pipe()
+        arguments = (name, name == "sgd-sam", str(device), scratch / "trace.json", there)
+        process = context.Process(target=peak_memory, args=arguments)
+        process.start()
+        peaks[name], parameters = here.recv()
+        process.join()
+    report.add("peak memory, VGG-19 at batch 32, sgd", peaks["sgd"] / 2**20, "MiB")
+    report.add("peak memory, VGG-19 at batch 32, SAM.v2", peaks["sgd-sam"] / 2**20, "MiB")
+    extra = report.add("SAM.v2 over sgd, in buffers of parameters", (peaks["sgd-sam"] - peaks["sgd"]) / parameters, "")
+    report.target("peak memory of SAM.v2 at most one buffer of parameters over sgd", round(extra, 3), most=1.0)
+
+
+def launches(report: Report, device: torch.device, scratch: Path) -> None:
+    """Seconds from launching the command line on digits to the end of its first step."""
+    cases = (
+        ("not compiled", "off", "none"),
+        ("compiled, cold cache", "on", "new"),
+        ("compiled, warm cache", "on", "new"),
+    )
+    for number, (name, compilation, cache) in enumerate(cases):
+        flags = f"--dataset digits --optmzr sgd-sam --sam-v2 --epochs 1 --compile {compilation} --device {device}"
+        command = [
+            sys.executable,
+            "main_prune_train.py",
+            *flags.split(),
+            "--output-dir",
+            str(scratch / f"launch{number}"),
+        ]
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / cache),
+            "TRITON_CACHE_DIR": str(scratch / cache / "triton"),
+        }
+        began = time.perf_counter()
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("the first step took"):
+                    report.add(f"from launch to the first step, {name}", time.perf_counter() - began, "s")
+                    break
+            process.kill()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.benchmark", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (auto: CUDA where there is one)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="of each whole training loop (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of a training loop in each turn (20 on the CPU, 400 on CUDA)")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="(%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        # As for a long run: by what 160 epochs of CIFAR-10 come to.
+        execution = choose(args.precision, args.compile, device, step_flops=3e10, steps=62_560)
+    except UsageError as error:
+        parser.error(str(error))
+    use_deterministic_kernels(False)
+    steps = args.steps or (400 if device.type == "cuda" else 20)
+    report = Report()
+    print(f"ResNet-20, batch {BATCH}, {device_name(device)}, {execution}, torch {torch.__version__}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in (
+            partial(optimizer_alone, report, device, 300),
+            partial(whole_steps, report, device, execution, steps, args.turns, Path(scratch)),
+            partial(memory, report, device, Path(scratch)),
+            partial(launches, report, device, Path(scratch)),
+        ):
+            part()
+            gc.collect()
+    report.show_targets()
+    about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),
+             "execution": str(execution), "versions": versions(), "git": git_revision()}  # fmt: skip
+    result = about | {"figures": report.figures, "targets": report.targets}
+    write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
+    print(f"\n{args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

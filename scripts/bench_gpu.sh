@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# For whoever has a GPU for ten minutes: the tests that need one, the benchmark, and a short real training with SGD and
+# with SAM.v2. Everything ends in one JSON file. Without a network it takes any Python that has torch and torchvision.
+#
+# usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [flags of analysis.benchmark]
+#   --data-dir DIR   an image folder to train on (DIR/train/<class>/*, DIR/test/<class>/*); the digits without it
+#   --device DEVICE  cuda; cpu tries the script where there is no GPU, and takes longer
+#   --output FILE    bench_gpu.json
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json
+flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --data-dir) data=(--dataset folder --data-dir "$(realpath "${2:?--data-dir needs a directory}")"); shift 2 ;;
+        --device) device=${2:?--device needs a name}; shift 2 ;;
+        --output) output=$(realpath -m "${2:?--output needs a file}"); shift 2 ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        *) flags+=("$1"); shift ;;
+    esac
+done
+cd "$here"
+PYTHON=python3
+if ! python3 -c 'import torch, torchvision, tensorboard, tqdm' 2>/dev/null; then
+    set -- requirements.txt requirements-dev.txt
+    # shellcheck source=scripts/setup.sh
+    source scripts/setup.sh
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+failed=0
+
+part() { # part NAME SECONDS COMMAND...: run it, show its output, keep that and how it ended
+    local name=$1 limit=$2 code=0
+    shift 2
+    echo "== $name" >&2
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$scratch/$name.txt" || code=$?
+    echo "$code" >"$scratch/$name.code"
+    [ "$code" = 0 ] || { failed=1; echo "== $name ended with exit code $code" >&2; }
+}
+
+part tests 240 "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider
+part benchmark 240 "$PYTHON" -m analysis.benchmark --device "$device" --output "$scratch/benchmark.json" ${flags[@]+"${flags[@]}"}
+for optimizer in sgd sgd-sam; do
+    sam=()
+    [ "$optimizer" = sgd ] || sam=(--sam-v2)
+    part "train-$optimizer" 90 "$PYTHON" main_prune_train.py "${data[@]}" --device "$device" --optmzr "$optimizer" \
+        ${sam[@]+"${sam[@]}"} --prune-method random --sparsity 0.9 --epochs 10 --compile on \
+        --output-dir "$scratch/train-$optimizer-run"
+done
+
+"$PYTHON" - "$scratch" "$output" <<'EOF'
+import json
+import sys
+from pathlib import Path
+
+scratch, output = map(Path, sys.argv[1:])
+result = {"parts": {}}
+for text in sorted(scratch.glob("*.txt")):
+    name = text.stem
+    part = {"exit_code": int((scratch / f"{name}.code").read_text()), "output": text.read_text()}
+    for file in (scratch / f"{name}.json", scratch / f"{name}-run" / "result.json"):
+        if file.exists():
+            part["result"] = json.loads(file.read_text())
+    result["parts"][name] = part
+output.write_text(json.dumps(result, indent=1) + "\n")
+print(output)
+EOF
+exit $failed

@@ -1,0 +1,113 @@
+"""What only a GPU can show. Skipped without one."""
+
+import json
+
+import pytest
+import torch
+
+from main_prune_train import main
+from models import build_model
+from prune import METHODS, Sparsity, Timing
+from utils.checkpoint import TrainState
+from utils.data import Images, channel_statistics
+from utils.engine import Recipe, build_objective, train_step
+from utils.loaders import Augmentation, Normalize, TrainLoader
+from utils.optim import build_optimizer, perturbation_of, state_holders
+from utils.precision import Execution
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+ARMS = [("sgd", False), ("sgd-sam", True), ("sgd-sam", False)]
+
+
+class Run:
+    """The parts of a training on random images, step by step."""
+
+    def __init__(
+        self, name="sgd-sam", v2=True, method="none", sparsity=None, execution=Execution(), workers=0, device=CUDA
+    ):
+        torch.manual_seed(0)
+        self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
+        timing = Timing(64, interval=4)
+        self.sparsity = Sparsity(self.model, method, sparsity, timing=timing, optimizers=state_holders(optimizer))
+        g = torch.Generator().manual_seed(0)
+        images = Images(torch.randint(256, (256, 16, 16, 3), dtype=torch.uint8, generator=g), torch.arange(256) % 5)
+        normalize = Normalize(**channel_statistics(images), device=device)
+        augmentation = Augmentation(256, 32, seed=0, pad=2, flip=True)
+        self.loader = TrainLoader(images, augmentation, 5, normalize, device, workers, execution)
+        self.sparsity.before_training(self.loader.sample)
+        self.state = TrainState(self.model, optimizer, self.sparsity)
+        self.perturbation = perturbation_of(optimizer, self.model, self.sparsity)
+        self.recipe = Recipe(build_objective(self.model, execution, 32), execution, lambda step: 0.05, 64)
+
+    def step(self) -> torch.Tensor:
+        batch = self.loader.batch(self.state.step)
+        sums, _ = train_step(self.state, self.perturbation, self.recipe, *batch, measure=False)
+        return sums.clone()
+
+
+@pytest.fixture
+def no_waiting():
+    """A function that makes every wait of the host for the device an error, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.pretrained])
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_no_step_waits_for_the_device(name, v2, method, no_waiting):
+    run = Run(name, v2, method, None if method == "none" else 0.5)
+    for _ in range(8):  # an epoch: kernels are loaded, and masks have changed once
+        run.step()
+    torch.cuda.synchronize()
+    no_waiting()
+    for _ in range(16):  # over the borders of two epochs and four changes of masks
+        run.step()
+
+
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_no_compiled_step_waits_for_the_device(name, v2, no_waiting):
+    run = Run(name, v2, "rigl", 0.5, Execution("bf16", compiled=True))
+    for _ in range(8):
+        run.step()
+    torch.cuda.synchronize()
+    no_waiting()
+    for _ in range(8):
+        run.step()
+
+
+@pytest.mark.parametrize("method", ["none", "rigl"])
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_graphs_train_like_eager_kernels(name, v2, method):
+    sparsity = None if method == "none" else 0.5
+    eager, compiled = (Run(name, v2, method, sparsity, Execution(compiled=c)) for c in (False, True))
+    losses = [[run.step()[0].item() for _ in range(12)] for run in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)  # a stale gradient or input would show at once
+
+
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_cpu_and_gpu_take_the_same_first_steps(name, v2):
+    runs = [Run(name, v2, "random", 0.5, device=device) for device in (torch.device("cpu"), CUDA)]
+    losses = [[run.step()[0].item() for _ in range(4)] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    masks = [[mask.cpu() for mask in run.sparsity.masks.state_dict().values()] for run in runs]
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_workers_feed_the_gpu_the_same_batches():
+    resident, streamed = Run(workers=0), Run(workers=2)
+    for step in (0, 1, 7, 8, 9, 3):
+        for a, b in zip(resident.loader.batch(step), streamed.loader.batch(step), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("flags", ["", "--precision bf16 --compile on", "--accumulate 2 --precision bf16 --compile on"])
+def test_a_whole_run_learns_and_goes_on_from_its_checkpoint(tmp_path, flags):
+    command = "--dataset digits --depth 8 --epochs 4 --optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.8"
+    argv = f"{command} --update-interval 5 --batch-size 64 {flags} --output-dir {tmp_path / 'run'}".split()
+    assert main(argv) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert result["test_top1"] > 50
+    assert main([*argv, "--resume", "auto"]) == 0
