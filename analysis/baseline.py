@@ -1,6 +1,7 @@
 """The loop that everyone writes, as the benchmark's baseline: eager float32, PIL transforms, SAM tensor by tensor."""
 
 import os
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from models import build_model
 from utils.data import Images
 
 
@@ -110,3 +112,17 @@ class UsualLoop:
             self.optimizer.second_step()
             total_loss += loss.item()
             correct += (logits.argmax(1) == labels).sum().item()
+
+
+def serve(pipe: Connection, device_text: str, batch_size: int, images: Images) -> None:
+    """In a process of its own, which nothing of this project has tuned: run steps when asked, with data or without."""
+    device = torch.device(device_text)
+    torch.manual_seed(0)
+    loops = {
+        with_data: UsualLoop(build_model("resnet", 20, 10), device, batch_size, images if with_data else None)
+        for with_data in (True, False)
+    }
+    while (request := pipe.recv()) is not None:
+        with_data, steps = request
+        loops[with_data].run(steps)
+        pipe.send(steps)

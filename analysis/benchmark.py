@@ -6,7 +6,6 @@ both with all samples as JSON.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import multiprocessing
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,85 +23,42 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from analysis.baseline import UsualLoop
+from analysis.baseline import UsualLoop, serve
+from analysis.loop import BATCH, CLASSES, LOG_INTERVAL, UPDATE_INTERVAL, Loop, random_images
 from analysis.report import Report, measure, ratios
 from models import build_model
-from prune import METHODS, Sparsity, Timing
-from utils.checkpoint import TrainState
-from utils.data import Images, channel_statistics
-from utils.device import device_name, pick_device, use_deterministic_kernels
-from utils.engine import Recipe, build_objective, evaluate, train_epoch
+from prune import METHODS, Sparsity
+from utils.data import Images
+from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
+from utils.engine import build_objective
 from utils.errors import UsageError
 from utils.files import write_text_atomically
-from utils.flops import FlopsMeter, count_flops
-from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from utils.optim import build_optimizer, perturbation_of, state_holders
-from utils.precision import Execution, choose
-from utils.record import Record, git_revision, versions
+from utils.precision import PRECISIONS, Execution, choose
+from utils.record import git_revision, versions
 
-BATCH = 128
-CLASSES = 10
-LOG_INTERVAL, UPDATE_INTERVAL = 50, Timing(1).interval  # the defaults of the command line
 DYNAMIC = [name for name, method in METHODS.items() if method.update]
 ROOT = Path(__file__).parent.parent
 
 
-class Loop:
-    """This project's training of ResNet-20, an epoch of few steps at a time."""
+@dataclass(frozen=True)
+class Setting:
+    """Where and how to measure; `scratch` is a directory to write to."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        execution: Execution,
-        images: Images,
-        directory: Path,
-        optimizer: str = "sgd-sam",
-        v2: bool = True,
-        method: str = "none",
-    ):
-        torch.manual_seed(0)
-        self.model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(
-            optimizer, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2
-        )
-        self.sparsity = Sparsity(
-            self.model, method, None if method == "none" else 0.9, timing=Timing(10**9, interval=UPDATE_INTERVAL),
-            optimizers=state_holders(self.optimizer),
-        )  # fmt: skip
-        normalize = Normalize(**channel_statistics(images), device=device)
-        augmentation = Augmentation(len(images), BATCH, seed=0, pad=4, flip=True)
-        self.loader = TrainLoader(images, augmentation, CLASSES, normalize, device, 0, execution)
-        self.sparsity.before_training(self.loader.sample)
-        self.state = TrainState(self.model, self.optimizer, self.sparsity)
-        self.perturbation = perturbation_of(self.optimizer, self.model, self.sparsity)
-        self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.sparsity, self.perturbation.passes)
-        self.objective, self.execution = build_objective(self.model, execution, BATCH), execution
-        directory.mkdir()
-        self.record = Record(directory, {}, "", [], 0, "loss", 1)
-        self.testing = EvalLoader(images, 500, normalize, device)
-
-    def run(self, log_interval: int = LOG_INTERVAL) -> None:
-        recipe = Recipe(self.objective, self.execution, lambda step: 0.1, 10**9, log_interval=log_interval)
-        with contextlib.redirect_stdout(sys.stderr):
-            train_epoch(self.state, self.perturbation, recipe, self.loader, self.meter, self.record)
-
-    def evaluate(self) -> None:
-        evaluate(self.model, self.testing, self.execution)
+    device: torch.device
+    execution: Execution
+    steps: int
+    turns: int
+    scratch: Path
 
 
-def random_images(count: int) -> Images:
-    """Of CIFAR's shape; speed does not depend on what they show."""
-    g = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (count, 32, 32, 3), generator=g, dtype=torch.uint8)
-    return Images(pixels, torch.arange(count) % CLASSES)
-
-
-def whole_steps(report: Report, device: torch.device, execution: Execution, steps: int, turns: int, scratch: Path):
+def whole_steps(report: Report, setting: Setting) -> None:
     """Training loops end to end: the usual one, and this project's with each optimizer, with masks and without logging."""
+    device, steps = setting.device, setting.steps
     images = random_images(steps * BATCH)
-    make = partial(Loop, device, execution, images)
+    make = partial(Loop, device, setting.execution, images)
     loops = {
-        name: make(scratch / name, **options)
+        name: make(setting.scratch / name, **options)
         for name, options in {
             "sgd": {"optimizer": "sgd"},
             "SAM": {"v2": False},
@@ -109,14 +66,22 @@ def whole_steps(report: Report, device: torch.device, execution: Execution, step
             "SAM.v2 masked": {"method": "random"},
         }.items()
     }
-    torch.manual_seed(0)
-    usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, images)
-    usual_alone = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None)
-    tasks = {f"{name}": loop.run for name, loop in loops.items()}
-    tasks |= {"usual": partial(usual.run, steps), "usual, no data": partial(usual_alone.run, steps)}
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    usual = context.Process(target=serve, args=(there, str(device), BATCH, images))
+    usual.start()
+
+    def run_usual(with_data: bool) -> None:
+        here.send((with_data, steps))
+        here.recv()
+
+    tasks = {name: loop.run for name, loop in loops.items()}
+    tasks |= {"usual": partial(run_usual, True), "usual, no data": partial(run_usual, False)}
     tasks["logging every step"] = partial(loops["SAM.v2"].run, 1)
     tasks["evaluation"] = loops["SAM.v2"].evaluate
-    seconds = measure(turns, tasks, device)
+    seconds = measure(setting.turns, tasks, device)
+    here.send(None)
+    usual.join()
 
     rate = lambda name: [len(images) / s for s in seconds[name]]  # noqa: E731
     report.add("the usual loop, SAM.v2 tensor by tensor, with its data", rate("usual"), "images/s")
@@ -145,14 +110,28 @@ def whole_steps(report: Report, device: torch.device, execution: Execution, step
         rest = 160 * 50_000 / median(rate("SAM.v2"))
         report.target("GPU: 160 epochs of CIFAR-10 with SAM.v2 in at most 90 s of training", rest, most=90)
     report.target("logging at most 1.01 of none", logging, most=1.01)
-    share_of_peak(report, device, execution, loops["SAM.v2"], step)
-    mask_updates(report, device, images, step, turns, scratch)
+    share_of_peak(report, setting, loops["SAM.v2"], step)
+    mask_updates(report, setting, images, step)
 
 
-def share_of_peak(report: Report, device: torch.device, execution: Execution, loop: Loop, step: float) -> None:
+def executions(report: Report, setting: Setting) -> None:
+    """Each precision, compiled and not, and whether the one chosen is the fastest."""
+    images = random_images(max(2, setting.steps // 8) * BATCH)
+    choices = [Execution(precision, compiled) for precision in PRECISIONS for compiled in (False, True)]
+    loops = {choice: Loop(setting.device, choice, images, setting.scratch / str(choice)) for choice in choices}
+    seconds = measure(3, {str(choice): loop.run for choice, loop in loops.items()}, setting.device)
+    for name, samples in seconds.items():
+        report.add(f"SAM.v2 in {name}", [len(images) / s for s in samples], "images/s")
+    fastest = min(median(samples) for samples in seconds.values())
+    chosen = median(seconds[str(setting.execution)])
+    report.target("the chosen execution takes at most 1.03 of the fastest one's time", chosen / fastest, most=1.03)
+
+
+def share_of_peak(report: Report, setting: Setting, loop: Loop, step: float) -> None:
     """Where the time of a step goes, and how much of what a matrix product reaches the operations of a step come to."""
-    size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if execution.precision == "bf16" else None)
+    device = setting.device
+    size, dtype = 8192 if device.type == "cuda" else 2048, {"bf16": torch.bfloat16, "fp32": torch.float32}
+    matrix = torch.randn(size, size, device=device, dtype=dtype[setting.execution.precision])
     seconds = median(measure(50, {"product": lambda: matrix @ matrix}, device)["product"])
     peak = report.add(f"product of two {size} x {size} matrices", 2e-9 * size**3 / seconds, "GFLOP/s")
     flops = loop.meter.flops.train(dict.fromkeys(loop.meter.flops.forward, 1.0))
@@ -171,11 +150,11 @@ def share_of_peak(report: Report, device: torch.device, execution: Execution, lo
         report.add(f"share of a step of SAM.v2: {name}", value / sum(spent.values()), "")
 
 
-def mask_updates(report: Report, device: torch.device, images: Images, step: float, turns: int, scratch: Path) -> None:
+def mask_updates(report: Report, setting: Setting, images: Images, step: float) -> None:
     """Masking alone, and a change of the masks with each method that makes one, beyond that."""
     calls = {}
     for name in ("random", *DYNAMIC):
-        loop = Loop(device, Execution(), images, scratch / name, method=name)
+        loop = Loop(setting.device, Execution(), images, setting.scratch / name, method=name)
         for p in loop.model.parameters():
             p.grad = torch.randn_like(p)
         due = UPDATE_INTERVAL - 1
@@ -185,7 +164,7 @@ def mask_updates(report: Report, device: torch.device, images: Images, step: flo
             sparsity.after_step(at)
 
         calls[name] = call
-    seconds = measure(max(20, turns), calls, device)
+    seconds = measure(20, calls, setting.device)
     report.add("masks on gradients and weights", [1e3 * s for s in seconds["random"]], "ms")
     for name in DYNAMIC:
         extra = [a - b for a, b in zip(seconds[name], seconds["random"], strict=True)]
@@ -197,8 +176,9 @@ def mask_updates(report: Report, device: torch.device, images: Images, step: flo
         report.target(f"{name} at most 1.02 of static masks", ratio, most=1.02)
 
 
-def optimizer_alone(report: Report, device: torch.device, turns: int) -> None:
+def optimizer_alone(report: Report, setting: Setting) -> None:
     """Optimizer steps on given gradients, and the numbers that optimizers keep."""
+    device = setting.device
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     repeats = 20 if device.type == "cuda" else 1  # so that the last wait is little beside what it waits for
 
@@ -228,7 +208,7 @@ def optimizer_alone(report: Report, device: torch.device, turns: int) -> None:
     for p in usual.param_groups[0]["params"]:
         p.grad = 1e-3 * torch.randn_like(p)
     steps = {"default": default.step, "fused": fused.step, "ours": samv2, "usual": per_tensor}
-    seconds = measure(turns, {name: repeated(step) for name, step in steps.items()}, device)
+    seconds = measure(300, {name: repeated(step) for name, step in steps.items()}, device)
     for name, text in {
         "default": "torch.optim.SGD by default, alone",
         "fused": "its fused kernel, the base optimizer here",
@@ -279,12 +259,12 @@ def peak_memory(
     pipe.send((peak, sum(p.nbytes for p in model.parameters())))
 
 
-def memory(report: Report, device: torch.device, scratch: Path) -> None:
+def memory(report: Report, setting: Setting) -> None:
     """Peak memory of SAM.v2 over that of SGD."""
     peaks, context = {}, multiprocessing.get_context("spawn")
     for name in ("sgd", "sgd-sam"):
         here, there = context.Pipe()
-        arguments = (name, name == "sgd-sam", str(device), scratch / "trace.json", there)
+        arguments = (name, name == "sgd-sam", str(setting.device), setting.scratch / "trace.json", there)
         process = context.Process(target=peak_memory, args=arguments)
         process.start()
         peaks[name], parameters = here.recv()
@@ -295,7 +275,7 @@ def memory(report: Report, device: torch.device, scratch: Path) -> None:
     report.target("peak memory of SAM.v2 at most one buffer of parameters over sgd", round(extra, 3), most=1.0)
 
 
-def launches(report: Report, device: torch.device, scratch: Path) -> None:
+def launches(report: Report, setting: Setting) -> None:
     """Seconds from launching the command line on digits to the end of its first step."""
     cases = (
         ("not compiled", "off", "none"),
@@ -303,17 +283,19 @@ def launches(report: Report, device: torch.device, scratch: Path) -> None:
         ("compiled, warm cache", "on", "new"),
     )
     for number, (name, compilation, cache) in enumerate(cases):
-        flags = f"--dataset digits --optmzr sgd-sam --sam-v2 --epochs 1 --compile {compilation} --device {device}"
+        flags = (
+            f"--dataset digits --optmzr sgd-sam --sam-v2 --epochs 1 --compile {compilation} --device {setting.device}"
+        )
         command = [
             sys.executable,
             "main_prune_train.py",
             *flags.split(),
             "--output-dir",
-            str(scratch / f"launch{number}"),
+            str(setting.scratch / f"launch{number}"),
         ]
         environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / cache),
-            "TRITON_CACHE_DIR": str(scratch / cache / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(setting.scratch / cache),
+            "TRITON_CACHE_DIR": str(setting.scratch / cache / "triton"),
         }
         began = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -324,11 +306,21 @@ def launches(report: Report, device: torch.device, scratch: Path) -> None:
             process.kill()
 
 
+PARTS = {
+    "optimizer": optimizer_alone,
+    "steps": whole_steps,
+    "executions": executions,
+    "memory": memory,
+    "launches": launches,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.benchmark", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--turns", type=int, default=7, help="of each whole training loop (%(default)s)")
     parser.add_argument("--steps", type=int, help="of a training loop in each turn (20 on the CPU, 400 on CUDA)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="(%(default)s)")
@@ -340,17 +332,14 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     use_deterministic_kernels(False)
+    keep_freed_memory()
     steps = args.steps or (400 if device.type == "cuda" else 20)
     report = Report()
     print(f"ResNet-20, batch {BATCH}, {device_name(device)}, {execution}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
-        for part in (
-            partial(optimizer_alone, report, device, 300),
-            partial(whole_steps, report, device, execution, steps, args.turns, Path(scratch)),
-            partial(memory, report, device, Path(scratch)),
-            partial(launches, report, device, Path(scratch)),
-        ):
-            part()
+        setting = Setting(device, execution, steps, args.turns, Path(scratch))
+        for name in args.parts:
+            PARTS[name](report, setting)
             gc.collect()
     report.show_targets()
     about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),

@@ -77,7 +77,9 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
 def channel_statistics(images: Images) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
     levels = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.pixels.unbind(3)]).double()
+    counts = torch.zeros(images.pixels.shape[3], 256, dtype=torch.float64)
+    for part in images.pixels.split(4096):  # a part of what may not fit in memory
+        counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(3)])
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     deviation = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from utils.data import Dataset, Images
+from utils.device import memory_size
 from utils.errors import UsageError
 from utils.files import save_atomically
 
@@ -90,7 +93,7 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
     cache = data_dir / ".decoded" / f"{key}.pt"
     pixels = _load_cached(cache)
     if pixels is None:
-        pixels = [_decode_all([path for path, _ in split.samples], image_size) for split in splits]
+        pixels = [_decode_all([path for path, _ in split.samples], image_size, cache.parent) for split in splits]
         channels = max(p.shape[3] for p in pixels)
         pixels = [p.expand(*p.shape[:3], channels).contiguous() for p in pixels]
         if pixels[0].shape[1:] != pixels[1].shape[1:]:
@@ -144,25 +147,38 @@ def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
     return digest.hexdigest()[:32]
 
 
-def _decode_all(paths: list[str], image_size: int | None) -> torch.Tensor:
+def _decode_all(paths: list[str], image_size: int | None, scratch: Path) -> torch.Tensor:
     """uint8 [N, H, W, C]; C is 1 if all images are grey, else 3."""
-    height, width = (image_size, image_size) if image_size else _decode(paths[0], None).shape[:2]
-    needed, memory = 3 * len(paths) * height * width, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory / 2:
-        raise UsageError(
-            f"{len(paths):,} images of {width}x{height} take {needed / 2**30:,.1f} GiB of this machine's "
-            f"{memory / 2**30:.1f} GiB: give a smaller --image-size"
-        )
-    first = _decode(paths[0], image_size)
-    pixels = np.empty((len(paths), *first.shape[:2], 3), dtype=np.uint8)
+    size = (image_size, image_size) if image_size else _decode(paths[0], None).shape[:2]
+    pixels = _room_for((len(paths), *size, 3), scratch)
     grey = True
     for index, image in enumerate(_decode_in_threads(paths, image_size)):
-        if image.shape[:2] != first.shape[:2]:
-            sizes = " and ".join(f"{i.shape[1]}x{i.shape[0]}" for i in (first, image))
+        if image.shape[:2] != size:
+            sizes = " and ".join(f"{width}x{height}" for height, width in (size, image.shape[:2]))
             raise UsageError(f"images differ in size ({sizes}: '{paths[0]}' and '{paths[index]}'): give --image-size")
         pixels[index] = image  # a grey image fills all three channels
         grey = grey and image.shape[2] == 1
-    return torch.from_numpy(pixels[..., :1].copy() if grey else pixels)
+    if grey:
+        colour, pixels = pixels, _room_for((*pixels.shape[:3], 1), scratch)
+        pixels[:] = colour[..., :1]
+    return torch.from_numpy(pixels)
+
+
+def _room_for(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
+    """In memory or, where it would take more than half of that, in a file that is gone when nobody looks at it."""
+    size = math.prod(shape)
+    if size <= memory_size() / 2:
+        return np.empty(shape, dtype=np.uint8)
+    try:
+        scratch.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is known now, not by a bus error later
+            return np.memmap(file, dtype=np.uint8, mode="r+", shape=shape)
+    except OSError as error:
+        raise UsageError(
+            f"{shape[0]:,} images of {shape[2]}x{shape[1]} take {size / 2**30:,.1f} GiB, too much for memory, and "
+            f"'{scratch}' does not take them ({error.strerror}): make room there, or give a smaller --image-size"
+        ) from error
 
 
 def _decode(path: str, image_size: int | None) -> np.ndarray:
@@ -191,7 +207,7 @@ def _decode_in_threads(paths: list[str], image_size: int | None) -> Iterator[np.
 
 def _load_cached(cache: Path) -> list[torch.Tensor] | None:
     try:
-        return torch.load(cache, weights_only=True)
+        return torch.load(cache, weights_only=True, mmap=True)  # read when looked at: it may be larger than memory
     except Exception:  # absent, or damaged in any way: decode again
         return None
 

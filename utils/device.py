@@ -56,6 +56,11 @@ def use_deterministic_kernels(wanted: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a tensor without waiting for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

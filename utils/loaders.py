@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils.data import Images
-from utils.device import to_device
+from utils.device import memory_size, to_device
 from utils.precision import Execution
 
 
@@ -111,10 +111,9 @@ class Stream:
 
 
 def pick_workers(images: Images, device: torch.device) -> int:
-    """Workers for images that would take more than half of the device's free memory; 0 where they may live there."""
-    if device.type == "cpu" or 2 * images.pixels.nbytes <= torch.cuda.mem_get_info(device)[0]:
-        return 0
-    return min(4, len(os.sched_getaffinity(0)))
+    """Workers for images that would take more than half of the device's memory; 0 where they may live there."""
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_size()
+    return 0 if 2 * images.pixels.nbytes <= room else min(4, len(os.sched_getaffinity(0)))
 
 
 class TrainLoader:

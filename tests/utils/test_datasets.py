@@ -1,6 +1,7 @@
 """Data sets from real files."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -170,6 +171,21 @@ def test_a_malformed_folder_is_refused_in_one_sentence(tree, damage, words):
         load_dataset("folder", root)
     assert "\n" not in str(error.value)
     assert not (root / ".decoded").exists()
+
+
+def test_images_beyond_half_of_memory_are_mapped_from_a_file(tree, monkeypatch):
+    root, _ = tree
+    expected = load_dataset("folder", root)
+    shutil.rmtree(root / ".decoded")
+    monkeypatch.setattr(datasets, "memory_size", lambda: 1000)  # bytes; the images take 1,152
+    decoded, cached = load_dataset("folder", root), load_dataset("folder", root)
+    for found in (decoded, cached):
+        assert torch.equal(found.train.pixels, expected.train.pixels)
+        assert torch.equal(found.test.pixels, expected.test.pixels)
+    assert [path.suffix for path in (root / ".decoded").iterdir()] == [".pt"]
+    for path in [*root.glob("t*/*/*.png")]:
+        Image.open(path).convert("L").save(path)
+    assert load_dataset("folder", root).train.pixels.shape == (6, 8, 8, 1)
 
 
 def test_an_image_size_beyond_memory_is_refused_before_anything_is_decoded(tree):

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from utils import loaders
 from utils.data import Images, channel_statistics
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from utils.precision import Execution
@@ -96,6 +97,13 @@ def test_workers_cut_the_same_batches_in_whatever_order_they_are_asked_for():
             assert torch.equal(a, b)
     for a, b in zip(streamed.sample(2), resident.sample(2), strict=True):
         assert torch.equal(a, b)
+
+
+def test_images_that_would_fill_the_memory_are_for_workers(monkeypatch):
+    data = images()  # 5,400 bytes
+    for size, resident in ((10_800, True), (10_799, False)):
+        monkeypatch.setattr(loaders, "memory_size", lambda size=size: size)
+        assert (loaders.pick_workers(data, CPU) == 0) is resident
 
 
 def test_mixup_is_a_convex_mixture_of_two_images_and_of_their_labels():

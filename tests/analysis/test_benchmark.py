@@ -1,0 +1,77 @@
+"""The benchmark measures what it says it measures."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from analysis.baseline import PerTensorSAM
+from analysis.benchmark import main
+from analysis.report import Report, measure
+from sam import SAM
+
+
+def test_the_usual_sam_of_the_baseline_trains_like_ours():
+    """Or the comparison would be with something else; and it keeps the 4 numbers a parameter that it is known for."""
+    models = []
+    for kind in ("ours", "usual"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        params = list(model.parameters())
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "rho": 0.3}
+        optimizer = SAM(params, torch.optim.SGD, **options) if kind == "ours" else PerTensorSAM(params, **options)
+        for _ in range(5):
+            optimizer.zero_grad()
+            optimizer.first_step()
+            inputs, labels = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.second_step()
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    assert optimizer.floats() == 4 * sum(p.numel() for p in params)
+
+
+def test_tasks_are_measured_in_turns_after_one_that_does_not_count():
+    called = []
+    tasks = {"quick": lambda: called.append("q"), "slow": lambda: (called.append("s"), time.sleep(0.02))}
+    seconds = measure(3, tasks, torch.device("cpu"))
+    assert called == ["q", "s"] * 4
+    assert [len(samples) for samples in seconds.values()] == [3, 3]
+    assert min(seconds["slow"]) >= 0.02 > max(seconds["quick"])
+
+
+def test_a_report_has_medians_quartiles_and_whether_targets_are_met(capsys):
+    report = Report()
+    assert report.add("a", [4.0, 1.0, 2.0, 3.0, 100.0], "ms") == 3.0
+    assert report.figures["a"]["quartiles"] == [2.0, 4.0]
+    report.target("small", 1.5, most=1.02)
+    report.target("large", 3.2, least=3.0)
+    report.show_targets()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["small: 1.5, not met", "large: 3.2, met"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ("optimizer memory", ("SAM.v2's own cost / a default SGD step", "SAM.v2 over sgd, in buffers of parameters")),
+        ("steps --turns 1 --steps 1 --compile off", ("SAM.v2, this project / the usual loop", "a mask update of rigl")),
+    ],
+)
+def test_the_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, parts, expected):
+    file = tmp_path / "out.json"
+    assert main(["--device", "cpu", "--output", str(file), "--parts", *parts.split()]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    for name in expected:
+        assert name in printed
+        assert result["figures"][name]["median"] > 0
+    if "memory" in parts:
+        assert result["figures"]["SAM.v2 over sgd, in buffers of parameters"]["median"] == pytest.approx(1, abs=0.01)
+        assert result["figures"]["numbers a parameter that SAM.v2 with SGD keeps"]["median"] == 2
+    for target in result["targets"]:
+        assert f"{target['target']}: " in printed
+    assert result["versions"]["torch"] == torch.__version__
