@@ -1,6 +1,6 @@
 """How fast this project is, beside the usual way of writing the same: python -m analysis.benchmark.
 
-Everything that is compared is measured in one process, in turns, and given as the median of the turns with its lower and
+Everything that is compared is measured in one run, in turns, and given as the median of the turns with its lower and
 upper quartile; a ratio is the median of the turns' ratios. Prints a table and whether each target is met, and writes
 both with all samples as JSON.
 """
@@ -303,6 +303,8 @@ def launches(report: Report, setting: Setting) -> None:
                 if line.startswith("the first step took"):
                     report.add(f"from launch to the first step, {name}", time.perf_counter() - began, "s")
                     break
+            else:
+                raise RuntimeError(f"a run for the time to its first step ended before that: {' '.join(command)}")
             process.kill()
 
 
@@ -325,6 +327,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of a training loop in each turn (20 on the CPU, 400 on CUDA)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="(%(default)s)")
     args = parser.parse_args(argv)
+    if args.turns < 1 or (args.steps is not None and args.steps < 1):
+        parser.error("--turns and --steps have to be whole numbers above 0")
+    if not args.output.parent.is_dir():  # known now, not when everything is measured
+        parser.error(f"--output: there is no directory '{args.output.parent}'")
     try:
         device = pick_device(args.device)
         # As for a long run: by what 160 epochs of CIFAR-10 come to.

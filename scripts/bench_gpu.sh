@@ -19,6 +19,7 @@ while [ $# -gt 0 ]; do
         *) flags+=("$1"); shift ;;
     esac
 done
+[ -d "$(dirname "$output")" ] || { echo "error: --output: there is no directory '$(dirname "$output")'" >&2; exit 2; }
 cd "$here"
 PYTHON=python3
 if ! python3 -c 'import torch, torchvision, tensorboard, tqdm' 2>/dev/null; then

@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next step rather than give it back and fault it in page by page.
 
-    A tenth of a step of ResNet-20 on the CPU. Linux with glibc; elsewhere nothing happens.
+    A tenth of a step of ResNet-20 on the CPU (BENCHMARKS.md). Linux with glibc; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")

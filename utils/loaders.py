@@ -111,7 +111,7 @@ class Stream:
 
 
 def pick_workers(images: Images, device: torch.device) -> int:
-    """Workers for images that would take more than half of the device's memory; 0 where they may live there."""
+    """Workers for images that would take more than half of the memory (on CUDA: the free memory) of the device; 0 where they may live there."""
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_size()
     return 0 if 2 * images.pixels.nbytes <= room else min(4, len(os.sched_getaffinity(0)))
 

@@ -14,8 +14,8 @@ from utils.errors import TrainingError, UsageError
 PRECISIONS = ("fp32", "bf16")
 
 # For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves.
-# In fp32 on a CPU it saves nothing (BENCHMARKS.md). The other savings are estimates: of the conversions that bf16 needs
-# without it, and of the launches that a graph replaces.
+# In fp32 on a CPU it saves too little to count on (BENCHMARKS.md: 2%). The other savings are estimates, of the conversions
+# that bf16 needs without it and of the launches that a graph replaces.
 COMPILATION = {
     ("cpu", "fp32"): (35.0, lambda flops: 0.0),
     ("cpu", "bf16"): (35.0, lambda flops: 1e-12 * flops),
