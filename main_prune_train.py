@@ -14,7 +14,7 @@ from utils.checkpoint import TrainState, load_checkpoint, load_network, save_che
 from utils.data import Dataset, channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
-from utils.engine import Recipe, build_objective, evaluate, fit
+from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, pick_workers
@@ -83,6 +83,7 @@ def train(args: Namespace, given: set[str]) -> None:
 
     recipe = Recipe(
         build_objective(model, execution, -(-args.batch_size // args.accumulate), args.smooth_eps), execution,
+        execution.graph(update_weights),
         lr_at=partial(
             learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
             warmup_steps=round(args.warmup_epochs * loader.steps_per_epoch),

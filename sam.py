@@ -370,15 +370,15 @@ class _Block:
 
     def perturb(self, direction: Tensor, norm: Tensor) -> None:
         """Keep the weights in the buffer and add rho * direction / norm to them, nothing where norm is not finite."""
-        e = direction * (self.group["rho"] / (norm.to(direction.device) + 1e-12))
-        e.nan_to_num_(0.0, 0.0, 0.0)  # a norm of inf or NaN has left zeros and NaN: a guard without host or mask
+        unit = direction / (norm.to(direction.device) + 1e-12)
+        unit.nan_to_num_(0.0, 0.0, 0.0)  # a norm of inf or NaN has left zeros and NaN: a guard without host or mask
         flat = self.flat()
         if flat is None:
             torch._foreach_copy_(self.views, self.params)
-            torch._foreach_add_(self.params, self.views_of(e))
+            torch._foreach_add_(self.params, self.views_of(unit), alpha=self.group["rho"])
         else:
             self.buffer.copy_(flat)
-            flat.add_(e)
+            flat.add_(unit, alpha=self.group["rho"])
 
     def restore(self) -> None:
         flat = self.flat()

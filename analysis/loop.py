@@ -1,4 +1,4 @@
-"""This project's training of ResNet-20 as something to measure: an epoch of a few steps at a time."""
+"""This project's training as something to measure: an epoch of a few steps at a time."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from models import build_model
 from prune import Sparsity, Timing
 from utils.checkpoint import TrainState
 from utils.data import Images, channel_statistics
-from utils.engine import Recipe, build_objective, evaluate, train_epoch
+from utils.engine import Recipe, build_objective, evaluate, train_epoch, update_weights
 from utils.flops import FlopsMeter, count_flops
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from utils.optim import build_optimizer, perturbation_of, state_holders
@@ -29,6 +29,7 @@ class Loop:
         images: as many as an epoch is to have.
         directory: for what a run writes; made here.
         optimizer, v2, method: see the command line.
+        network: architecture, depth and width.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Loop:
         optimizer: str = "sgd-sam",
         v2: bool = True,
         method: str = "none",
+        network: tuple[str, int | None, float] = ("resnet", 20, 1.0),
     ):
         torch.manual_seed(0)
-        self.model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+        arch, depth, width = network
+        self.model = build_model(arch, depth, CLASSES, width).to(device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(
             optimizer, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2
         )
@@ -58,12 +61,13 @@ class Loop:
         self.perturbation = perturbation_of(self.optimizer, self.model, self.sparsity)
         self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.sparsity, self.perturbation.passes)
         self.objective, self.execution = build_objective(self.model, execution, BATCH), execution
+        self.update = execution.graph(update_weights)
         directory.mkdir()
         self.record = Record(directory, {}, "", [], 0, "loss", 1)
         self.testing = EvalLoader(images, 500, normalize, device)
 
     def run(self, log_interval: int = LOG_INTERVAL) -> None:
-        recipe = Recipe(self.objective, self.execution, lambda step: 0.1, 10**9, log_interval=log_interval)
+        recipe = Recipe(self.objective, self.execution, self.update, lambda step: 0.1, 10**9, log_interval=log_interval)
         with contextlib.redirect_stdout(sys.stderr):
             train_epoch(self.state, self.perturbation, recipe, self.loader, self.meter, self.record)
 

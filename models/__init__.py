@@ -51,4 +51,8 @@ def build_model(arch: str, depth: int | None, num_classes: int, width: float = 1
     if not 0 < width < math.inf:
         raise ValueError(f"a width is a finite number above 0, not {width:g}")
     family = ARCHITECTURES[arch]
-    return family.build(family.default_depth if depth is None else depth, num_classes, width, in_channels)
+    model = family.build(family.default_depth if depth is None else depth, num_classes, width, in_channels)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None  # of no use at a fixed momentum, and a kernel a layer in each step
+    return model

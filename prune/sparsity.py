@@ -46,6 +46,7 @@ class Sparsity:
         loss.backward()
         sparsity.after_backward(step)                # before clipping and before the optimizer sees the gradients
         optimizer.step()
+        sparsity.mask_weights()
         step = sparsity.after_step(step)             # masks change here; returns the step to go on with
         ...
         step = sparsity.next_round(step)             # at the end of the schedule: the step to go back to, if any
@@ -126,7 +127,8 @@ class Sparsity:
             # Each round keeps the same share of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.target) ** (number / rounds)
             self.masks.set(self.pattern.keep(self.method.score(self.scored(-1, sample)), self.counts(wanted)))
-        if not self.method.score and self.method.update:  # masks of ones, so that none has to be made during training
+        if not self.method.score and (self.method.update or self.method.tickets):
+            # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self.scored(-1)), self.counts(0.0)))
         self.refuse_empty_layers()
         if self.method.update and self.method.update.needs_gradients:
@@ -137,28 +139,37 @@ class Sparsity:
 
     def grows_by_gradient(self, step: int) -> bool:
         """Whether a step needs the gradients of dead weights too."""
-        return self._due(step) and self.method.update.reads_dead_gradients
+        return self.due(step) and self.method.update.reads_dead_gradients
+
+    def due(self, step: int) -> bool:
+        """Whether masks change after a step."""
+        return self.method.update is not None and self.timing.due(step)
 
     def mask_gradients(self) -> None:
         """Zero the gradients of dead weights, for whoever needs gradients before the pass that counts."""
         self.masks.apply_to_gradients()
 
+    def mask_weights(self) -> None:
+        """With the weights just moved: keep the dead at zero."""
+        self.masks.apply_to_weights()
+
     def after_backward(self, step: int) -> None:
         """With the unscaled gradients of a step: let only those of living weights through."""
-        if self._due(step) and self.method.update.needs_gradients:
-            weights = {name: self.masks.weights[name] for name in self.masks.masks}
-            self._gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad.clone() for n, w in weights.items()}
+        if self.due(step) and self.method.update.needs_gradients:
+            if not self._gradients:  # they stay where they are, as a CUDA graph wants it
+                self._gradients = {name: torch.zeros_like(mask) for name, mask in self.masks.masks.items()}
+            for name, kept in self._gradients.items():
+                gradient = self.masks.weights[name].grad
+                kept.zero_() if gradient is None else kept.copy_(gradient)
         self.masks.apply_to_gradients()
 
     def after_step(self, step: int) -> int:
-        """With the weights just moved: change masks if it is time, keep the dead at zero. Returns the step to go on with.
+        """With the weights just moved: change masks if it is time. Returns the step to go on with.
 
         Where layers compete for weights one may come out empty: `refuse_empty_layers` tells, and waits for the device.
         """
-        self.masks.apply_to_weights()
-        if self._due(step):
+        if self.due(step):
             self._change(self.method.update(self, step))
-            self._gradients = {}
         self._remember_weights(step)
         return step + 1
 
@@ -246,9 +257,6 @@ class Sparsity:
         device = next(iter(self.masks.weights.values())).device
         self.ever_alive = {name: mask.to(device) for name, mask in state["ever_alive"].items()}
         self._rewound = dict(state["rewound"])
-
-    def _due(self, step: int) -> bool:
-        return self.method.update is not None and self.timing.due(step)
 
     @torch.no_grad()
     def _change(self, masks: dict[str, Tensor]) -> None:

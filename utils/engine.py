@@ -25,6 +25,7 @@ class Recipe:
     Attributes:
         objective: see build_objective.
         execution: how evaluation computes.
+        update: update_weights, as it is or from CUDA graphs.
         lr_at: the learning rate of a step.
         total_steps: steps of the whole schedule.
         accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss.
@@ -34,6 +35,7 @@ class Recipe:
 
     objective: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     execution: Execution
+    update: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     lr_at: Callable[[int], float]
     total_steps: int
     accumulate: int = 1
@@ -61,7 +63,7 @@ def build_objective(
         correct = targets.gather(1, logits.argmax(1, keepdim=True)).sum()
         return loss / batch_size, torch.stack([loss.detach(), correct])
 
-    return execution.compile(objective, micro_batch, graphs=True)
+    return execution.compile(objective, micro_batch)
 
 
 def train_step(
@@ -77,9 +79,19 @@ def train_step(
     Returns:
         [sum of losses, number of correct predictions] at the weights the gradient was taken at; scalars to log.
     """
-    model, optimizer, sparsity = state.model, state.optimizer, state.sparsity
-    for group in optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = recipe.lr_at(state.step)
+    results = recipe.update(state, perturbation, recipe, inputs, targets, measure)
+    state.step = state.sparsity.after_step(state.step)
+    state.progress += 1
+    return results
+
+
+def update_weights(
+    state: TrainState, perturbation: Perturbation, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a step does on the device, from a batch to the moved weights: always the same, so that a graph can hold it."""
+    model, optimizer = state.model, state.optimizer
 
     def backward() -> Tensor:
         optimizer.zero_grad()
@@ -92,14 +104,13 @@ def train_step(
 
     perturbation.perturb(backward)
     sums = backward()
-    sparsity.after_backward(state.step)
+    state.sparsity.after_backward(state.step)
     measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
     optimizer.step()
     perturbation.restore()
-    state.step = sparsity.after_step(state.step)
-    state.progress += 1
+    state.sparsity.mask_weights()
     return sums, measured
 
 
@@ -208,12 +219,13 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 def _check_finite(losses: Tensor, lrs: list[float], state: TrainState) -> None:
     """Read the losses of an epoch so far. Weights are looked at too: a last step may have spoilt them."""
-    values = losses.tolist()
+    norm = nn.utils.get_total_norm([p.detach() for p in state.model.parameters()])
+    *values, norm = torch.cat([losses, norm[None]]).tolist()  # waits once
     wrong = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if wrong is not None:
         step = state.progress - len(values) + wrong + 1
         raise TrainingError(_stopped(f"the loss is {values[wrong]}", step, lrs[wrong]))
-    if not all(torch.stack([p.detach().isfinite().all() for p in state.model.parameters()]).tolist()):
+    if not math.isfinite(norm):
         raise TrainingError(_stopped("the weights are no longer finite", state.progress, lrs[-1]))
 
 

@@ -145,7 +145,7 @@ class TrainLoader:
         self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda") if workers else None
         self._cut = lambda *lines: normalize(cut(self.pixels, *lines, augmentation.pad))
         if device.type == "cuda":
-            self._cut = execution.compile(self._cut, augmentation.batch_size, graphs=False)
+            self._cut = execution.compile(self._cut, augmentation.batch_size)
         self._epoch = -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The optimizers by name, how each perturbs within a training step, and the learning rate as a function of the step."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def build_optimizer(
     parameters = list(model.parameters())
     if parameters[0].device.type in ("cpu", "cuda"):
         options["fused"] = True  # one kernel: half the time of the default on the CPU
+    if parameters[0].device.type == "cuda" and "capturable" in inspect.signature(kind.base).parameters:
+        options["capturable"] = True  # as a part of a CUDA graph
     if kind.sam:
         flatten_parameters(parameters)
         return SAM(parameters, kind.base, rho=rho, adaptive=adaptive, v2=v2, **options)

@@ -10,42 +10,57 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from utils.errors import TrainingError, UsageError
+from utils.graphs import GraphedUpdate
 
 PRECISIONS = ("fp32", "bf16")
 
-# For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves.
-# In fp32 on a CPU it saves too little to count on (BENCHMARKS.md: 2%). The other savings are estimates, of the conversions
-# that bf16 needs without it and of the launches that a graph replaces.
+# For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves, as
+# measured with ResNet-20 (BENCHMARKS.md): 1 to 4% of a step on a CPU in fp32, 1.5% in bf16; a quarter of one on an H100 in
+# bf16, a tenth in fp32.
 COMPILATION = {
-    ("cpu", "fp32"): (35.0, lambda flops: 0.0),
-    ("cpu", "bf16"): (35.0, lambda flops: 1e-12 * flops),
-    ("cuda", "fp32"): (60.0, lambda flops: 2e-3),
-    ("cuda", "bf16"): (60.0, lambda flops: 2e-3),
+    ("cpu", "fp32"): (40.0, lambda flops: 1e-13 * flops),
+    ("cpu", "bf16"): (40.0, lambda flops: 6e-14 * flops),
+    ("cuda", "fp32"): (30.0, lambda flops: 1.5e-14 * flops),
+    ("cuda", "bf16"): (30.0, lambda flops: 1.9e-14 * flops),
 }
+
+# FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
+# memory of its own.
+GRAPHED_BELOW = 1e12
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Precision of the forward pass (weights, gradients and optimizer stay in float32), and whether it is compiled."""
+    """Precision of the forward pass (weights, gradients and optimizer stay in float32), and how kernels are launched.
+
+    Attributes:
+        precision: one of PRECISIONS.
+        compiled: by torch.compile.
+        graphed: a training step is one CUDA graph.
+    """
 
     precision: str = "fp32"
     compiled: bool = False
+    graphed: bool = False
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def compile(self, function: Callable, rows: int, graphs: bool) -> Callable:
-        """The function, compiled for a first argument of so many rows; others, as of an epoch's last batch, run as it is.
+    def graph(self, update: Callable) -> Callable:
+        """engine.update_weights, replayed from CUDA graphs if that is how this executes."""
+        return GraphedUpdate(update) if self.graphed else update
 
-        Args:
-            graphs: on CUDA replay the kernels from a graph. What it returns lasts until the next call.
+    def compile(self, function: Callable, rows: int) -> Callable:
+        """The function, compiled for a first argument of so many rows; others, as of an epoch's last batch, run as it is.
 
         Raises:
             TrainingError: by the first call, if it cannot be compiled.
         """
         if not self.compiled:
             return function
-        fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else None)
+        # On CUDA small kernels that do not depend on each other, as conversions of weights, go into one.
+        options = {"combo_kernels": True} if torch.cuda.is_available() else None
+        fast = torch.compile(function, dynamic=False, options=options)
 
         def run(first: torch.Tensor, *others: object) -> object:
             if len(first) != rows:
@@ -59,7 +74,8 @@ class Execution:
         return run
 
     def __str__(self) -> str:
-        return f"{self.precision}, {'compiled' if self.compiled else 'not compiled'}"
+        text = f"{self.precision}, {'compiled' if self.compiled else 'not compiled'}"
+        return f"{text}, a CUDA graph a step" if self.graphed else text
 
 
 def choose(
@@ -95,7 +111,7 @@ def choose(
     if compilation == "auto":
         cost, saved = COMPILATION[device.type, precision]
         compilation = "on" if not (missing or deterministic) and steps * saved(step_flops) > cost else "off"
-    return Execution(precision, compilation == "on")
+    return Execution(precision, compilation == "on", device.type == "cuda" and step_flops < GRAPHED_BELOW)
 
 
 def has_bf16(device: torch.device) -> bool:

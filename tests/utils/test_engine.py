@@ -11,7 +11,7 @@ from models import build_model
 from prune import METHODS, Sparsity, Timing
 from utils.checkpoint import TrainState
 from utils.data import Images, channel_statistics
-from utils.engine import Recipe, build_objective, evaluate, train_step
+from utils.engine import Recipe, build_objective, evaluate, train_step, update_weights
 from utils.flops import FlopsMeter, count_flops
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from utils.optim import OPTIMIZERS, build_optimizer, perturbation_of, state_holders
@@ -34,6 +34,7 @@ def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
         Recipe(
             build_objective(model, Execution(), 8 // recipe.get("accumulate", 1), recipe.pop("smooth_eps", 0.0)),
             Execution(),
+            update_weights,
             **{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe,
         ),
     )
@@ -145,7 +146,9 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     sparsity.before_training(loader.sample)
     state, perturbation = TrainState(model, optimizer, sparsity), perturbation_of(optimizer, model, sparsity)
     meter = FlopsMeter(count_flops(model, (3, 8, 8)), sparsity, passes=1)
-    recipe = Recipe(build_objective(model, Execution(), 20), Execution(), lambda step: 0.05, 16, clip_grad=1.0)
+    recipe = Recipe(
+        build_objective(model, Execution(), 20), Execution(), update_weights, lambda step: 0.05, 16, clip_grad=1.0
+    )
     versions = set()
     with Waits() as waits:
         for step in range(12):

@@ -39,7 +39,7 @@ def test_auto_compiles_only_what_earns_it_back(able):
     assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391, deterministic=True).compiled
     assert choose("auto", "on", CPU, resnet20, steps=1, deterministic=True).compiled
     assert not choose("auto", "off", CPU, resnet20, steps=160 * 391).compiled
-    assert not choose("fp32", "auto", CPU, resnet20, steps=160 * 391).compiled  # saves nothing
+    assert not choose("fp32", "auto", CPU, resnet20, steps=10 * 391).compiled  # it saves a hundredth of a step
 
 
 def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):

@@ -1,0 +1,57 @@
+"""The training step as CUDA graphs: a single launch in the place of hundreds."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+
+class GraphedUpdate:
+    """engine.update_weights, replayed from a graph.
+
+    Each kind of step (with a batch of another size, measured, at a change of masks) has a graph of its own. A graph knows
+    addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they are. Batch and
+    learning rate come in by tensors of the graph's own. What is returned lasts until the next call.
+    """
+
+    WARM_UP = 2  # steps of a kind before it is captured: they compile, pick kernels, and make the optimizer's state
+
+    def __init__(self, update: Callable):
+        self.update = update
+        self._seen: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, tuple] = {}
+
+    def __call__(
+        self, state, perturbation, recipe, inputs: Tensor, targets: Tensor, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        kind = (inputs.shape, measure, state.sparsity.due(state.step))
+        self._seen[kind] += 1
+        if self._seen[kind] <= self.WARM_UP:
+            return self.update(state, perturbation, recipe, inputs, targets, measure)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._capture(state, perturbation, recipe, inputs, targets, measure)
+        graph, static_inputs, static_targets, static_lr, results = self._graphs[kind]
+        static_inputs.copy_(inputs)
+        static_targets.copy_(targets)
+        static_lr.fill_(state.optimizer.param_groups[0]["lr"])
+        graph.replay()
+        return results
+
+    def _capture(self, state, perturbation, recipe, inputs: Tensor, targets: Tensor, measure: bool) -> tuple:
+        """Record a step without running it."""
+        inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
+        groups = state.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other, *_ in self._graphs.values()), None)  # they never run at the same time
+        try:
+            for group in groups:
+                group["lr"] = lr
+            # Other threads, as one that pins the memory of batches to come, may go on with what a capture forbids.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                results = self.update(state, perturbation, recipe, inputs, targets, measure)
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        return graph, inputs, targets, lr, results
