@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from analysis.loop import random_images
 from models import build_model
 from utils.data import Images
 
@@ -114,8 +115,13 @@ class UsualLoop:
             correct += (logits.argmax(1) == labels).sum().item()
 
 
-def serve(pipe: Connection, device_text: str, batch_size: int, images: Images) -> None:
-    """In a process of its own, which nothing of this project has tuned: run steps when asked, with data or without."""
+def serve(pipe: Connection, device_text: str, batch_size: int, count: int) -> None:
+    """In a process of its own, which nothing of this project has tuned: run steps when asked, with data or without.
+
+    Args:
+        count: random images to train on, made here: sent, they would have to fit the machine's shared memory.
+    """
+    images = random_images(count)
     device = torch.device(device_text)
     torch.manual_seed(0)
     loops = {

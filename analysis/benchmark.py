@@ -68,8 +68,9 @@ def whole_steps(report: Report, setting: Setting) -> None:
     }
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    usual = context.Process(target=serve, args=(there, str(device), BATCH, images))
+    usual = context.Process(target=serve, args=(there, str(device), BATCH, len(images)))
     usual.start()
+    there.close()  # so that reading here ends if the process does
 
     def run_usual(with_data: bool) -> None:
         here.send((with_data, steps))
@@ -267,6 +268,7 @@ def memory(report: Report, setting: Setting) -> None:
         arguments = (name, name == "sgd-sam", str(setting.device), setting.scratch / "trace.json", there)
         process = context.Process(target=peak_memory, args=arguments)
         process.start()
+        there.close()
         peaks[name], parameters = here.recv()
         process.join()
     report.add("peak memory, VGG-19 at batch 32, sgd", peaks["sgd"] / 2**20, "MiB")

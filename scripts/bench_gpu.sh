@@ -41,7 +41,7 @@ part() { # part NAME SECONDS COMMAND...: run it, show its output, keep that and 
 }
 
 part tests 240 "$PYTHON" -m pytest tests/test_gpu.py -p no:cacheprovider
-part benchmark 240 "$PYTHON" -m analysis.benchmark --device "$device" --output "$scratch/benchmark.json" ${flags[@]+"${flags[@]}"}
+part benchmark 300 "$PYTHON" -m analysis.benchmark --device "$device" --output "$scratch/benchmark.json" ${flags[@]+"${flags[@]}"}
 for optimizer in sgd sgd-sam; do
     sam=()
     [ "$optimizer" = sgd ] || sam=(--sam-v2)
