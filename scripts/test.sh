@@ -2,7 +2,7 @@
 # Linters and tests. Further arguments go to pytest.
 set -euo pipefail
 flags=("$@")
-set -- requirements.txt requirements-dev.txt
+set -- requirements.txt requirements-dev.txt requirements-analysis.txt
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$0")/setup.sh"
 

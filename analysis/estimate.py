@@ -1,0 +1,75 @@
+"""How long the runs of a dry run would take: bash scripts/reproduce_cifar.sh --dry-run | python -m analysis.estimate.
+
+Reads commands of main_prune_train.py, measures some training steps of each network and optimizer among them on this
+machine, on random images of CIFAR's shape, and adds up the steps of 50,000 images an epoch. Evaluation, start and
+compilation are not in it.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from analysis.loop import BATCH, Loop, random_images
+from prune import METHODS, Options
+from utils import cli
+from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
+from utils.precision import choose
+
+IMAGES, STEPS, TURNS = 50_000, 6, 3
+
+
+def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device) -> float:
+    """Median seconds of a training step at batch 128, precision as --precision auto takes it, not compiled."""
+    images, seconds = random_images(STEPS * BATCH), []
+    with tempfile.TemporaryDirectory() as scratch:
+        execution = choose("auto", "off", device)
+        loop = Loop(device, execution, images, Path(scratch) / "run", optimizer, v2, network=network)
+        for _ in range(TURNS + 1):
+            began = time.perf_counter()
+            loop.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append((time.perf_counter() - began) / STEPS)
+    return median(seconds[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.estimate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time that do not slow each other (%(default)s)")
+    parser.add_argument("--device", default="auto", help="(%(default)s)")
+    options = parser.parse_args(argv)
+    device = pick_device(options.device)
+    keep_freed_memory()
+    use_deterministic_kernels(False)
+    epochs: Counter = Counter()
+    for line in sys.stdin:
+        command = shlex.split(line)
+        if "main_prune_train.py" not in command:
+            continue
+        args, _ = cli.parse(command[command.index("main_prune_train.py") + 1 :])
+        trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
+        epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
+    if not epochs:
+        parser.error("no commands of main_prune_train.py on standard input: give it what a sweep's --dry-run prints")
+    total = 0.0
+    print(f"a training step on {device_name(device)}:")
+    for (network, optimizer, v2), count in epochs.items():
+        seconds = step_seconds(network, optimizer, v2, device)
+        total += count * seconds * IMAGES / BATCH
+        arch, depth, width = network
+        text = f"{arch}-{depth}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
+        print(f"  {text:<36} {1e3 * seconds:>8.1f} ms, {count:,} epochs", flush=True)
+    hours = total / 3600 / options.jobs
+    print(f"all of it: about {hours:,.0f} hours ({hours / 24:,.1f} days), {options.jobs} at a time")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

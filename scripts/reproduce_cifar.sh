@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The table of the paper on CIFAR: two networks, two data sets, three sparsities, eight methods, three optimizers, three
+# seeds: 864 runs. ARCHS ("resnet vgg"), DATASETS ("cifar10 cifar100"), OPTIMIZERS ("sgd sam samv2") and the settings below
+# choose a part of it. --dry-run measures a training step of each network here and says how long all runs would take.
+
+set -euo pipefail
+METHODS=${METHODS:-snip grasp synflow random set rigl mest lth} SPARSITIES=${SPARSITIES:-0.9 0.95 0.98}
+# shellcheck source=scripts/sweep_lib.sh
+source "$(dirname "$0")/sweep_lib.sh"
+begin_sweep "$@"
+declare -A networks=([resnet]="--arch resnet --depth 32 --width 2" [vgg]="--arch vgg --depth 19")
+declare -A optimizers=([sgd]="--optmzr sgd" [sam]="--optmzr sgd-sam" [samv2]="--optmzr sgd-sam --sam-v2")
+for arch in ${ARCHS:-resnet vgg}; do
+    for optimizer in ${OPTIMIZERS:-sgd sam samv2}; do
+        [ -n "${networks[$arch]:-}" ] || stop "ARCHS are resnet and vgg, not '$arch'"
+        [ -n "${optimizers[$optimizer]:-}" ] || stop "OPTIMIZERS are sgd, sam and samv2, not '$optimizer'"
+        read -ra flags <<<"${networks[$arch]} ${optimizers[$optimizer]}"
+        for dataset in ${DATASETS:-cifar10 cifar100}; do
+            add_arm "$dataset-$arch-$optimizer" --dataset "$dataset" "${flags[@]}"
+        done
+    done
+done
+run_sweep
+if [ -n "$dry_run" ]; then
+    cd "$(dirname "$0")/.."
+    print_commands | "${PYTHON:-python}" -m analysis.estimate --jobs "$at_a_time"
+fi
