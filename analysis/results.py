@@ -1,0 +1,82 @@
+"""Reading what runs left behind: a table with a row a run, whatever became of it."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from utils.runs import FREE
+
+# What tells runs of a study apart, but is not a setting that is studied.
+REPETITION = "seed"
+# Flags that the column `optimizer` stands for.
+OPTIMIZER_FLAGS = ("optmzr", "sam_v2", "adaptive")
+METRIC = "test_top1"
+
+
+def optimizer_name(args: dict) -> str:
+    """As papers call it: sgd, sgd SAM, sgd SAM.v2, sgd ASAM ..."""
+    base = args["optmzr"].removesuffix("-sam")
+    if base == args["optmzr"]:
+        return base
+    return f"{base} {'A' if args['adaptive'] else ''}SAM{'.v2' if args['sam_v2'] else ''}"
+
+
+def read_runs(directories: list[Path]) -> pd.DataFrame:
+    """One row for each run below the directories.
+
+    Returns:
+        Columns `directory` (Path), `state` (finished, or failed where a sweep saw it fail, or incomplete), `epochs_done`,
+        `optimizer`, every flag but those that say only where and how a run goes, and for finished runs the figures of
+        result.json.
+
+    Raises:
+        ValueError: no runs there, or a file of a run that cannot be read.
+    """
+    rows = {}
+    for root in directories:
+        if not root.is_dir():
+            raise ValueError(f"there is no directory '{root}'")
+        for path in sorted(root.rglob("args.json")):
+            rows.setdefault(path.parent.resolve(), _read_run(path.parent))
+        for command in sorted(root.rglob(".sweep/*.command")):  # one that failed may have left no directory
+            directory = command.parent.parent / command.stem.removesuffix(".command")
+            if directory.resolve() not in rows:
+                rows[directory.resolve()] = {"directory": directory, "state": _broken(directory), "epochs_done": 0}
+    if not rows:
+        raise ValueError(f"no runs in {', '.join(map(str, directories))}: name directories of runs or sweeps")
+    return pd.DataFrame(list(rows.values()))
+
+
+def read_curves(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """metrics.csv of each run."""
+    return [pd.read_csv(directory / "metrics.csv") for directory in runs["directory"]]
+
+
+def varying_flags(runs: pd.DataFrame) -> list[str]:
+    """Flags that are not the same in all runs, the optimizer and repetitions apart, in alphabetical order."""
+    known = runs[runs["optimizer"].notna()] if "optimizer" in runs else runs.iloc[:0]
+    flags = [name.removeprefix("--") for name in runs.columns if name.startswith("--")]
+    names = [flag for flag in flags if flag not in (REPETITION, *OPTIMIZER_FLAGS)]
+    return [f"--{name}" for name in sorted(names) if known[f"--{name}"].map(repr).nunique() > 1]
+
+
+def _read_run(directory: Path) -> dict:
+    try:
+        args = json.loads((directory / "args.json").read_text())["args"]
+        row = {"directory": directory, "optimizer": optimizer_name(args)}
+        row |= {f"--{name}": value for name, value in args.items() if name not in FREE}
+        metrics = directory / "metrics.csv"
+        row["epochs_done"] = len(pd.read_csv(metrics)) if metrics.exists() else 0
+        if not (directory / "result.json").exists():
+            return row | {"state": _broken(directory)}
+        result = json.loads((directory / "result.json").read_text())
+        figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
+        figures.pop("seed")
+        return row | {"state": "finished"} | figures
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot read the run in '{directory}' ({error}): repair or remove it") from error
+
+
+def _broken(directory: Path) -> str:
+    return "failed" if (directory.parent / ".sweep" / f"{directory.name}.failed").exists() else "incomplete"
