@@ -22,7 +22,7 @@ from utils import cli
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.precision import choose
 
-IMAGES, STEPS, TURNS = 50_000, 6, 3
+IMAGES, STEPS, TURNS = 50_000, 3, 2
 
 
 def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device) -> float:

@@ -22,6 +22,9 @@ for arch in ${ARCHS:-resnet vgg}; do
 done
 run_sweep
 if [ -n "$dry_run" ]; then
-    cd "$(dirname "$0")/.."
-    print_commands | "${PYTHON:-python}" -m analysis.estimate --jobs "$at_a_time"
+    listed=$(print_commands)
+    set -- requirements.txt
+    # shellcheck source=scripts/setup.sh
+    source "$(dirname "$0")/setup.sh"
+    "$PYTHON" -m analysis.estimate --jobs "$at_a_time" <<<"$listed"
 fi
