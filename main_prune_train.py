@@ -19,7 +19,7 @@ from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
-from utils.precision import choose
+from utils.precision import choose, strides_over_points
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
 
@@ -59,7 +59,7 @@ def train(args: Namespace, given: set[str]) -> None:
     execution = choose(
         args.precision, args.compile, device,
         perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
-        args.deterministic,
+        args.deterministic, strides_over_points(model, dataset.image_shape),
     )  # fmt: skip
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
 
@@ -139,7 +139,7 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     data = checkpoint["data"]
     normalize = Normalize(data["mean"], data["deviation"], device)  # as the network was trained, whatever is in train/
     loader = EvalLoader(dataset.test, args.test_batch_size, normalize, device)
-    execution = choose(args.precision, "off", device)
+    execution = choose(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 

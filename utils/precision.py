@@ -1,5 +1,6 @@
 """How a network computes: in which precision, and compiled or not. Every `auto` is resolved here, once a run."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from utils.errors import TrainingError, UsageError
@@ -15,13 +17,13 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16")
 
 # For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves, as
-# measured with ResNet-20 (BENCHMARKS.md): 1 to 4% of a step on a CPU in fp32, 1.5% in bf16; a quarter of one on an H100 in
+# measured with ResNet-20 (BENCHMARKS.md): 1 to 4% of a step on a CPU in fp32, 1.5% in bf16; a fifth of one on an H100 in
 # bf16, a tenth in fp32.
 COMPILATION = {
     ("cpu", "fp32"): (40.0, lambda flops: 1e-13 * flops),
     ("cpu", "bf16"): (40.0, lambda flops: 6e-14 * flops),
-    ("cuda", "fp32"): (30.0, lambda flops: 1.5e-14 * flops),
-    ("cuda", "bf16"): (30.0, lambda flops: 1.9e-14 * flops),
+    ("cuda", "fp32"): (25.0, lambda flops: 1.5e-14 * flops),
+    ("cuda", "bf16"): (25.0, lambda flops: 1.5e-14 * flops),
 }
 
 # FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
@@ -85,6 +87,7 @@ def choose(
     step_flops: float = 0.0,
     steps: int = 0,
     deterministic: bool = False,
+    strided_points: bool = False,
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
@@ -97,12 +100,19 @@ def choose(
         step_flops: of a training step.
         steps: of the run.
         deterministic: bits may not depend on what was tuned when.
+        strided_points: see strides_over_points.
 
     Raises:
         UsageError: what is asked for by name is not possible here.
     """
+    untrusted = device.type == "cpu" and strided_points
+    if precision == "bf16" and untrusted:
+        raise UsageError(
+            "bf16 on a CPU gives wrong gradients where a convolution with a stride meets a map of one pixel, as in this "
+            "network with images of this size: give --precision fp32, or larger images"
+        )
     if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
+        precision = "bf16" if has_bf16(device) and not untrusted else "fp32"
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: it is not what fp32 says
     missing = what_compilation_lacks(device)
@@ -123,6 +133,25 @@ def has_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in features or "amx_bf16" in features
+
+
+def strides_over_points(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether a convolution with a stride meets a map of one pixel, of images [C, H, W].
+
+    There torch's bf16 kernels for CPUs read memory that nobody wrote (seen with 2.14.1): now and then a weight's gradient
+    is of any size.
+    """
+    found = []
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found.append(max(module.stride) > 1 and max(inputs[0].shape[2:]) == 1)
+
+    shadow = copy.deepcopy(model).to("meta").eval()
+    for module in shadow.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(look)
+    shadow(torch.zeros(1, *image_shape, device="meta"))
+    return any(found)
 
 
 def what_compilation_lacks(device: torch.device) -> str | None:

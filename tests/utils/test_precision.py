@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from models import build_model
 from utils import precision
 from utils.engine import build_objective
 from utils.errors import UsageError
-from utils.precision import Execution, choose
+from utils.precision import Execution, choose, strides_over_points
 
 CPU = torch.device("cpu")
 
@@ -88,3 +89,14 @@ def test_bf16_rounds_the_forward_pass_and_nothing_else():
     for e, r in zip(exact[2], rounded[2], strict=True):
         if e.ndim > 1:  # a bias before batch norm has no gradient but rounding
             assert torch.cosine_similarity(e.flatten(), r.flatten(), dim=0) > 0.99
+
+
+def test_bf16_on_a_cpu_is_left_alone_where_its_gradients_are_wrong(able):
+    able(True, None)
+    model = build_model("mobilenet", 28, 10, 0.25)
+    assert strides_over_points(model, (3, 8, 8))
+    assert not strides_over_points(model, (3, 32, 32))
+    assert choose("auto", "off", CPU, strided_points=True).precision == "fp32"
+    assert choose("auto", "off", CPU, strided_points=False).precision == "bf16"
+    with pytest.raises(UsageError, match="larger images"):
+        choose("bf16", "off", CPU, strided_points=True)
