@@ -11,7 +11,7 @@ from prune import Sparsity
 from utils.errors import UsageError
 from utils.files import save_atomically
 
-FORMAT = "sam-sparse-training/1"
+FORMAT = "sam-sparse-training/2"
 
 
 @dataclass
@@ -45,9 +45,15 @@ class TrainState:
         Raises:
             UsageError: it is of another network or optimizer.
         """
+        # How kernels are launched is a matter of this device, not of the checkpoint's.
+        launching = [
+            {k: group[k] for k in ("fused", "capturable") if k in group} for group in self.optimizer.param_groups
+        ]
         try:
             for name in self._HOLDERS:
                 getattr(self, name).load_state_dict(state[name])
+            for group, options in zip(self.optimizer.param_groups, launching, strict=True):
+                group.update(options)
             for name in self._VALUES:
                 setattr(self, name, state[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -98,5 +104,7 @@ def load_checkpoint(path: Path) -> dict:
         ) from error
     parts = ("args", "data", "state")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not checkpoint.keys() >= set(parts):
-        raise UsageError(f"'{path}' is not a checkpoint of this program: name a checkpoint.pt or best.pt of a run")
+        raise UsageError(
+            f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt of a run"
+        )
     return checkpoint

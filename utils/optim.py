@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ def build_optimizer(
         options["fused"] = True  # one kernel: half the time of the default on the CPU
     if parameters[0].device.type == "cuda" and "capturable" in inspect.signature(kind.base).parameters:
         options["capturable"] = True  # as a part of a CUDA graph
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # before there is one
     if kind.sam:
         flatten_parameters(parameters)
         return SAM(parameters, kind.base, rho=rho, adaptive=adaptive, v2=v2, **options)
