@@ -42,7 +42,9 @@ def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, devi
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.estimate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time that do not slow each other (%(default)s)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="that share the runs; runs on one slow each other (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="(%(default)s)")
     options = parser.parse_args(argv)
     device = pick_device(options.device)
@@ -66,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         arch, depth, width = network
         text = f"{arch}-{depth}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
         print(f"  {text:<36} {1e3 * seconds:>8.1f} ms, {count:,} epochs", flush=True)
-    hours = total / 3600 / options.jobs
-    print(f"all of it: about {hours:,.0f} hours ({hours / 24:,.1f} days), {options.jobs} at a time")
+    hours = total / 3600 / options.gpus
+    print(f"all of it: about {hours:,.0f} hours ({hours / 24:,.1f} days)")
     return 0
 
 

@@ -26,5 +26,5 @@ if [ -n "$dry_run" ]; then
     set -- requirements.txt
     # shellcheck source=scripts/setup.sh
     source "$(dirname "$0")/setup.sh"
-    "$PYTHON" -m analysis.estimate --jobs "$at_a_time" <<<"$listed"
+    "$PYTHON" -m analysis.estimate --gpus "$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))" <<<"$listed"
 fi

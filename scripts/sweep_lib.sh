@@ -19,18 +19,26 @@ settings, in the environment; lists are separated by spaces:
   GPUS         numbers of the GPUs to spread them over; several runs may share one (all runs see all GPUs)
   OUTPUT_DIR   (runs/ and the name of the sweep)
 
-options: --dry-run prints the commands and their number; --help; every other argument goes to main_prune_train.py
+options: --dry-run prints the commands and their number; --help; every other argument goes to main_prune_train.py.
+Needs bash 4.4, GNU coreutils and findutils, and flock.
 EOF2
 }
 
 begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environment
     name=$(basename "$0" .sh) dry_run='' extra=() jobs=()
+    local previous=''
     while [ $# -gt 0 ]; do
-        case $1 in
+        case ${1%%=*} in
             -h | --help) usage; exit 0 ;;
             --dry-run) dry_run=yes ;;
-            *) extra+=("$1") ;;
+            --prune-method | --sparsity | --optmzr | --sam-rho | --seed | --epochs | --output-dir | --resume)
+                stop "${1%%=*} is the sweep's to set: say it by a setting of the environment (--help lists them)" ;;
+            *) case $previous in # runs start in another directory
+                    --data-dir | --pretrained | --sparsity-config) extra+=("$(realpath -m -- "$1")") ;;
+                    *) extra+=("$1") ;;
+                esac ;;
         esac
+        previous=$1
         shift
     done
     read -ra methods <<<"${METHODS:-random}"
@@ -62,8 +70,7 @@ add_arm() { # add_arm NAME FLAG...: runs with these flags for every method, spar
                 run=$(tr -c 'A-Za-z0-9._\n-' _ <<<"$where-$arm-seed$seed")
                 [ -z "${commands[$run]:-}" ] || continue # a value that is listed twice
                 jobs+=("$run")
-                commands["$run"]=$(join "${sparse[@]}" "$@" --seed "$seed" --epochs "$epochs" "${extra[@]}" \
-                    --output-dir "$output/$run" --resume auto)
+                commands["$run"]=$(join "${sparse[@]}" "$@" --seed "$seed" --epochs "$epochs" "${extra[@]}")
             done
         done
     done
@@ -102,6 +109,7 @@ print_commands() {
     for run in "${jobs[@]}"; do
         IFS=$'\x1f' read -r -d '' -a flags <<<"${commands[$run]}" || true
         flags[-1]=${flags[-1]%$'\n'} # which <<< has added
+        flags+=(--output-dir "$output/$run" --resume auto)
         printf '%s main_prune_train.py%s\n' "${PYTHON:-python}" "$(printf ' %q' "${flags[@]}")"
     done
     echo "${#jobs[@]} runs"
@@ -110,11 +118,10 @@ print_commands() {
 find_left() { # set `left` to the runs without a result, and write down the flags of all for sweep_one.sh
     local run
     for run in "${jobs[@]}"; do
-        if [ -e "$output/.sweep/$run.command" ] && [ "$(<"$output/.sweep/$run.command")" != "${commands[$run]}" ]; then
-            stop "'$output/$run' was begun with other flags: give another OUTPUT_DIR, or delete it and '.sweep/$run.command' beside it"
+        if [ -e "$output/$run" ] && [ -e "$output/.sweep/$run.command" ] && [ "$(<"$output/.sweep/$run.command")" != "${commands[$run]}" ]; then
+            stop "'$output/$run' was begun with other flags: give another OUTPUT_DIR, or delete it"
         fi
     done
-    rm -f "$output"/.sweep/*.{running,failed}
     left=()
     for run in "${jobs[@]}"; do
         [ -e "$output/$run/result.json" ] || left+=("$run")
@@ -123,6 +130,7 @@ find_left() { # set `left` to the runs without a result, and write down the flag
 }
 
 run_left() { # on this machine
+    rm -f "$output"/.sweep/*.{running,failed}
     local cores
     cores=$(nproc)
     export SWEEP_GPUS="${gpus[*]}" OMP_NUM_THREADS=$((cores > at_a_time ? cores / at_a_time : 1))
@@ -143,10 +151,12 @@ run_left() { # on this machine
 }
 
 submit_left() { # as an array of Slurm jobs, one a run, with what SBATCH_* variables say of partition, time and GPUs
-    printf '%s\n' "${left[@]}" >"$output/.sweep/left"
+    local list
+    list=$(mktemp "$output/.sweep/left.XXXXXX") # its own: jobs of an earlier array still look into theirs
+    printf '%s\n' "${left[@]}" >"$list"
     flock -u 9
     sbatch --job-name="$name" --array="0-$((${#left[@]} - 1))%$at_a_time" --requeue --open-mode=append \
-        --output="$output/.sweep/slurm-%A_%a.log" --export=ALL,SWEEP_GPUS= scripts/sweep_one.sh
+        --output="$output/.sweep/slurm-%A_%a.log" --export=ALL,SWEEP_GPUS=,SWEEP_LEFT="$list" scripts/sweep_one.sh
 }
 
 report() { # list the runs that have no result; 1 if there are any

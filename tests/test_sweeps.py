@@ -149,6 +149,27 @@ def test_other_flags_for_the_same_directory_are_refused(sweep):
     assert "other flags" in other.stderr
 
 
+def test_after_a_wrong_flag_the_right_one_is_taken(sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".sweep").mkdir()
+    (tmp_path / "out" / ".sweep" / "random-0.9-samv2-rho0.1-seed0.command").write_text(
+        "of a run that made no directory"
+    )
+    assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0
+
+
+@pytest.mark.parametrize("flags", [["--seed", "3"], ["--sam-rho=1"], ["--output-dir", "x"], ["--epochs", "2"]])
+def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
+    process = sweep("sweep_rho.sh", "--dry-run", *flags)
+    assert process.returncode == 2
+    assert flags[0].split("=")[0] in process.stderr
+
+
+def test_paths_are_the_callers(sweep, tmp_path):
+    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images"))
+    assert command[command.index("--data-dir") + 1] == str(tmp_path / "images")
+
+
 @pytest.mark.parametrize("settings", [{"JOBS": "0"}, {"JOBS": "two"}, {"SEEDS": "0 x"}, {"EPOCHS": "1.5"}])
 def test_bad_settings_end_in_a_sentence(sweep, settings):
     process = sweep("sweep_rho.sh", **settings)
