@@ -9,6 +9,8 @@ from utils.runs import FREE
 
 # What tells runs of a study apart, but is not a setting that is studied.
 REPETITION = "seed"
+# Resolved by how long a run is, and so by the optimizer.
+CONSEQUENCE = "compile"
 # Flags that the column `optimizer` stands for.
 OPTIMIZER_FLAGS = ("optmzr", "sam_v2", "adaptive")
 METRIC = "test_top1"
@@ -26,7 +28,8 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
     """One row for each run below the directories.
 
     Returns:
-        Columns `directory` (Path), `state` (finished, or failed where a sweep saw it fail, or incomplete), `epochs_done`,
+        Columns `directory` (Path), `state` (finished; repeated if a run before it has the same
+        flags; failed where a sweep saw it fail; incomplete), `epochs_done`,
         `optimizer`, every flag but those that say only where and how a run goes, and for finished runs the figures of
         result.json.
 
@@ -45,7 +48,12 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
                 rows[directory.resolve()] = {"directory": directory, "state": _broken(directory), "epochs_done": 0}
     if not rows:
         raise ValueError(f"no runs in {', '.join(map(str, directories))}: name directories of runs or sweeps")
-    return pd.DataFrame(list(rows.values()))
+    runs = pd.DataFrame(list(rows.values()))
+    # The same run in two sweeps, as of their common baseline, is one sample and not two.
+    same = [name for name in runs.columns if name == "optimizer" or (name.startswith("--") and name != "--compile")]
+    finished = runs[runs["state"] == "finished"]
+    runs.loc[finished.index[finished.duplicated(same)], "state"] = "repeated"
+    return runs
 
 
 def read_curves(runs: pd.DataFrame) -> list[pd.DataFrame]:
@@ -57,7 +65,7 @@ def varying_flags(runs: pd.DataFrame) -> list[str]:
     """Flags that are not the same in all runs, the optimizer and repetitions apart, in alphabetical order."""
     known = runs[runs["optimizer"].notna()] if "optimizer" in runs else runs.iloc[:0]
     flags = [name.removeprefix("--") for name in runs.columns if name.startswith("--")]
-    names = [flag for flag in flags if flag not in (REPETITION, *OPTIMIZER_FLAGS)]
+    names = [flag for flag in flags if flag not in (REPETITION, CONSEQUENCE, *OPTIMIZER_FLAGS)]
     return [f"--{name}" for name in sorted(names) if known[f"--{name}"].map(repr).nunique() > 1]
 
 
@@ -65,7 +73,7 @@ def _read_run(directory: Path) -> dict:
     try:
         args = json.loads((directory / "args.json").read_text())["args"]
         row = {"directory": directory, "optimizer": optimizer_name(args)}
-        row |= {f"--{name}": value for name, value in args.items() if name not in FREE}
+        row |= {f"--{n}": " ".join(v) if isinstance(v, list) else v for n, v in args.items() if n not in FREE}
         metrics = directory / "metrics.csv"
         row["epochs_done"] = len(pd.read_csv(metrics)) if metrics.exists() else 0
         if not (directory / "result.json").exists():

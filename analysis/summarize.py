@@ -53,7 +53,9 @@ def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     finished = finished.assign(
         base=finished["optimizer"].str.split().str[0], **{k: finished[k].astype(str) for k in keys if k != "base"}
     )
-    both = finished[is_sam].merge(finished[~is_sam][[*keys, METRIC]], on=keys, suffixes=("", "_base"))
+    both = finished[is_sam].merge(
+        finished[~is_sam][[*keys, METRIC]], on=keys, suffixes=("", "_base"), validate="many_to_one"
+    )
     if both.empty:
         return pd.DataFrame()
     both["difference"] = both[METRIC] - both[f"{METRIC}_base"]
@@ -91,15 +93,28 @@ def readable_pairs(table: pd.DataFrame) -> pd.DataFrame:
     return _shown(out)
 
 
+def latex(table: pd.DataFrame) -> str:
+    """The table of `readable` for LaTeX with booktabs."""
+    escape = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$"})
+    text = readable(table, "{}").astype(str).map(lambda cell: cell.translate(escape))
+    text = text.rename(columns=lambda name: name.translate(escape))
+    accuracy = next(name for name in text.columns if "accuracy" in name)
+    text.loc[table["best"].to_numpy(), accuracy] = text[accuracy].map(r"\textbf{{{}}}".format)
+    return text.to_latex(index=False, escape=False)
+
+
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     text = table.astype(object).where(table.notna(), "")
+    text = text.map(lambda value: f"{value:g}" if isinstance(value, float) else value)
     return text.rename(columns=lambda name: name.removeprefix("--").replace("_", " "))
 
 
 def markdown(runs: pd.DataFrame, settings: list[str]) -> str:
     """The whole summary as one page."""
     states, known = runs["state"].value_counts(), runs[runs["optimizer"].notna()]
-    counts = ", ".join(f"{states[name]} {name}" for name in ("finished", "incomplete", "failed") if name in states)
+    counts = ", ".join(
+        f"{states[name]} {name}" for name in ("finished", "repeated", "incomplete", "failed") if name in states
+    )
     parts = [f"{len(runs)} runs: {counts}."]
     parts.append(readable(summary(known, settings)).to_markdown(index=False, disable_numparse=True))
     pairs = paired(known, settings)
@@ -108,7 +123,7 @@ def markdown(runs: pd.DataFrame, settings: list[str]) -> str:
         parts.append(readable_pairs(pairs).to_markdown(index=False, disable_numparse=True))
     broken = runs[runs["state"] != "finished"]
     if not broken.empty:
-        parts.append("Not finished, and in no mean:")
+        parts.append("In no mean:")
         parts.append(
             "\n".join(f"- {row.directory}: {row.state} after {row.epochs_done} epochs" for row in broken.itertuples())
         )
@@ -141,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     files = {
         "summary.md": markdown(runs, settings),
         "summary.csv": table.to_csv(index=False),
-        "summary.tex": readable(table, r"\textbf{{{}}}").to_latex(index=False).replace("±", r"$\pm$"),
+        "summary.tex": latex(table),
         "paired.csv": paired(known, settings).to_csv(index=False),
         "runs.csv": runs.to_csv(index=False),
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 ROOT = Path(__file__).parent.parent
 SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
@@ -149,7 +150,10 @@ def test_tensorboard_shows_what_one_step_sam_bets_on(train):
     assert logged["result/test_top1"][-1][1] == pytest.approx(run.json("result.json")["test_top1"])
     events = EventAccumulator(str(run.directory)).Reload()
     assert "_hparams_/experiment" in events.summary_metadata
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    flags = sorted(HParamsPluginData.FromString(content).session_start_info.hparams)
+    assert flags[:5] == ["adaptive", "optmzr", "prune_method", "sam_rho", "sam_v2"]  # what its table shows at once
+    assert "training/lr" in flags
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from utils.files import write_text_atomically
 from utils.flops import FlopsMeter
 from utils.runs import FREE
 
-# What studies vary, in the order of TensorBoard's table.
+# What studies vary: first in TensorBoard's table.
 STUDIED = ("optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity", "seed")
 
 
@@ -110,9 +110,9 @@ class Record:
 
     def finish(self, result: dict, progress: int) -> None:
         """Write result.json and TensorBoard's table of hyper-parameters."""
-        names = [*STUDIED, *sorted(self.args.keys() - FREE - set(STUDIED))]  # the first ones are shown without a click
-        flags = {name: self.args[name] for name in names}
-        flags = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in flags.items()}
+        # TensorBoard shows the first five by alphabet: the others come after them under "training/".
+        flags = {n if n in STUDIED else f"training/{n}": v for n, v in self.args.items() if n not in FREE}
+        flags = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flags.items()}
         metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
         for summary in hparams(flags, metrics):
             self.writer.file_writer.add_summary(summary)

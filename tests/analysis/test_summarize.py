@@ -112,6 +112,28 @@ def test_what_did_not_finish_is_shown_and_in_no_mean(study, capsys):
     assert "never-begun: incomplete after 0 epochs" in out
 
 
+def test_a_run_that_two_sweeps_have_counts_once(study, capsys):
+    for _ in range(2):
+        study(80.0, seed=0)
+        study(81.0, seed=0, compile="on", **SAM)
+    study(82.0, seed=1)
+    study(84.0, seed=1, compile="off", **SAM)  # what --compile auto came to is no setting
+    out, tables = summarize(study.root, capsys)
+    assert [row["runs"] for row in tables["summary"]] == ["2", "2"]
+    assert [row["pairs"] for row in tables["paired"]] == ["2"]
+    assert "6 runs: 4 finished, 2 repeated." in out
+
+
+def test_flags_that_are_lists_and_names_that_latex_would_read(study, capsys):
+    study(80.0, dense_layers=[])
+    study(81.0, dense_layers=["stem", "shortcut"], sparsity_config="a_b%c.yaml")
+    _, tables = summarize(study.root, capsys)
+    assert [row["--dense_layers"] for row in tables["summary"]] == ["", "stem shortcut"]
+    tex = (study.root / "summary" / "summary.tex").read_text()
+    assert r"a\_b\%c.yaml" in tex
+    assert r"test accuracy (\%)" in tex
+
+
 def test_runs_csv_has_every_run(study, capsys):
     study(80.0, seed=0)
     study(None, seed=1)
