@@ -30,7 +30,7 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
     Returns:
         Columns `directory` (Path), `state` (finished; repeated if a run before it has the same
         flags; failed where a sweep saw it fail; incomplete), `epochs_done`,
-        `optimizer`, every flag but those that say only where and how a run goes, and for finished runs the figures of
+        `optimizer`, `data`, `commit`, `device`, `torch`, every flag but those that say only where and how a run goes, and for finished runs the figures of
         result.json.
 
     Raises:
@@ -71,8 +71,15 @@ def varying_flags(runs: pd.DataFrame) -> list[str]:
 
 def _read_run(directory: Path) -> dict:
     try:
-        args = json.loads((directory / "args.json").read_text())["args"]
+        about = json.loads((directory / "args.json").read_text())
+        args = about["args"]
         row = {"directory": directory, "optimizer": optimizer_name(args)}
+        row |= {
+            "commit": about.get("git"),
+            "device": about.get("device"),
+            "torch": about.get("versions", {}).get("torch"),
+        }
+        row["data"] = args["dataset"] + (f" ({args['data_dir']})" if args.get("data_dir") else "")
         row |= {f"--{n}": " ".join(v) if isinstance(v, list) else v for n, v in args.items() if n not in FREE}
         metrics = directory / "metrics.csv"
         row["epochs_done"] = len(pd.read_csv(metrics)) if metrics.exists() else 0

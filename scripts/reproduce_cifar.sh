@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The table of the paper on CIFAR: two networks, two data sets, three sparsities, eight methods, three optimizers, three
 # seeds: 864 runs. ARCHS ("resnet vgg"), DATASETS ("cifar10 cifar100"), OPTIMIZERS ("sgd sam samv2") and the settings below
-# choose a part of it. --dry-run measures a training step of each network here and says how long all runs would take.
+# choose a part of it. It ends in OUTPUT_DIR/RESULTS.md, which needs requirements-analysis.txt. --dry-run measures a training
+# step of each network here and says how long all runs would take.
 
 set -euo pipefail
 METHODS=${METHODS:-snip grasp synflow random set rigl mest lth} SPARSITIES=${SPARSITIES:-0.9 0.95 0.98}
@@ -20,11 +21,15 @@ for arch in ${ARCHS:-resnet vgg}; do
         done
     done
 done
-run_sweep
+failed=0
+run_sweep || failed=1
 if [ -n "$dry_run" ]; then
     listed=$(print_commands)
     set -- requirements.txt
     # shellcheck source=scripts/setup.sh
     source "$(dirname "$0")/setup.sh"
     "$PYTHON" -m analysis.estimate --gpus "$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))" <<<"$listed"
+elif [ -z "${SWEEP_SLURM:-}" ]; then
+    page=$("$PYTHON" -m analysis.paper_table "$output") && echo "$page" >"$output/RESULTS.md" && echo "$output/RESULTS.md"
 fi
+exit "$failed"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,22 @@ echo '{}' >"$out/result.json"
 """
 
 
+class _Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def wait(self, timeout):
+        until = time.monotonic() + timeout
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        raise TimeoutError
+
+
 @pytest.fixture
 def sweep(tmp_path):
     """sweep("sweep_rho.sh", "--flag", RHOS="0.1") with a stand-in for training; returns the finished process."""
@@ -41,12 +58,18 @@ def sweep(tmp_path):
     fake.write_text(STAND_IN.replace("PYTHON", shlex.quote(sys.executable)))
     fake.chmod(0o755)
 
-    def run(script, *arguments, wait=True, **settings):
+    def run(script, *arguments, wait=True, terminal=False, **settings):
         environment = os.environ | {
             "PATH": f"{fake.parent}:{os.environ['PATH']}", "OUTPUT_DIR": str(tmp_path / "out"), "SEEDS": "0 1",
             "STAND_IN_LOG": str(tmp_path / "log"), "POISON": "none", **settings,
         }  # fmt: skip
         command = ["bash", str(ROOT / "scripts" / script), *arguments]
+        if terminal:
+            pid, master = pty.fork()
+            if pid == 0:
+                os.chdir(tmp_path)
+                os.execvpe(command[0], command, environment)
+            return _Terminal(pid), master
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -147,6 +170,15 @@ def test_other_flags_for_the_same_directory_are_refused(sweep):
     other = sweep("sweep_rho.sh", "--lr", "0.2", RHOS="0.1")
     assert other.returncode == 2
     assert "other flags" in other.stderr
+
+
+def test_ctrl_c_on_a_terminal_ends_the_runs(sweep, tmp_path):
+    process, terminal = sweep("sweep_rho.sh", RHOS="0.1", STAND_IN_SLEEP="30", terminal=True)
+    while not list((tmp_path / "out").glob("*/argv")):
+        time.sleep(0.05)
+    os.write(terminal, b"\x03")
+    assert process.wait(timeout=20) == 130
+    assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0  # nothing of it runs on
 
 
 def test_after_a_wrong_flag_the_right_one_is_taken(sweep, tmp_path):

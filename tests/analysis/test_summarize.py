@@ -8,11 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis import paper_table
 from analysis.summarize import main
 
 FLAGS = {
     "adaptive": False, "optmzr": "sgd", "output_dir": "x", "prune_method": "random", "resume": "auto", "sam_rho": None,
-    "sam_v2": False, "seed": 0, "sparsity": 0.9, "lr": 0.1,
+    "sam_v2": False, "seed": 0, "sparsity": 0.9, "lr": 0.1, "dataset": "cifar10", "arch": "resnet", "depth": 32, "width": 2.0,
+    "epochs": 160,
 }  # fmt: skip
 SAM = {"optmzr": "sgd-sam", "sam_v2": True, "sam_rho": 0.05}
 
@@ -25,7 +27,7 @@ def study(tmp_path):
         directory = tmp_path / "study" / f"run{len(list(tmp_path.glob('study/*')))}"
         directory.mkdir(parents=True)
         args = FLAGS | flags | {"output_dir": str(directory)}
-        (directory / "args.json").write_text(json.dumps({"args": args}))
+        (directory / "args.json").write_text(json.dumps({"args": args, "git": "abc123", "device": "cuda:0"}))
         rows = [accuracy / 2, accuracy] if accuracy else [50.0]
         lines = "".join(f"{epoch},{value}\n" for epoch, value in enumerate(rows, 1))
         (directory / "metrics.csv").write_text("epoch,test_top1\n" + lines)
@@ -155,3 +157,24 @@ def test_bad_input_ends_in_a_sentence(study, case, capsys, tmp_path):
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
     assert not (root / "summary").exists()
+
+
+def test_the_papers_table_names_its_source_and_leaves_cells_empty(study, capsys):
+    for seed, accuracy in enumerate((90.0, 92.0)):
+        study(accuracy, seed=seed, prune_method="rigl", **SAM)
+    study(None, seed=2, prune_method="rigl", **SAM)
+    study(70.0, prune_method="set", sparsity=0.98, dataset="cifar100")
+    assert paper_table.main([str(study.root)]) == 0
+    page = capsys.readouterr().out
+    assert "4 runs: 3 finished, 1 incomplete." in page
+    assert "- commit: abc123\n- device: cuda:0" in page
+    first, second = page.split("## ")[1:]
+    assert first.startswith("resnet-32, width 2, on cifar10")
+    cells = {line.strip() for line in first.split("|")} - {""}
+    assert "91.00 ± 1.41 (2)" in cells
+    assert not any("70.00" in text for text in cells)
+    assert second.count("(1)") == second.count("70.00") == 1
+    study(80.0, epochs=10)
+    with pytest.raises(SystemExit):
+        paper_table.main([str(study.root)])
+    assert "one length" in capsys.readouterr().err
