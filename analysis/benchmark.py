@@ -162,6 +162,7 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
 
         def call(sparsity: Sparsity = loop.sparsity, at: int = due) -> None:
             sparsity.after_backward(at)
+            sparsity.mask_weights()
             sparsity.after_step(at)
 
         calls[name] = call
