@@ -33,8 +33,10 @@ begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environ
             --dry-run) dry_run=yes ;;
             --prune-method | --sparsity | --optmzr | --sam-rho | --seed | --epochs | --output-dir | --resume)
                 stop "${1%%=*} is the sweep's to set: say it by a setting of the environment (--help lists them)" ;;
-            *) case $previous in # runs start in another directory
-                    --data-dir | --pretrained | --sparsity-config) extra+=("$(realpath -m -- "$1")") ;;
+            *) case $previous=$1 in # paths are the caller's, and runs start in another directory
+                    --data-dir=* | --pretrained=* | --sparsity-config=*) extra+=("$(realpath -m -- "$1")") ;;
+                    *=--data-dir=* | *=--pretrained=* | *=--sparsity-config=*)
+                        extra+=("${1%%=*}=$(realpath -m -- "${1#*=}")") ;;
                     *) extra+=("$1") ;;
                 esac ;;
         esac

@@ -198,8 +198,9 @@ def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
 
 
 def test_paths_are_the_callers(sweep, tmp_path):
-    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images"))
+    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images", "--sparsity-config=a=b.yaml"))
     assert command[command.index("--data-dir") + 1] == str(tmp_path / "images")
+    assert f"--sparsity-config={tmp_path / 'a=b.yaml'}" in command
 
 
 @pytest.mark.parametrize("settings", [{"JOBS": "0"}, {"JOBS": "two"}, {"SEEDS": "0 x"}, {"EPOCHS": "1.5"}])
