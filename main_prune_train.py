@@ -94,7 +94,7 @@ def train(args: Namespace, given: set[str]) -> None:
     if state.step >= recipe.total_steps and (directory / "result.json").exists():
         print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
         return
-    runs.claim_directory(directory)
+    lock = runs.claim_directory(directory)
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
@@ -118,6 +118,7 @@ def train(args: Namespace, given: set[str]) -> None:
     fit(state, perturbation, recipe, loader, evaluators, meter, record, save)
     result = summarize(state, meter, runs.plain(args))
     record.finish(result, state.progress)
+    lock.close()
     record.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
     )

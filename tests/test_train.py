@@ -222,6 +222,23 @@ def test_a_killed_run_resumes_to_the_same_end(train, tmp_path):
     assert whole.json("result.json")["test_top1"] == pytest.approx(float(rows(tmp_path / "cut")[-1]["test_top1"]))
 
 
+def test_a_second_process_on_the_same_run_is_refused(train, tmp_path):
+    flags = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --epochs 1000"
+    command = [sys.executable, str(ROOT / "main_prune_train.py"), *flags.split(), "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        next(line for line in process.stdout if " 2/1000 " in line)
+        second = train(f"{flags} --resume auto", "run", short=False)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.code == 2
+    assert "another process trains in" in second.err
+    after = train(f"{flags} --lr 0.2 --resume auto", "run", short=False)  # refused too, but for its flag
+    assert after.code == 2
+    assert "another process" not in after.err
+
+
 def test_the_same_flags_give_the_same_bits_and_another_seed_does_not(train):
     first, again = train(f"{SPARSE_SAM} --epochs 1", "a"), train(f"{SPARSE_SAM} --epochs 1", "b")
     other = train(f"{SPARSE_SAM} --epochs 1 --seed 1", "c")

@@ -91,8 +91,8 @@ def choose(
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
-    `auto` is the fastest that does not cost accuracy: bf16 where the device computes in it, and compilation where it
-    earns back what it takes.
+    `auto` is the fastest: bf16 where the device computes in it, whose cost in accuracy BENCHMARKS.md has, and compilation
+    where it earns back what it takes.
 
     Args:
         precision: auto, or one of PRECISIONS.

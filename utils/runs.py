@@ -1,10 +1,11 @@
 """Which run the flags mean: its name, its directory, and the checkpoint it goes on from."""
 
 import argparse
+import fcntl
 import hashlib
-import os
 import re
 from pathlib import Path
+from typing import TextIO
 
 from prune import METHODS
 from utils.checkpoint import load_checkpoint
@@ -67,20 +68,27 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     return args, directory, checkpoint
 
 
-def claim_directory(directory: Path) -> None:
+def claim_directory(directory: Path) -> TextIO:
     """Make the directory of a run and make sure that it can be written to; a result that is to change is gone.
 
+    Returns:
+        An open file: as long as it is, no other process can claim the directory.
+
     Raises:
-        UsageError: it cannot be written to.
+        UsageError: it cannot be written to, or another process trains in it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        lock = (directory / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (directory / "result.json").unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another process trains in '{directory}': wait for it, or name another --output-dir"
+        ) from error
     except OSError as error:
         raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
+    return lock
 
 
 def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
