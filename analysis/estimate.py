@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +21,7 @@ from analysis.loop import BATCH, Loop, random_images
 from prune import METHODS, Options
 from utils import cli
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
+from utils.errors import UsageError
 from utils.precision import choose
 
 IMAGES, STEPS, TURNS = 50_000, 3, 2
@@ -40,6 +42,23 @@ def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, devi
     return median(seconds[1:])
 
 
+def epochs_of(lines: Iterable[str]) -> Counter:
+    """Epochs of all commands for each (architecture, depth, width), optimizer and whether it is SAM.v2.
+
+    Raises:
+        UsageError: a command that main_prune_train.py would not take.
+    """
+    epochs: Counter = Counter()
+    for line in lines:
+        command = shlex.split(line)
+        if "main_prune_train.py" not in command:
+            continue
+        args, _ = cli.parse(command[command.index("main_prune_train.py") + 1 :])
+        trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
+        epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
+    return epochs
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.estimate", description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -47,17 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="(%(default)s)")
     options = parser.parse_args(argv)
-    device = pick_device(options.device)
+    try:
+        device = pick_device(options.device)
+        epochs = epochs_of(sys.stdin)
+    except UsageError as error:
+        parser.error(str(error))
     keep_freed_memory()
     use_deterministic_kernels(False)
-    epochs: Counter = Counter()
-    for line in sys.stdin:
-        command = shlex.split(line)
-        if "main_prune_train.py" not in command:
-            continue
-        args, _ = cli.parse(command[command.index("main_prune_train.py") + 1 :])
-        trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
-        epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
     if not epochs:
         parser.error("no commands of main_prune_train.py on standard input: give it what a sweep's --dry-run prints")
     total = 0.0

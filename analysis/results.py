@@ -28,10 +28,9 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
     """One row for each run below the directories.
 
     Returns:
-        Columns `directory` (Path), `state` (finished; repeated if a run before it has the same
-        flags; failed where a sweep saw it fail; incomplete), `epochs_done`,
-        `optimizer`, `data`, `commit`, `device`, `torch`, every flag but those that say only where and how a run goes, and for finished runs the figures of
-        result.json.
+        Columns `directory` (Path), `state` (finished; repeated if a run before it has the same flags; failed where a
+        sweep saw it fail; incomplete), `epochs_done`, `optimizer`, `data`, `commit`, `device`, `torch`, every flag but
+        those that say only where and how a run goes, and for finished runs the figures of result.json.
 
     Raises:
         ValueError: no runs there, or a file of a run that cannot be read.
@@ -50,7 +49,9 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
         raise ValueError(f"no runs in {', '.join(map(str, directories))}: name directories of runs or sweeps")
     runs = pd.DataFrame(list(rows.values()))
     # The same run in two sweeps, as of their common baseline, is one sample and not two.
-    same = [name for name in runs.columns if name == "optimizer" or (name.startswith("--") and name != "--compile")]
+    same = [
+        name for name in runs.columns if name == "optimizer" or (name.startswith("--") and name != f"--{CONSEQUENCE}")
+    ]
     finished = runs[runs["state"] == "finished"]
     runs.loc[finished.index[finished.duplicated(same)], "state"] = "repeated"
     return runs

@@ -9,6 +9,7 @@ METHODS=${METHODS:-snip grasp synflow random set rigl mest lth} SPARSITIES=${SPA
 # shellcheck source=scripts/sweep_lib.sh
 source "$(dirname "$0")/sweep_lib.sh"
 begin_sweep "$@"
+requirements+=(requirements-analysis.txt) # for the table: missing, that is known before the runs
 declare -A networks=([resnet]="--arch resnet --depth 32 --width 2" [vgg]="--arch vgg --depth 19")
 declare -A optimizers=([sgd]="--optmzr sgd" [sam]="--optmzr sgd-sam" [samv2]="--optmzr sgd-sam --sam-v2")
 for arch in ${ARCHS:-resnet vgg}; do

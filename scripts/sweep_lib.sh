@@ -19,13 +19,14 @@ settings, in the environment; lists are separated by spaces:
   GPUS         numbers of the GPUs to spread them over; several runs may share one (all runs see all GPUs)
   OUTPUT_DIR   (runs/ and the name of the sweep)
 
-options: --dry-run prints the commands and their number; --help; every other argument goes to main_prune_train.py.
+options: --dry-run prints the commands and their number; --help; every other argument goes to main_prune_train.py
+(a relative --data-dir, --pretrained or --sparsity-config made absolute).
 Needs bash 4.4, GNU coreutils and findutils, and flock.
 EOF2
 }
 
 begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environment
-    name=$(basename "$0" .sh) dry_run='' extra=() jobs=()
+    name=$(basename "$0" .sh) dry_run='' extra=() jobs=() requirements=(requirements.txt)
     local previous=''
     while [ $# -gt 0 ]; do
         case ${1%%=*} in
@@ -86,7 +87,7 @@ run_sweep() { # do what is left of the sweep; 1 if a run failed
         print_commands
         return
     fi
-    set -- requirements.txt
+    set -- "${requirements[@]}"
     # shellcheck source=scripts/setup.sh
     source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
     mkdir -p "$output/.sweep" || stop "OUTPUT_DIR: cannot write to '$output'"

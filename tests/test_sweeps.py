@@ -81,6 +81,13 @@ def sweep(tmp_path):
     return run
 
 
+def wait_for_a_run(directory):
+    until = time.monotonic() + 30
+    while not list(directory.glob("*/argv")):
+        assert time.monotonic() < until, "no run began"
+        time.sleep(0.05)
+
+
 def commands(process):
     return [shlex.split(line) for line in process.stdout.splitlines() if "main_prune_train.py" in line]
 
@@ -151,8 +158,7 @@ def test_runs_are_spread_over_the_gpus(sweep, tmp_path):
 
 def test_interrupted_it_ends_its_runs_and_goes_on_when_launched_again(sweep, tmp_path):
     process = sweep("sweep_rho.sh", RHOS="0.1 0.2", JOBS="2", STAND_IN_SLEEP="30", wait=False)
-    while not list((tmp_path / "out").glob("*/argv")):
-        time.sleep(0.05)
+    wait_for_a_run(tmp_path / "out")
     second = sweep("sweep_rho.sh", RHOS="0.1 0.2")
     assert second.returncode == 2
     assert "a sweep is at work" in second.stderr
@@ -174,8 +180,7 @@ def test_other_flags_for_the_same_directory_are_refused(sweep):
 
 def test_ctrl_c_on_a_terminal_ends_the_runs(sweep, tmp_path):
     process, terminal = sweep("sweep_rho.sh", RHOS="0.1", STAND_IN_SLEEP="30", terminal=True)
-    while not list((tmp_path / "out").glob("*/argv")):
-        time.sleep(0.05)
+    wait_for_a_run(tmp_path / "out")
     os.write(terminal, b"\x03")
     assert process.wait(timeout=20) == 130
     assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0  # nothing of it runs on

@@ -12,7 +12,7 @@ class GraphedUpdate:
 
     Each kind of step (with a batch of another size, measured, at a change of masks) has a graph of its own. A graph knows
     addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they are. Batch and
-    learning rate come in by tensors of the graph's own. What is returned lasts until the next call.
+    learning rate (the same for all parameter groups) come in by tensors of the graph's own. What is returned lasts until the next call.
     """
 
     WARM_UP = 2  # steps of a kind before it is captured: they compile, pick kernels, and make the optimizer's state

@@ -60,13 +60,18 @@ class Execution:
         """
         if not self.compiled:
             return function
-        # On CUDA small kernels that do not depend on each other, as conversions of weights, go into one.
-        options = {"combo_kernels": True} if torch.cuda.is_available() else None
-        fast = torch.compile(function, dynamic=False, options=options)
+        fast = None
 
         def run(first: torch.Tensor, *others: object) -> object:
+            nonlocal fast
             if len(first) != rows:
                 return function(first, *others)
+            if fast is None:
+                # Launching counts on CUDA: small kernels there that do not depend on each other, as conversions of
+                # weights, go into one.
+                fast = torch.compile(
+                    function, dynamic=False, options={"combo_kernels": True} if first.is_cuda else None
+                )
             try:
                 return fast(first, *others)
             except TorchDynamoException as error:
