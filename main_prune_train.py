@@ -10,8 +10,8 @@ from torch import nn
 from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
 from utils import cli, runs
-from utils.checkpoint import TrainState, load_checkpoint, load_network, save_checkpoint
-from utils.data import Dataset, channel_statistics, fingerprint, hold_out
+from utils.checkpoint import TrainState, save_checkpoint
+from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
@@ -22,6 +22,7 @@ from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation
 from utils.precision import choose, strides_over_points
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
+from utils.trained import build_network, check_fits, load_weights, open_trained
 
 
 def train(args: Namespace, given: set[str]) -> None:
@@ -42,7 +43,7 @@ def train(args: Namespace, given: set[str]) -> None:
     total_steps = args.epochs * augmentation.steps_per_epoch
 
     torch.manual_seed(args.seed)
-    model = build(args, dataset, device)
+    model = build_network(args, dataset, device)
     if args.pretrained and not checkpoint:
         load_weights(model, args, dataset)
     optimizer = build_optimizer(
@@ -126,22 +127,15 @@ def train(args: Namespace, given: set[str]) -> None:
 
 def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     """Print loss and accuracy of a checkpoint on the test images."""
-    checkpoint = load_checkpoint(args.evaluate)
-    args = runs.evaluated(args, given, checkpoint["args"])
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
-    check_fits(checkpoint, dataset)
-    model = build(args, dataset, device)
-    sparsity = Sparsity(model)
-    load_network(model, sparsity, checkpoint)
-    print(f"{args.evaluate} on {device_name(device)}, after epoch {len(checkpoint['state']['rows'])}")
-    print(sparsity.describe())
-    data = checkpoint["data"]
-    normalize = Normalize(data["mean"], data["deviation"], device)  # as the network was trained, whatever is in train/
-    loader = EvalLoader(dataset.test, args.test_batch_size, normalize, device)
+    trained = open_trained(args, given, device)
+    args = trained.args
+    print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
+    print(trained.sparsity.describe())
+    loader = EvalLoader(trained.dataset.test, args.test_batch_size, trained.normalize, device)
     execution = choose(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
-    loss, top1 = evaluate(model, loader, execution)
+    loss, top1 = evaluate(trained.model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
 
 
@@ -150,12 +144,6 @@ def rehearse(args: Namespace) -> None:
     with usage_errors(), torch.device("meta"):
         model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
     build_sparsity(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
-
-
-def build(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
-    with usage_errors():
-        model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
-    return model.to(device, memory_format=torch.channels_last)
 
 
 def build_sparsity(
@@ -177,24 +165,6 @@ def build_sparsity(
             Options(**{name: value for name, value in given.items() if value is not None}),
             args.seed, optimizers,
         )  # fmt: skip
-
-
-def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
-    """Take the weights of --pretrained, which has to be of the same network for the same data."""
-    checkpoint = load_checkpoint(args.pretrained)
-    runs.evaluated(args, {"arch", "depth", "width"}, checkpoint["args"])
-    check_fits(checkpoint, dataset)
-    load_network(model, Sparsity(model), checkpoint)
-
-
-def check_fits(checkpoint: dict, dataset: Dataset) -> None:
-    """Refuse a checkpoint of a network for other data."""
-    classes, channels = checkpoint["data"]["classes"], len(checkpoint["data"]["mean"])
-    if (classes, channels) != (dataset.classes, dataset.channels):
-        raise UsageError(
-            f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
-            f"data set of {len(dataset.classes)} and {dataset.channels}: give the data it was trained on"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
