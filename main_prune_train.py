@@ -9,7 +9,8 @@ from torch import nn
 
 from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
-from utils import cli, runs
+from utils import cli, runs, sharpness
+from utils.batch_norm import recalibrated, refuse_without_batch_norm
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
@@ -17,12 +18,12 @@ from utils.device import device_name, keep_freed_memory, pick_device, use_determ
 from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
 from utils.errors import TrainingError, UsageError, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
-from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, pick_workers
+from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.precision import choose, strides_over_points
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
-from utils.trained import build_network, check_fits, load_weights, open_trained
+from utils.trained import build_augmentation, build_network, check_fits, load_weights, open_trained
 
 
 def train(args: Namespace, given: set[str]) -> None:
@@ -37,9 +38,7 @@ def train(args: Namespace, given: set[str]) -> None:
         with usage_errors():
             dataset = hold_out(dataset, args.val_split, args.seed)
     about_data = {"classes": dataset.classes, "fingerprint": fingerprint(dataset), **channel_statistics(dataset.train)}
-    augmentation = Augmentation(
-        len(dataset.train), args.batch_size, args.seed, dataset.pad, dataset.flip, mixup=args.alpha or 0.0
-    )
+    augmentation = build_augmentation(args, dataset)
     total_steps = args.epochs * augmentation.steps_per_epoch
 
     torch.manual_seed(args.seed)
@@ -92,7 +91,7 @@ def train(args: Namespace, given: set[str]) -> None:
         total_steps=total_steps,
         accumulate=args.accumulate, clip_grad=args.clip_grad, log_interval=args.log_interval,
     )  # fmt: skip
-    if state.step >= recipe.total_steps and (directory / "result.json").exists():
+    if state.step >= recipe.total_steps and runs.has_results(directory, closer_look(args)):
         print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
         return
     lock = runs.claim_directory(directory)
@@ -118,6 +117,15 @@ def train(args: Namespace, given: set[str]) -> None:
 
     fit(state, perturbation, recipe, loader, evaluators, meter, record, save)
     result = summarize(state, meter, runs.plain(args))
+    if args.recalibrate_bn:
+        inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
+        model = recalibrated(model, inputs, execution)
+        loss, top1 = evaluate(model, evaluators["test"], execution)
+        result |= {"test_loss_recalibrated_bn": loss, "test_top1_recalibrated_bn": top1}
+        record.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
+    if args.sharpness:
+        result["sharpness"] = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
+        record.scalars("sharpness", sharpness.scalars(result["sharpness"]), state.progress)
     record.finish(result, state.progress)
     lock.close()
     record.say(
@@ -137,12 +145,25 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     execution = choose(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(trained.model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
+    if args.recalibrate_bn:
+        with usage_errors():
+            model = recalibrated(trained.model, trained.training_inputs(device), execution)
+        loss, top1 = evaluate(model, loader, execution)
+        print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   with batch norm's statistics estimated anew")
+
+
+def closer_look(args: Namespace) -> list[str]:
+    """What a result has beyond the usual, by these flags."""
+    wanted = {"test_top1_recalibrated_bn": args.recalibrate_bn, "sharpness": args.sharpness}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def rehearse(args: Namespace) -> None:
     """Build network and sparsity without memory or data, so that impossible flags are known before data is touched."""
     with usage_errors(), torch.device("meta"):
         model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
+        if args.recalibrate_bn:
+            refuse_without_batch_norm(model)
     build_sparsity(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
 
 

@@ -24,6 +24,17 @@ def optimizer_name(args: dict) -> str:
     return f"{base} {'A' if args['adaptive'] else ''}SAM{'.v2' if args['sam_v2'] else ''}"
 
 
+def label(args: dict) -> str:
+    """What a run did, in a few words: sgd SAM.v2, rho 0.05, random 0.9."""
+    parts = [optimizer_name(args)]
+    if args["sam_rho"] is not None:
+        parts.append(f"rho {args['sam_rho']:g}")
+    parts.append(
+        "dense" if args["prune_method"] == "none" else f"{args['prune_method']} {args['sparsity'] or ''}".strip()
+    )
+    return ", ".join(parts)
+
+
 def read_runs(directories: list[Path]) -> pd.DataFrame:
     """One row for each run below the directories.
 

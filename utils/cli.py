@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)",
     )
     group.add_argument(
-        "--width", type=_number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)"
+        "--width", type=number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)"
     )
 
     group = parser.add_argument_group("data")
@@ -49,39 +49,39 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--image-size",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         metavar="PIXELS",
         help="side that images of a folder are brought to (their own)",
     )
     group.add_argument(
         "--val-split",
-        type=_number(int, least=0),
+        type=number(int, least=0),
         default=0,
         metavar="N",
         help="hold N training images out and choose best.pt on them (%(default)s)",
     )
     group.add_argument(
-        "--batch-size", type=_number(int, above=0), default=128, metavar="N", help="images a step (%(default)s)"
+        "--batch-size", type=number(int, above=0), default=128, metavar="N", help="images a step (%(default)s)"
     )
     group.add_argument(
         "--test-batch-size",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         default=500,
         metavar="N",
         help="images at once in evaluation (%(default)s)",
     )
     group.add_argument(
         "--accumulate",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         default=1,
         metavar="K",
         help="compute a batch in K parts to save memory (%(default)s)",
     )
     group.add_argument("--mixup", action="store_true", help="train on mixtures of two images")
-    group.add_argument("--alpha", type=_number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")
+    group.add_argument("--alpha", type=number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")
     group.add_argument(
         "--smooth-eps",
-        type=_number(float, least=0, below=1),
+        type=number(float, least=0, below=1),
         default=0.0,
         metavar="EPS",
         help="label smoothing (%(default)g)",
@@ -95,15 +95,15 @@ def build_parser() -> Parser:
         help="base optimizer, with or without SAM around it (%(default)s)",
     )
     group.add_argument(
-        "--epochs", type=_number(int, above=0), default=160, help="passes over the training images (%(default)s)"
+        "--epochs", type=number(int, above=0), default=160, help="passes over the training images (%(default)s)"
     )
     group.add_argument(
-        "--lr", type=_number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)"
+        "--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)"
     )
-    group.add_argument("--momentum", type=_number(float, least=0, below=1), help="sgd only (0.9)")
+    group.add_argument("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     group.add_argument("--nesterov", action="store_true", help="sgd only")
     group.add_argument(
-        "--weight-decay", "--wd", type=_number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)"
+        "--weight-decay", "--wd", type=number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)"
     )
     group.add_argument(
         "--lr-scheduler",
@@ -113,13 +113,13 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--warmup-epochs",
-        type=_number(float, least=0),
+        type=number(float, least=0),
         default=0.0,
         metavar="E",
         help="epochs over which the learning rate first rises (%(default)g)",
     )
     group.add_argument(
-        "--clip-grad", type=_number(float, above=0), metavar="NORM", help="clip the gradient to this norm (not clipped)"
+        "--clip-grad", type=number(float, above=0), metavar="NORM", help="clip the gradient to this norm (not clipped)"
     )
 
     group = parser.add_argument_group("sharpness-aware minimisation (with --optmzr *-sam)")
@@ -128,7 +128,7 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--sam-rho",
-        type=_number(float, least=0),
+        type=number(float, least=0),
         metavar="RHO",
         help="radius of the perturbation (0.05; 0.5 with --adaptive)",
     )
@@ -138,7 +138,7 @@ def build_parser() -> Parser:
     group.add_argument("--prune-method", choices=METHODS, default="none", help="(%(default)s)")
     group.add_argument(
         "--sparsity",
-        type=_number(float, least=0, below=1),
+        type=number(float, least=0, below=1),
         metavar="S",
         help="share of all convolution and linear weights that is zero in the end; an N:M pattern fixes it",
     )
@@ -166,41 +166,41 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--update-interval",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         metavar="STEPS",
         help="steps from one change of the masks to the next (100)",
     )
     group.add_argument(
         "--stop-update",
-        type=_number(float, above=0, most=1),
+        type=number(float, above=0, most=1),
         metavar="SHARE",
         help="share of training after which masks stay (0.75)",
     )
     group.add_argument(
         "--drop-fraction",
-        type=_number(float, above=0, below=1),
+        type=number(float, above=0, below=1),
         metavar="F",
         help="set, rigl, mest: share of a layer's living weights that moves at first (0.3)",
     )
     group.add_argument(
         "--score-images",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         metavar="N",
         help="snip, grasp: images of each class that scores look at (10)",
     )
     group.add_argument(
         "--mest-lambda",
-        type=_number(float, least=0),
+        type=number(float, least=0),
         metavar="L",
         help="mest: weight of the gradient in |w| + L |g| (1.0)",
     )
     group.add_argument(
         "--mest-soft", action="store_true", help="mest: grow above the target, drop back at the next change (EM&S)"
     )
-    group.add_argument("--lth-rounds", type=_number(int, above=0), metavar="N", help="lth: how often it prunes (3)")
+    group.add_argument("--lth-rounds", type=number(int, above=0), metavar="N", help="lth: how often it prunes (3)")
     group.add_argument(
         "--lth-rewind",
-        type=_number(int, least=0),
+        type=number(int, least=0),
         metavar="STEP",
         help="lth: the step whose weights it goes back to (0)",
     )
@@ -213,7 +213,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--seed", type=_number(int, least=0), default=0, help="of weights, masks, order and augmentation (%(default)s)"
+        "--seed", type=number(int, least=0), default=0, help="of weights, masks, order and augmentation (%(default)s)"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
     group.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
@@ -231,7 +231,7 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--workers",
-        type=_number(int, least=0),
+        type=number(int, least=0),
         metavar="N",
         help="processes that cut batches from images in the host's memory; 0: cut on the device (0 where they fit it)",
     )
@@ -251,10 +251,20 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="go on from a checkpoint; auto: from that of the run's directory, if there is one",
     )
+    group.add_argument(
+        "--recalibrate-bn",
+        action="store_true",
+        help="also evaluate the trained network with batch norm's statistics estimated anew, at its weights as they are",
+    )
+    group.add_argument(
+        "--sharpness",
+        action="store_true",
+        help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does",
+    )
     group.add_argument("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     group.add_argument(
         "--log-interval",
-        type=_number(int, above=0),
+        type=number(int, above=0),
         default=50,
         metavar="STEPS",
         help="steps from one logged step to the next (%(default)s)",
@@ -372,7 +382,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _number(
+def number(
     kind: type,
     least: float | None = None,
     above: float | None = None,

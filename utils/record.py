@@ -78,7 +78,8 @@ class Record:
 
     def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
-        self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
+        if "loss" in values:
+            self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
         for name, value in values.items():
             self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), progress)
 

@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TextIO
@@ -26,6 +27,8 @@ FREE = {
     "log_interval",
     "summary",
     "workers",
+    "recalibrate_bn",
+    "sharpness",
 }
 
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
@@ -89,6 +92,14 @@ def claim_directory(directory: Path) -> TextIO:
     except OSError as error:
         raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
     return lock
+
+
+def has_results(directory: Path, wanted: list[str]) -> bool:
+    """Whether a run's result.json is there, with these figures in it."""
+    try:
+        return json.loads((directory / "result.json").read_text()).keys() >= set(wanted)
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
@@ -155,6 +166,7 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
         "deterministic",
         "evaluate",
         "precision",
+        "recalibrate_bn",
     }
     for name in sorted(given - data - set(network)):
         raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")
@@ -176,7 +188,15 @@ def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.N
     for name in ("data_dir", "sparsity_config", "pretrained"):
         if merged[name]:
             merged[name] = Path(merged[name])
-    for name in ("resume", "evaluate", "output_dir", "device", "no_cuda"):  # of this command, not of the first
+    for name in (
+        "resume",
+        "evaluate",
+        "output_dir",
+        "device",
+        "no_cuda",
+        "recalibrate_bn",
+        "sharpness",
+    ):  # of this command, not of the first
         merged[name] = getattr(args, name)
     return argparse.Namespace(**merged)
 

@@ -1,10 +1,11 @@
 """Networks rebuilt from checkpoints, with the data they were trained on."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from prune import Sparsity
@@ -13,7 +14,8 @@ from utils.checkpoint import load_checkpoint, load_network
 from utils.data import Dataset, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.errors import UsageError, usage_errors
-from utils.loaders import Normalize
+from utils.loaders import Augmentation, Normalize, TrainLoader
+from utils.precision import Execution
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Trained:
     normalize: Normalize
     epochs: int
     same_images: bool
+
+    def training_inputs(self, device: torch.device) -> Iterator[Tensor]:
+        """The batches of an epoch, as the run was trained on them."""
+        augmentation = build_augmentation(self.args, self.dataset)
+        classes = len(self.dataset.classes)
+        loader = TrainLoader(self.dataset.train, augmentation, classes, self.normalize, device, 0, Execution())
+        return (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
 
 
 def open_trained(args: Namespace, given: set[str], device: torch.device) -> Trained:
@@ -64,6 +73,13 @@ def build_network(args: Namespace, dataset: Dataset, device: torch.device) -> nn
     with usage_errors():
         model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def build_augmentation(args: Namespace, dataset: Dataset) -> Augmentation:
+    """What the flags do to a data set's training images."""
+    return Augmentation(
+        len(dataset.train), args.batch_size, args.seed, dataset.pad, dataset.flip, mixup=args.alpha or 0.0
+    )
 
 
 def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
