@@ -16,8 +16,9 @@ from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
-from utils.errors import TrainingError, UsageError, usage_errors
+from utils.errors import Preempted, TrainingError, UsageError, run_errors, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
+from utils.interruption import CheckpointSchedule, Interruption
 from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.precision import choose, strides_over_points
@@ -31,6 +32,7 @@ def train(args: Namespace, given: set[str]) -> None:
     args, directory, checkpoint = runs.locate_run(args, given)
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
+    schedule = CheckpointSchedule(args.checkpoint_every)
     rehearse(args)
 
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
@@ -107,15 +109,18 @@ def train(args: Namespace, given: set[str]) -> None:
     if args.summary:
         record.say(summary_table(meter.flops, sparsity))
     record.say(sparsity.describe())
-    record.say(f"run directory: {directory}" + (f", resumed after epoch {len(state.rows)}" if checkpoint else ""))
+    record.say(f"run directory: {directory}" + (f", resumed after step {state.progress:,}" if checkpoint else ""))
 
     def save(state: TrainState) -> None:
         write = partial(save_checkpoint, state=state, args=runs.plain(args), data=about_data)
-        if dataset.val and state.rows[-1]["val_top1"] > max((row["val_top1"] for row in state.rows[:-1]), default=-1):
-            write(directory / "best.pt")
+        if dataset.val and not state.partial:
+            *others, last = [row["val_top1"] for row in state.rows]
+            if last > max(others, default=-1):
+                write(directory / "best.pt")
         write(directory / "checkpoint.pt")
 
-    fit(state, perturbation, recipe, loader, evaluators, meter, record, save)
+    with run_errors(directory), Interruption() as interruption:
+        fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args))
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
@@ -126,7 +131,8 @@ def train(args: Namespace, given: set[str]) -> None:
     if args.sharpness:
         result["sharpness"] = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
         record.scalars("sharpness", sharpness.scalars(result["sharpness"]), state.progress)
-    record.finish(result, state.progress)
+    with run_errors(directory):
+        record.finish(result, state.progress)
     lock.close()
     record.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
@@ -188,6 +194,16 @@ def build_sparsity(
         )  # fmt: skip
 
 
+def out_of_memory(args: Namespace) -> str:
+    """One sentence that says what to try."""
+    if args.evaluate:
+        return f"the GPU's memory does not suffice: try --test-batch-size {max(1, args.test_batch_size // 2)}"
+    return (
+        f"the GPU's memory does not suffice: try --accumulate {2 * args.accumulate}, which computes the same step in smaller "
+        f"parts, or --batch-size {max(1, args.batch_size // 2)}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 for a run that went wrong, 2 for bad input."""
     keep_freed_memory()
@@ -197,6 +213,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, TrainingError, EmptyLayerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return 75
+    except torch.OutOfMemoryError:
+        print(f"error: {out_of_memory(args)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: a training goes on from its last finished epoch by --resume", file=sys.stderr)
         return 130

@@ -12,9 +12,10 @@
     [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[SWEEP_SLOT % ${#gpus[@]}]}
     rm -f "$files.failed"
     touch "$files.running"
-    "$PYTHON" main_prune_train.py "${flags[@]}" --output-dir "$SWEEP_OUTPUT/$run" --resume auto >"$files.log" 2>&1 ||
-        touch "$files.failed"
+    code=0
+    "$PYTHON" main_prune_train.py "${flags[@]}" --output-dir "$SWEEP_OUTPUT/$run" --resume auto >"$files.log" 2>&1 || code=$?
+    [ "$code" = 0 ] || [ "$code" = 75 ] || touch "$files.failed" # 75: told to end, and has a checkpoint to go on from
     rm -f "$files.running"
-    [ $# -gt 0 ] || [ ! -e "$files.failed" ] # a run that fails stops no other; a Slurm job that fails says so
-    exit
+    [ $# = 0 ] || code=0 # a run that fails stops no other; a Slurm job that fails says so
+    exit "$code"
 }

@@ -1,6 +1,9 @@
 """Everything a run needs to go on, in one file."""
 
+import contextlib
+import sys
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from utils.errors import UsageError
 from utils.files import save_atomically
 
 FORMAT = "sam-sparse-training/2"
+NEWEST, PREVIOUS = "checkpoint.pt", "previous.pt"
 
 
 @dataclass
@@ -24,6 +28,8 @@ class TrainState:
         rows: one of metrics.csv for each finished epoch.
         images: trained on, repetitions counted.
         training_flops: that this took, at the densities the steps had.
+        skipped: steps left out for gradients that were not finite.
+        partial: of the epoch at hand, in the middle of which this was saved: see engine.train_epoch. Else empty.
     """
 
     model: nn.Module
@@ -34,6 +40,8 @@ class TrainState:
     rows: list[dict] = field(default_factory=list)
     images: int = 0
     training_flops: float = 0.0
+    skipped: int = 0
+    partial: dict = field(default_factory=dict)
 
     def state_dict(self) -> dict:
         holders = {name: getattr(self, name).state_dict() for name in self._HOLDERS}
@@ -55,12 +63,13 @@ class TrainState:
             for group, options in zip(self.optimizer.param_groups, launching, strict=True):
                 group.update(options)
             for name in self._VALUES:
-                setattr(self, name, state[name])
+                if name in state:  # or it came with a later version of this program, and has its default
+                    setattr(self, name, state[name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
 
     _HOLDERS = ("model", "sparsity", "optimizer")
-    _VALUES = ("step", "progress", "rows", "images", "training_flops")
+    _VALUES = ("step", "progress", "rows", "images", "training_flops", "skipped", "partial")
 
 
 def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None:
@@ -73,13 +82,29 @@ def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None
 
 
 def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> None:
-    """Write a checkpoint that is whole or not there.
+    """Write a checkpoint that is whole or not there; the one before it is kept as PREVIOUS beside a checkpoint.pt.
 
     Args:
         args: the flags of the run, as plain values.
         data: what the network has to know of its data: classes (names by label), mean and deviation of each channel.
     """
-    save_atomically(path, {"format": FORMAT, "args": args, "data": data, "state": state.state_dict()})
+    previous = path.with_name(PREVIOUS) if path.name == NEWEST else None
+    save_atomically(path, {"format": FORMAT, "args": args, "data": data, "state": state.state_dict()}, previous)
+
+
+def load_newest(path: Path) -> dict:
+    """load_checkpoint, but for a damaged checkpoint.pt the one before it, with a warning on stderr."""
+    try:
+        return load_checkpoint(path)
+    except UsageError as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != NEWEST or not previous.exists():
+            raise
+        with contextlib.suppress(UsageError):
+            checkpoint = load_checkpoint(previous)
+            print(f"warning: {error}; going on from '{previous}', the one before it", file=sys.stderr)
+            return checkpoint
+        raise
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -89,7 +114,9 @@ def load_checkpoint(path: Path) -> dict:
         UsageError: no such file, a damaged one, or one of another program.
     """
     try:
-        with warnings.catch_warnings():
+        with zipfile.ZipFile(path) as parts, warnings.catch_warnings():
+            if parts.testzip() is not None:  # torch.load does not look at checksums
+                raise zipfile.BadZipFile
             warnings.simplefilter("ignore")  # of foreign pickles, which are refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

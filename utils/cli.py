@@ -252,6 +252,12 @@ def build_parser() -> Parser:
         help="go on from a checkpoint; auto: from that of the run's directory, if there is one",
     )
     group.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        default="1",
+        help="epochs, or with an m minutes (10m), from one checkpoint to the next (%(default)s)",
+    )
+    group.add_argument(
         "--recalibrate-bn",
         action="store_true",
         help="also evaluate the trained network with batch norm's statistics estimated anew, at its weights as they are",

@@ -4,14 +4,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import TrainState
-from utils.errors import TrainingError
+from utils.errors import Preempted, TrainingError
 from utils.flops import FlopsMeter
+from utils.interruption import CheckpointSchedule, Interruption
 from utils.loaders import EvalLoader, TrainLoader
 from utils.optim import Perturbation
 from utils.precision import Execution
@@ -123,17 +125,32 @@ def fit(
     meter: FlopsMeter,
     record: Record,
     save: Callable[[TrainState], None],
+    schedule: CheckpointSchedule,
+    interruption: Interruption,
 ) -> None:
-    """Train to the end of the schedule, as often as the method wants; after every epoch evaluate, record and save.
+    """Train to the end of the schedule, as often as the method wants; after every epoch evaluate and record.
+
+    Args:
+        save: writes a checkpoint: when `schedule` says so, after the last epoch, and when there is an interruption.
 
     Raises:
+        Preempted: there was an interruption.
         TrainingError: the loss is no longer finite.
         EmptyLayerError: the masks came to leave a layer empty.
     """
     while True:
         while state.step < recipe.total_steps:
             began = time.perf_counter()
-            row = train_epoch(state, perturbation, recipe, loader, meter, record)
+            earlier = state.partial.get("seconds", 0.0)
+
+            def pause(partial: Callable[[], dict], began: float = began, earlier: float = earlier) -> None:
+                if interruption.signal or schedule.due_in_epoch():
+                    state.partial = partial() | {"seconds": earlier + time.perf_counter() - began}
+                    save(state)
+                    schedule.saved()
+                    _leave(interruption, state)
+
+            row = train_epoch(state, perturbation, recipe, loader, meter, record, pause)
             for name, evaluator in evaluators.items():
                 row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator, recipe.execution)
                 if not math.isfinite(row[f"{name}_loss"]):
@@ -142,11 +159,16 @@ def fit(
                     )
             row["sparsity"] = state.sparsity.masks.sparsity()
             row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
-            row["seconds"] = time.perf_counter() - began
+            row["seconds"] = earlier + time.perf_counter() - began
             state.rows.append(row)
             record.events(state, meter)  # on disk before the checkpoint that goes on after them
-            save(state)
+            ended = state.step >= recipe.total_steps
+            if ended or interruption.signal or schedule.due_after_epoch(len(state.rows)):
+                save(state)
+                schedule.saved()
             record.row(state)
+            if not ended:
+                _leave(interruption, state)
         step = state.sparsity.next_round(state.step)
         if step == state.step:
             return
@@ -160,40 +182,71 @@ def train_epoch(
     loader: TrainLoader,
     meter: FlopsMeter,
     record: Record,
+    pause: Callable[[Callable[[], dict]], None] = lambda partial: None,
 ) -> dict:
-    """Train to the next multiple of the steps of an epoch. Returns the training columns of a row of metrics.csv."""
+    """Train to the next multiple of the steps of an epoch, or on from `state.partial`.
+
+    Args:
+        pause: called after every step but the last with a function that returns the epoch so far: what `state.partial`
+            has to be for another process to go on in the middle of it.
+
+    Returns:
+        The training columns of a row of metrics.csv.
+    """
     began = time.perf_counter()
     state.model.train()
-    steps = loader.steps_per_epoch - state.step % loader.steps_per_epoch
-    sums, lrs, images, untimed = torch.zeros(steps, 2, device=loader.device), [], 0, 0
-    with record.progress(len(state.rows) + 1, steps) as bar:
-        for position in range(steps):
+    before = state.partial
+    done = len(before["sums"]) if before else 0
+    steps = done + loader.steps_per_epoch - state.step % loader.steps_per_epoch
+    sums = torch.zeros(steps, 2, device=loader.device)
+    if before:
+        sums[:done] = before["sums"].to(loader.device)
+        meter.load_state_dict(before["meter"])
+    images = earlier = before.get("images", 0)
+    lrs, untimed = [0.0] * done, 0
+    with record.progress(len(state.rows) + 1, steps, done) as bar:
+        for position in range(done, steps):
             inputs, targets = loader.batch(state.step)
             images += len(inputs)
             meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
             measure = (state.progress + 1) % recipe.log_interval == 0
             sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
             lrs.append(state.optimizer.param_groups[0]["lr"])
-            if record.first_step_of_process(sums[position], began) and steps > 1:
-                began, untimed = time.perf_counter(), images  # compilation is not what images/s are about
+            if record.first_step_of_process(sums[position], began) and steps - done > 1:
+                began, untimed = time.perf_counter(), len(inputs)  # compilation is not what images/s are about
             if measure:
                 _check_finite(sums[: position + 1, 0], lrs, state)
                 loss = sums[position, 0] / len(inputs)
                 record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
             bar.update()
+            if position + 1 < steps:
+                pause(partial(_epoch_so_far, sums[: position + 1], images, lrs, state, meter))
     _check_finite(sums[:, 0], lrs, state)
     loss, top1 = (sums.double().sum(0) / images).tolist()  # waits for the device
     seconds = time.perf_counter() - began
     state.training_flops += meter.read()
     state.sparsity.refuse_empty_layers()
     state.images += images
+    state.partial = {}
     return {
         "epoch": len(state.rows) + 1,
         "lr": lrs[-1],
         "train_loss": loss,
         "train_top1": 100 * top1,
-        "images_per_second": (images - untimed) / seconds,
+        "images_per_second": (images - earlier - untimed) / seconds,
     }
+
+
+def _epoch_so_far(sums: Tensor, images: int, lrs: list[float], state: TrainState, meter: FlopsMeter) -> dict:
+    _check_finite(sums[:, 0], lrs, state)  # nothing that is spoilt is ever saved
+    return {"sums": sums.cpu(), "images": images, "meter": meter.state_dict()}
+
+
+def _leave(interruption: Interruption, state: TrainState) -> None:
+    if interruption.signal:
+        raise Preempted(
+            f"ended by {interruption.signal} after step {state.progress:,} with a checkpoint: go on by --resume auto"
+        )
 
 
 @torch.no_grad()

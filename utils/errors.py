@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -10,6 +11,28 @@ class UsageError(Exception):
 
 class TrainingError(Exception):
     """A run that cannot go on. The message is one sentence; exit code 1."""
+
+
+class Preempted(Exception):
+    """A run that was told to end and did, with a checkpoint. The message is one sentence; exit code 75 (EX_TEMPFAIL)."""
+
+
+@contextmanager
+def run_errors(directory: Path) -> Iterator[None]:
+    """Turn into TrainingErrors what is not the program's fault: a full disk, a directory that is gone, a dead worker."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to '{directory}' any more ({error.strerror or error}): mend that and go on by --resume auto; what "
+            "was written before is whole"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises it wherever the parent is when it learns of it
+            raise
+        raise TrainingError(
+            "a process that cuts batches died, perhaps for want of memory: go on by --resume auto, with fewer --workers"
+        ) from error
 
 
 @contextmanager

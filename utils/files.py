@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written beside their place, synced, then renamed into it."""
 
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from typing import IO
 import torch
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None], previous: Path | None = None) -> None:
     """Let `write` fill a binary file and put it at `path`, replacing what was there in one step.
 
     A process killed at any moment leaves the old file or the new one; a left-over `.tmp` file is harmless.
+
+    Args:
+        previous: in the same directory; what was at `path` is kept there.
     """
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -21,6 +25,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        if previous is not None:
+            _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -32,12 +38,27 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.close(directory)
 
 
-def save_atomically(path: Path, value: object) -> None:
-    write_atomically(path, lambda file: torch.save(value, file))
+def save_atomically(path: Path, value: object, previous: Path | None = None) -> None:
+    content = io.BytesIO()  # or a full disk would be a RuntimeError of torch's writer
+    torch.save(value, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()), previous)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Have `previous` name what `path` names, in one step, and `path` still name it if that can be."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+        os.replace(link, previous)
+    except FileNotFoundError:
+        return  # the first
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
 
 
 def _umask() -> int:

@@ -107,6 +107,16 @@ class FlopsMeter:
         alive, total, dense = self._counted[-1]
         self._counted[-1] = (alive, total + images, dense + images * dense_gradients)
 
+    def state_dict(self) -> dict:
+        """What was counted since it was read last, to go on with in another process. Waits for the device."""
+        counted = [(alive.tolist(), images, dense) for alive, images, dense in self._counted]
+        return {"counted": counted, "current": self._version == self.sparsity.masks.version}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what state_dict returned, the masks being what they were then."""
+        self._counted = [(torch.tensor(alive), images, dense) for alive, images, dense in state["counted"]]
+        self._version = self.sparsity.masks.version if state["current"] else -1
+
     def read(self) -> float:
         """Operations of the steps since it was read last. Waits for the device."""
         operations = 0.0

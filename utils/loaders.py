@@ -6,6 +6,7 @@ seen, wherever its batches are cut.
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -98,6 +99,7 @@ class Stream:
         """The pixels of a step; workers start anew where it does not follow the last one."""
         if step != self._next:
             options = {"num_workers": self.workers, "pin_memory": self.pin, "multiprocessing_context": "fork"}
+            options["worker_init_fn"] = _leave_signals_to_the_parent
             self._batches = iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), **options))
         self._next = step + 1
         return next(self._batches)
@@ -108,6 +110,13 @@ class Stream:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
         return cut(self.pixels, *self.augmentation.part(self._plan, position), self.augmentation.pad)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A worker goes on when a run is told to end, until the parent, which finishes its step, needs it no more."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def pick_workers(images: Images, device: torch.device) -> int:

@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,14 +57,20 @@ class Record:
         self._awaits_first_step = True
         about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
         write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
+        threading.excepthook = _quiet_writer
         self.writer = SummaryWriter(directory, purge_step=progress + 1)
         if rows:
             self._write_metrics(rows)
 
-    def progress(self, epoch: int, steps: int) -> tqdm:
+    def progress(self, epoch: int, steps: int, done: int = 0) -> tqdm:
         """A bar over the steps of an epoch, on a terminal; silent in a file or pipe."""
         self._bar = tqdm(
-            total=steps, desc=f"epoch {epoch}/{self.total_epochs}", leave=False, disable=not self.terminal, unit="step"
+            total=steps,
+            initial=done,
+            desc=f"epoch {epoch}/{self.total_epochs}",
+            leave=False,
+            disable=not self.terminal,
+            unit="step",
         )
         return self._bar
 
@@ -166,10 +173,17 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:
         "dense_training_flops": state.images * meter.passes * meter.flops.train(dict.fromkeys(density, 1.0)),
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
+        "skipped_steps": state.skipped,
         "images_per_second": statistics.median(row["images_per_second"] for row in rows),
         "seed": args["seed"],
         "args": args,
     }
+
+
+def _quiet_writer(thread: threading.ExceptHookArgs) -> None:
+    """No traceback for TensorBoard's thread that cannot write: the next call of the writer raises the same."""
+    if not (issubclass(thread.exc_type, OSError) and type(thread.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(thread)
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from prune import METHODS
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import NEWEST, PREVIOUS, load_newest
 from utils.cli import check, flag, parse, resolve
 from utils.errors import UsageError
 from utils.optim import OPTIMIZERS
@@ -29,6 +29,7 @@ FREE = {
     "workers",
     "recalibrate_bn",
     "sharpness",
+    "checkpoint_every",
 }
 
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
@@ -48,9 +49,9 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     """
     checkpoint = None
     if args.resume not in (None, "auto"):
-        checkpoint = load_checkpoint(Path(args.resume))
+        checkpoint = load_newest(Path(args.resume))
         directory = Path(args.resume).parent
-        if Path(args.resume).name not in ("checkpoint.pt", "best.pt"):
+        if Path(args.resume).name not in (NEWEST, PREVIOUS, "best.pt"):
             raise UsageError(
                 f"--resume goes on from the checkpoint.pt or best.pt of a run's directory, not '{args.resume}'"
             )
@@ -63,8 +64,8 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     args = resolve(args)
     if args.resume in (None, "auto"):
         directory = args.output_dir or Path("runs") / run_name(args)
-        if args.resume and _exists(directory / "checkpoint.pt"):
-            checkpoint = load_checkpoint(directory / "checkpoint.pt")
+        if args.resume and (_exists(directory / NEWEST) or _exists(directory / PREVIOUS)):
+            checkpoint = load_newest(directory / NEWEST)
             # The command is that of the run: what it leaves out is meant to have its default.
             args = _resumed(args, set(vars(args)), checkpoint["args"])
     _refuse_taken(directory, args.resume, checkpoint)
@@ -104,7 +105,7 @@ def has_results(directory: Path, wanted: list[str]) -> bool:
 
 def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
     """Refuse a directory whose files a run would overwrite."""
-    names = ["result.json", "checkpoint.pt", "best.pt", "metrics.csv", "args.json"]
+    names = ["result.json", NEWEST, PREVIOUS, "best.pt", "metrics.csv", "args.json"]
     taken = [name for name in names if _exists(directory / name)]
     if not taken or checkpoint or (resume and taken == ["args.json"]):  # that one began and did not finish an epoch
         return

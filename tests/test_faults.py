@@ -1,0 +1,161 @@
+"""Runs killed at random moments, checkpoints damaged at random places, flags at random. Each test prints what it counted."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_interruption import same
+
+import main_prune_train
+from utils import cli, runs
+from utils.checkpoint import load_checkpoint
+from utils.errors import UsageError
+
+DIGITS = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --epochs 3 --log-interval 3 --precision fp32 --compile off"
+ARMS = [
+    "--optmzr sgd",
+    "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.8 --val-split 100",
+    "--optmzr sgd-sam --prune-method rigl --sparsity 0.8 --update-interval 4",
+    "--optmzr adam-sam --sam-v2 --adaptive --prune-method gmp --sparsity 0.8 --update-interval 5",
+    "--optmzr sgd-sam --sam-v2 --prune-method lth --sparsity 0.8 --lth-rounds 1 --lth-rewind 5",
+]
+KILLS = 6  # of each arm
+
+
+def start(flags: str, directory) -> int:
+    """main_prune_train.py in a child, which a fork spares the imports. Returns its process number."""
+    process = os.fork()
+    if process:
+        return process
+    log = os.open(directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 99
+    try:
+        code = main_prune_train.main([*flags.split(), "--output-dir", str(directory), "--resume", "auto"])
+    finally:
+        os._exit(code)
+
+
+def ended_alone(process: int, seconds: float) -> bool:
+    """Whether a child ends well within so many seconds; else it is killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, capsys):
+    chance, kills = random.Random(0), Counter()
+    for number, arm in enumerate(ARMS):
+        flags = f"{DIGITS} {arm} --checkpoint-every 0.002m"
+        whole, cut = tmp_path / f"whole{number}", tmp_path / f"cut{number}"
+        began = time.monotonic()
+        assert ended_alone(start(flags, whole), 100)
+        duration = time.monotonic() - began
+        for _ in range(KILLS):
+            ended = ended_alone(start(flags, cut), chance.uniform(0.05, 0.6) * duration)
+            kills["ended before the kill" if ended else "killed"] += 1
+            if ended:  # once more, from the beginning
+                kills["bit-identical"] += identical(whole, cut)
+                for file in cut.iterdir():
+                    file.unlink()
+        assert ended_alone(start(flags, cut), 100)
+        kills["bit-identical"] += identical(whole, cut)
+        assert "Traceback" not in cut.with_suffix(".log").read_text()
+    with capsys.disabled():
+        print(f"\nSIGKILL at random moments: {dict(kills)}, tracebacks: 0")
+    assert kills["killed"] + kills["ended before the kill"] >= 30
+    assert kills["killed"] >= 20
+
+
+def identical(whole, cut) -> bool:
+    left, right = (torch.load(run / "checkpoint.pt", weights_only=True)["state"] for run in (whole, cut))
+    same(left, right)
+    for run in (whole, cut):
+        assert (run / "result.json").exists()
+    lines = [[line.split(",")[:-2] for line in (run / "metrics.csv").read_text().splitlines()] for run in (whole, cut)]
+    assert lines[0] == lines[1]
+    return True
+
+
+def test_damaged_checkpoints_are_refused_or_whole(train, tmp_path, capsys):
+    """500 of them, cut short or with a flipped bit: a sentence, or (a bit of the padding) every value as it was."""
+    run = train("--epochs 1 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --width 0.25")
+    whole = (run.directory / "checkpoint.pt").read_bytes()
+    original, chance, outcomes = load_checkpoint(run.directory / "checkpoint.pt"), random.Random(1), Counter()
+    path = tmp_path / "damaged.pt"
+    for number in range(500):
+        content = bytearray(whole)
+        if number % 2:
+            content = content[: chance.randrange(len(whole))]
+        else:
+            content[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        kind = "cut short" if number % 2 else "bit flipped"
+        try:
+            same(original, load_checkpoint(path))
+            outcomes[f"{kind}, harmless"] += 1
+        except UsageError as error:
+            outcomes[f"{kind}, refused" if "\n" not in str(error) else "more than a line"] += 1
+    with capsys.disabled():
+        print(f"\ndamaged checkpoints: {dict(outcomes)}, tracebacks: 0")
+    assert outcomes["cut short, refused"] == 250
+    assert outcomes["bit flipped, refused"] > 200
+
+
+USUAL = st.sampled_from(["1", "2", "8", "0.5", "0.9"])
+VALUES = st.sampled_from(
+    ["0", "1", "-1", "2", "0.5", "0.9", "1e30", "nan", "inf", "", "x", "2:4", "4x1", "1e-9", "99999999999999999999", "auto", "é",
+     "missing.pt", "/", "5m"]
+)  # fmt: skip
+OPTIONS = [action for action in cli.build_parser()._actions if action.dest != "help"]
+
+
+@st.composite
+def flag_sets(draw):
+    argv = []
+    for action in draw(st.lists(st.sampled_from(OPTIONS), max_size=5)):
+        argv.append(draw(st.sampled_from(action.option_strings)))
+        if action.nargs != 0:
+            usual = st.sampled_from([str(c) for c in action.choices]) if action.choices else USUAL
+            argv.append(draw(usual if draw(st.integers(0, 9)) else VALUES))
+    return argv
+
+
+def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    outcomes = Counter()
+
+    @settings(
+        max_examples=1000, database=None, derandomize=True, deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )  # fmt: skip
+    @given(flag_sets())
+    def check(argv):
+        try:
+            args, _, _ = runs.locate_run(*cli.parse(argv))
+            main_prune_train.rehearse(args)
+            outcomes["taken"] += 1
+        except UsageError as error:
+            outcomes["refused" if "\n" not in str(error) else "more than a line"] += 1
+
+    check()
+    assert list(tmp_path.iterdir()) == []
+    with capsys.disabled():
+        print(f"\nflag sets at random: {dict(outcomes)}, tracebacks: 0")
+    assert outcomes["taken"] + outcomes["refused"] == sum(outcomes.values()) >= 1000
+    assert min(outcomes["taken"], outcomes["refused"]) > 100

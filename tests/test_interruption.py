@@ -1,0 +1,239 @@
+"""Runs that are told to end in the middle of an epoch, and what is left of them when they are killed."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import engine
+from utils.checkpoint import TrainState
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("seconds", "images_per_second")
+
+
+def same(left, right):
+    """Equal to the last bit, but for what a clock says."""
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left.keys() - set(TIMES):
+            same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            same(one, other)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right or left != left
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """send(signal, step): this process gets it while that step of the next run is computed."""
+
+    def arrange(number, at):
+        original = engine.train_step
+
+        def step(state, *rest):
+            if state.progress == at:
+                os.kill(os.getpid(), number)
+            return original(state, *rest)
+
+        monkeypatch.setattr(engine, "train_step", step)
+        return lambda: monkeypatch.setattr(engine, "train_step", original)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "flags"),
+    [
+        (signal.SIGTERM, 8, "--optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.8 --update-interval 3"),
+        (signal.SIGINT, 1, "--optmzr sgd"),
+        (signal.SIGUSR1, 9, "--optmzr adam-sam --accumulate 2 --mixup --prune-method gmp --sparsity 0.8 --update-interval 2"),
+        (signal.SIGTERM, 16, "--optmzr sgd-sam --sam-v2 --prune-method lth --sparsity 0.8 --lth-rounds 2 --lth-rewind 4"),
+        (signal.SIGTERM, 11, "--optmzr sgd-sam --sam-v2 --val-split 200"),
+    ],
+)  # fmt: skip
+def test_a_signal_ends_a_run_in_the_middle_of_an_epoch_and_it_goes_on_bit_for_bit(train, send, number, at, flags):
+    flags += " --epochs 3"
+    whole = train(flags, "whole")
+    assert whole.code == 0, whole.err
+    undo = send(number, at)
+    handler = signal.getsignal(number)
+    cut = train(flags, "cut")
+    assert (cut.code, cut.err.count("\n")) == (75, 1)
+    assert f"ended by {number.name} after step {at + 1}" in cut.err
+    assert signal.getsignal(number) == handler
+    assert not (cut.directory / "result.json").exists()
+    assert cut.checkpoint()["state"]["progress"] == at + 1
+    undo()
+    resumed = train(f"{flags} --resume auto", "cut")
+    assert (resumed.code, resumed.err) == (0, "")
+    same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    results = [run.json("result.json") for run in (whole, resumed)]
+    for result in results:
+        result["args"].pop("output_dir"), result["args"].pop("resume")
+    same(*results)
+    if "--val-split" in flags:
+        same(whole.checkpoint("best.pt")["state"], resumed.checkpoint("best.pt")["state"])
+
+
+def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
+    send(signal.SIGINT, 2)
+    save = TrainState.state_dict
+
+    def slow(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(self)
+
+    monkeypatch.setattr(TrainState, "state_dict", slow)
+    assert train("--epochs 2").code == 130
+
+
+def test_checkpoints_come_as_often_as_asked(train, monkeypatch):
+    """Every second epoch, and after the last; by minutes in the middle of epochs too."""
+    written = []
+    import main_prune_train
+
+    original = main_prune_train.save_checkpoint
+
+    def note(path, state, **rest):
+        written.append((path.name, state.progress))
+        original(path, state=state, **rest)
+
+    monkeypatch.setattr(main_prune_train, "save_checkpoint", note)
+    train("--epochs 5 --checkpoint-every 2")
+    assert written == [("checkpoint.pt", 12), ("checkpoint.pt", 24), ("checkpoint.pt", 30)]
+    written.clear()
+    whole = train("--epochs 2 --checkpoint-every 0.00000001m", "minutes")
+    assert [step for _, step in written] == list(range(1, 13))
+    same(train("--epochs 2", "epochs").checkpoint()["state"], whole.checkpoint()["state"])
+    for wrong in ("0", "-1", "1.5", "m", "0m", "infm", "nanm", "soon"):
+        bad = train(f"--epochs 1 --checkpoint-every {wrong}", "bad")
+        assert (bad.code, bad.err.count("\n")) == (2, 1)
+        assert "--checkpoint-every takes epochs, as 5, or minutes, as 10m" in bad.err
+        assert not bad.directory.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train):
+    whole = train("--epochs 3", "whole")
+    run = train("--epochs 3", "run")
+    (run.directory / "result.json").unlink()
+    newest = run.directory / "checkpoint.pt"
+    assert torch.load(run.directory / "previous.pt", weights_only=True)["state"]["progress"] == 12
+    content = bytearray(newest.read_bytes())
+    place = content.index(run.checkpoint()["state"]["model"]["classifier.weight"].numpy().tobytes())
+    content[place + 5] ^= 4  # one bit
+    newest.write_bytes(content)
+    resumed = train("--epochs 3 --resume auto", "run")
+    assert resumed.code == 0
+    assert resumed.err.startswith("warning: ")
+    assert "going on from" in resumed.err
+    assert resumed.err.count("\n") == 1
+    same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    for name in ("checkpoint.pt", "previous.pt"):
+        (run.directory / name).write_bytes(b"no checkpoint")
+    bad = train("--epochs 3 --resume auto", "run")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "not a whole checkpoint" in bad.err
+
+
+def test_a_directory_that_is_removed_ends_a_run_with_a_sentence(train, monkeypatch, tmp_path):
+    original = engine.evaluate
+
+    def removed(*args):
+        shutil.rmtree(tmp_path / "run")
+        return original(*args)
+
+    monkeypatch.setattr(engine, "evaluate", removed)
+    gone = train("--epochs 2")
+    assert (gone.code, gone.err.count("\n")) == (1, 1)
+    assert "cannot write to" in gone.err
+    assert "go on by --resume auto" in gone.err
+
+
+def child(flags, directory, **options):
+    command = [sys.executable, "main_prune_train.py", *flags.split(), "--output-dir", str(directory)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+DIGITS = "--dataset digits --depth 8 --width 0.5 --batch-size 256"
+
+
+def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_keeps_what_was_written(train, tmp_path):
+    """A limit on the size of files stands for the disk: a real process meets it when its second checkpoint grows."""
+    small = train("--epochs 1 --optmzr sgd --lr-scheduler constant", "run")
+    size = (small.directory / "checkpoint.pt").stat().st_size
+    kept = (small.directory / "checkpoint.pt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    flags = f"{DIGITS} --log-interval 2 --epochs 3 --optmzr sgd --lr-scheduler constant --resume auto"
+    full = child(flags, small.directory, preexec_fn=limit)
+    _, err = full.communicate(timeout=120)
+    assert full.returncode == 1, err
+    assert "cannot write to" in err
+    assert "File too large" in err
+    assert "Traceback" not in err
+    assert (small.directory / "checkpoint.pt").read_bytes() == kept
+    assert not list(small.directory.glob(".*.tmp"))
+    assert train("--epochs 3 --optmzr sgd --lr-scheduler constant --resume auto").code == 0
+
+
+def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
+    process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "a process that cuts batches died" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("flags", "words"), [("--accumulate 2", "--accumulate 4"), ("", "--batch-size 128")])
+def test_out_of_memory_on_a_gpu_names_what_to_try(train, monkeypatch, flags, words):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(engine, "train_step", full)
+    failed = train(f"--epochs 1 {flags}")
+    assert (failed.code, failed.err.count("\n")) == (1, 1)
+    assert words in failed.err
+
+
+def test_a_file_that_vanishes_while_images_are_read_is_named(train, tmp_path, monkeypatch):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (8, 8), (number, 1, 2)).save(tmp_path / "data" / split / label / f"{number}.png")
+    from utils import datasets
+
+    original = datasets._decode_all
+
+    def vanish(*args):
+        (tmp_path / "data" / "train" / "b" / "1.png").unlink(missing_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(datasets, "_decode_all", vanish)
+    bad = train(f"--dataset folder --data-dir {tmp_path}/data --depth 8 --epochs 1", short=False)
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "1.png" in bad.err
