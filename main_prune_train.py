@@ -18,6 +18,7 @@ from utils.device import device_name, keep_freed_memory, pick_device, use_determ
 from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
 from utils.errors import Preempted, TrainingError, UsageError, run_errors, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
+from utils.guard import Guard
 from utils.interruption import CheckpointSchedule, Interruption
 from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
@@ -53,17 +54,17 @@ def train(args: Namespace, given: set[str]) -> None:
     )  # fmt: skip
     sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
     perturbation = perturbation_of(optimizer, model, sparsity)
-    state = TrainState(model, optimizer, sparsity)
-
     with usage_errors():
         flops = count_flops(model, dataset.image_shape, smallest_batch=augmentation.smallest_part(args.accumulate))
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
         args.precision, args.compile, device,
         perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
-        args.deterministic, strides_over_points(model, dataset.image_shape),
+        args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip",
     )  # fmt: skip
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
+    guard = Guard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
+    state = TrainState(model, optimizer, sparsity, guard)
 
     normalize = Normalize(about_data["mean"], about_data["deviation"], device)
     workers = pick_workers(dataset.train, device) if args.workers is None else args.workers

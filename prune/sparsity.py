@@ -110,6 +110,7 @@ class Sparsity:
         self.targets: dict[str, int] = {}  # living units a layer, where masks move at a constant budget
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
+        self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
@@ -143,7 +144,7 @@ class Sparsity:
 
     def due(self, step: int) -> bool:
         """Whether masks change after a step."""
-        return self.method.update is not None and self.timing.due(step)
+        return self.method.update is not None and (self._postponed or self.timing.due(step))
 
     def mask_gradients(self) -> None:
         """Zero the gradients of dead weights, for whoever needs gradients before the pass that counts."""
@@ -163,12 +164,16 @@ class Sparsity:
                 kept.zero_() if gradient is None else kept.copy_(gradient)
         self.masks.apply_to_gradients()
 
-    def after_step(self, step: int) -> int:
+    def after_step(self, step: int, skipped: bool = False) -> int:
         """With the weights just moved: change masks if it is time. Returns the step to go on with.
 
+        Where the optimizer's step was `skipped`, there are no gradients to go by, and masks change after the next one.
         Where layers compete for weights one may come out empty: `refuse_empty_layers` tells, and waits for the device.
         """
-        if self.due(step):
+        due, self._postponed = self.due(step), False
+        if due and skipped:
+            self._postponed = True
+        elif due:
             self._change(self.method.update(self, step))
         self._remember_weights(step)
         return step + 1
@@ -248,12 +253,14 @@ class Sparsity:
             "targets": self.targets,
             "ever_alive": self.ever_alive,
             "round": self.round,
+            "postponed": self._postponed,
             "rewound": self._rewound,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.targets, self.round = dict(state["targets"]), state["round"]
+        self._postponed = state.get("postponed", False)
         device = next(iter(self.masks.weights.values())).device
         self.ever_alive = {name: mask.to(device) for name, mask in state["ever_alive"].items()}
         self._rewound = dict(state["rewound"])

@@ -13,6 +13,7 @@ from torch import nn
 from prune import Sparsity
 from utils.errors import UsageError
 from utils.files import save_atomically
+from utils.guard import Guard
 
 FORMAT = "sam-sparse-training/2"
 NEWEST, PREVIOUS = "checkpoint.pt", "previous.pt"
@@ -28,19 +29,18 @@ class TrainState:
         rows: one of metrics.csv for each finished epoch.
         images: trained on, repetitions counted.
         training_flops: that this took, at the densities the steps had.
-        skipped: steps left out for gradients that were not finite.
         partial: of the epoch at hand, in the middle of which this was saved: see engine.train_epoch. Else empty.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sparsity: Sparsity
+    guard: Guard = field(default_factory=Guard)
     step: int = 0
     progress: int = 0
     rows: list[dict] = field(default_factory=list)
     images: int = 0
     training_flops: float = 0.0
-    skipped: int = 0
     partial: dict = field(default_factory=dict)
 
     def state_dict(self) -> dict:
@@ -59,7 +59,8 @@ class TrainState:
         ]
         try:
             for name in self._HOLDERS:
-                getattr(self, name).load_state_dict(state[name])
+                if name in state or name != "guard":  # a later addition
+                    getattr(self, name).load_state_dict(state[name])
             for group, options in zip(self.optimizer.param_groups, launching, strict=True):
                 group.update(options)
             for name in self._VALUES:
@@ -68,8 +69,8 @@ class TrainState:
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
 
-    _HOLDERS = ("model", "sparsity", "optimizer")
-    _VALUES = ("step", "progress", "rows", "images", "training_flops", "skipped", "partial")
+    _HOLDERS = ("model", "sparsity", "optimizer", "guard")
+    _VALUES = ("step", "progress", "rows", "images", "training_flops", "partial")
 
 
 def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None:

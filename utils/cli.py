@@ -221,7 +221,7 @@ def build_parser() -> Parser:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="of the forward pass; auto: bf16 where the device computes in it (%(default)s)",
+        help="of the forward pass; auto: bf16 where the device computes in it; fp16 scales the loss (%(default)s)",
     )
     group.add_argument(
         "--compile",
@@ -234,6 +234,12 @@ def build_parser() -> Parser:
         type=number(int, least=0),
         metavar="N",
         help="processes that cut batches from images in the host's memory; 0: cut on the device (0 where they fit it)",
+    )
+    group.add_argument(
+        "--nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a loss or gradient that is not finite ends the run, or its step is left out, for one wait a step (%(default)s)",
     )
     group.add_argument("--deterministic", action="store_true", help="only deterministic kernels, which may be slower")
     group.add_argument(

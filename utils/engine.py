@@ -84,7 +84,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.lr_at(state.step)
     results = recipe.update(state, perturbation, recipe, inputs, targets, measure)
-    state.step = state.sparsity.after_step(state.step)
+    state.step = state.sparsity.after_step(state.step, state.guard.skipped)
     state.progress += 1
     return results
 
@@ -93,27 +93,29 @@ def update_weights(
     state: TrainState, perturbation: Perturbation, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a step does on the device, from a batch to the moved weights: always the same, so that a graph can hold it."""
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, guard = state.model, state.optimizer, state.guard
 
     def backward() -> Tensor:
         optimizer.zero_grad()
         sums = torch.zeros(2, device=inputs.device)
         for x, y in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
             loss, part = recipe.objective(x, y, len(inputs))
-            loss.backward()
+            guard.scale(loss).backward()
             sums += part
         return sums
 
+    guard.begin()
     perturbation.perturb(backward)
     sums = backward()
+    guard.unscale(optimizer)
     state.sparsity.after_backward(state.step)
     measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-    optimizer.step()
+    guard.step(optimizer, sums)
     perturbation.restore()
     state.sparsity.mask_weights()
-    return sums, measured
+    return guard.end(sums), measured
 
 
 def fit(
@@ -203,6 +205,7 @@ def train_epoch(
         sums[:done] = before["sums"].to(loader.device)
         meter.load_state_dict(before["meter"])
     images = earlier = before.get("images", 0)
+    counted = before.get("counted", 0)  # without those of skipped steps
     lrs, untimed = [0.0] * done, 0
     with record.progress(len(state.rows) + 1, steps, done) as bar:
         for position in range(done, steps):
@@ -211,18 +214,26 @@ def train_epoch(
             meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
             measure = (state.progress + 1) % recipe.log_interval == 0
             sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
+            counted += 0 if state.guard.skipped else len(inputs)
             lrs.append(state.optimizer.param_groups[0]["lr"])
             if record.first_step_of_process(sums[position], began) and steps - done > 1:
                 began, untimed = time.perf_counter(), len(inputs)  # compilation is not what images/s are about
             if measure:
                 _check_finite(sums[: position + 1, 0], lrs, state)
-                loss = sums[position, 0] / len(inputs)
-                record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
+                if not state.guard.skipped:
+                    loss = sums[position, 0] / len(inputs)
+                    record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
             bar.update()
             if position + 1 < steps:
-                pause(partial(_epoch_so_far, sums[: position + 1], images, lrs, state, meter))
+                pause(partial(_epoch_so_far, sums[: position + 1], images, counted, lrs, state, meter))
     _check_finite(sums[:, 0], lrs, state)
-    loss, top1 = (sums.double().sum(0) / images).tolist()  # waits for the device
+    if not counted:
+        raise TrainingError(
+            _stopped(
+                "no step of an epoch had a finite loss and gradient, and all were skipped", state.progress, lrs[-1]
+            )
+        )
+    loss, top1 = (sums.double().sum(0) / counted).tolist()  # waits for the device
     seconds = time.perf_counter() - began
     state.training_flops += meter.read()
     state.sparsity.refuse_empty_layers()
@@ -237,9 +248,11 @@ def train_epoch(
     }
 
 
-def _epoch_so_far(sums: Tensor, images: int, lrs: list[float], state: TrainState, meter: FlopsMeter) -> dict:
+def _epoch_so_far(
+    sums: Tensor, images: int, counted: int, lrs: list[float], state: TrainState, meter: FlopsMeter
+) -> dict:
     _check_finite(sums[:, 0], lrs, state)  # nothing that is spoilt is ever saved
-    return {"sums": sums.cpu(), "images": images, "meter": meter.state_dict()}
+    return {"sums": sums.cpu(), "images": images, "counted": counted, "meter": meter.state_dict()}
 
 
 def _leave(interruption: Interruption, state: TrainState) -> None:
@@ -284,6 +297,6 @@ def _check_finite(losses: Tensor, lrs: list[float], state: TrainState) -> None:
 
 def _stopped(what: str, step: int, lr: float) -> str:
     return (
-        f"{what} at step {step:,} with learning rate {lr:g}: lower --lr, or clip with --clip-grad; "
-        "the checkpoint of the last finished epoch, if there is one, is kept"
+        f"{what} at step {step:,} with learning rate {lr:g}: lower --lr, clip with --clip-grad, or "
+        "leave such steps out by --nonfinite skip; the last checkpoint, if there is one, is kept"
     )

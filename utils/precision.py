@@ -14,7 +14,8 @@ from torch._dynamo.exc import TorchDynamoException
 from utils.errors import TrainingError, UsageError
 from utils.graphs import GraphedUpdate
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves, as
 # measured with ResNet-20 (BENCHMARKS.md): 1 to 4% of a step on a CPU in fp32, 1.5% in bf16; a fifth of one on an H100 in
@@ -46,7 +47,7 @@ class Execution:
     graphed: bool = False
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(device.type, HALF.get(self.precision), enabled=self.precision in HALF)
 
     def graph(self, update: Callable) -> Callable:
         """engine.update_weights, replayed from CUDA graphs if that is how this executes."""
@@ -93,6 +94,7 @@ def choose(
     steps: int = 0,
     deterministic: bool = False,
     strided_points: bool = False,
+    watched: bool = False,
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
@@ -106,6 +108,7 @@ def choose(
         steps: of the run.
         deterministic: bits may not depend on what was tuned when.
         strided_points: see strides_over_points.
+        watched: the host looks at every step's gradient, which no graph can hold; in fp16 it does in any case.
 
     Raises:
         UsageError: what is asked for by name is not possible here.
@@ -124,9 +127,10 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        cost, saved = COMPILATION[device.type, precision]
+        cost, saved = COMPILATION[device.type, "fp32" if precision == "fp32" else "bf16"]
         compilation = "on" if not (missing or deterministic) and steps * saved(step_flops) > cost else "off"
-    return Execution(precision, compilation == "on", device.type == "cuda" and step_flops < GRAPHED_BELOW)
+    graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
+    return Execution(precision, compilation == "on", graphed)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -173,7 +173,7 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:
         "dense_training_flops": state.images * meter.passes * meter.flops.train(dict.fromkeys(density, 1.0)),
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
-        "skipped_steps": state.skipped,
+        "skipped_steps": state.guard.skipped_steps,
         "images_per_second": statistics.median(row["images_per_second"] for row in rows),
         "seed": args["seed"],
         "args": args,

@@ -30,6 +30,7 @@ FREE = {
     "recalibrate_bn",
     "sharpness",
     "checkpoint_every",
+    "nonfinite",
 }
 
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
