@@ -1,5 +1,6 @@
 """Train a sparse network with one-step sharpness-aware minimisation: parse the flags, build the parts, call fit."""
 
+import contextlib
 import sys
 from argparse import Namespace
 from functools import partial
@@ -9,7 +10,7 @@ from torch import nn
 
 from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
-from utils import cli, runs, sharpness
+from utils import cli, distributed, runs, sharpness
 from utils.batch_norm import recalibrated, refuse_without_batch_norm
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.data import channel_statistics, fingerprint, hold_out
@@ -31,12 +32,16 @@ from utils.trained import build_augmentation, build_network, check_fits, load_we
 def train(args: Namespace, given: set[str]) -> None:
     """Train a network from fresh weights, or from the checkpoint of an interrupted run."""
     args, directory, checkpoint = runs.locate_run(args, given)
-    device = pick_device(args.device, args.no_cuda)
+    device = pick_device(distributed.local_device(args.device), args.no_cuda)
+    ranks = distributed.start(device)
     use_deterministic_kernels(args.deterministic)
+    if args.sam_local and ranks.world == 1:
+        raise UsageError("--sam-local has no effect in one process: launch several by torchrun, or leave it out")
     schedule = CheckpointSchedule(args.checkpoint_every)
     rehearse(args)
 
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
+    with ranks.first_before_others():
+        dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     if args.val_split:
         with usage_errors():
             dataset = hold_out(dataset, args.val_split, args.seed)
@@ -53,14 +58,16 @@ def train(args: Namespace, given: set[str]) -> None:
         rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
     )  # fmt: skip
     sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
-    perturbation = perturbation_of(optimizer, model, sparsity)
+    perturbation = perturbation_of(optimizer, model, sparsity, args.sam_local)
     with usage_errors():
-        flops = count_flops(model, dataset.image_shape, smallest_batch=augmentation.smallest_part(args.accumulate))
+        flops = count_flops(
+            model, dataset.image_shape, smallest_batch=augmentation.smallest_part(args.accumulate, ranks)
+        )
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
         args.precision, args.compile, device,
         perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
-        args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip",
+        args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip" or ranks.world > 1,
     )  # fmt: skip
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
     guard = Guard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
@@ -68,10 +75,12 @@ def train(args: Namespace, given: set[str]) -> None:
 
     normalize = Normalize(about_data["mean"], about_data["deviation"], device)
     workers = pick_workers(dataset.train, device) if args.workers is None else args.workers
-    loader = TrainLoader(dataset.train, augmentation, len(dataset.classes), normalize, device, workers, execution)
+    loader = TrainLoader(
+        dataset.train, augmentation, len(dataset.classes), normalize, device, workers, execution, ranks
+    )
     splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     evaluators = {
-        name: EvalLoader(images, args.test_batch_size, normalize, device, resident=not workers)
+        name: EvalLoader(ranks.share_of(images), args.test_batch_size, normalize, device, resident=not workers)
         for name, images in splits.items()
     }
 
@@ -85,7 +94,7 @@ def train(args: Namespace, given: set[str]) -> None:
             sparsity.before_training(loader.sample)
 
     recipe = Recipe(
-        build_objective(model, execution, -(-args.batch_size // args.accumulate), args.smooth_eps), execution,
+        build_objective(model, execution, -(-args.batch_size // (args.accumulate * ranks.world)), args.smooth_eps), execution,
         execution.graph(update_weights),
         lr_at=partial(
             learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
@@ -93,18 +102,23 @@ def train(args: Namespace, given: set[str]) -> None:
         ),
         total_steps=total_steps,
         accumulate=args.accumulate, clip_grad=args.clip_grad, log_interval=args.log_interval,
+        ranks=ranks,
     )  # fmt: skip
     if state.step >= recipe.total_steps and runs.has_results(directory, closer_look(args)):
-        print(f"finished already with test accuracy {state.rows[-1]['test_top1']:.2f}%: {directory / 'result.json'}")
+        if ranks.first:
+            top1 = state.rows[-1]["test_top1"]
+            print(f"finished already with test accuracy {top1:.2f}%: {directory / 'result.json'}")
         return
-    lock = runs.claim_directory(directory)
+    ranks.wait()  # all have looked for a checkpoint before the first process writes
+    lock = runs.claim_directory(directory) if ranks.first else contextlib.nullcontext()
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
-        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch),
+        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch), writes=ranks.first,
     )  # fmt: skip
     record.say(
         f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}, {execution}"
+        + (f", {ranks.world} processes" if ranks.world > 1 else "")
     )
     record.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
     if args.summary:
@@ -113,6 +127,8 @@ def train(args: Namespace, given: set[str]) -> None:
     record.say(f"run directory: {directory}" + (f", resumed after step {state.progress:,}" if checkpoint else ""))
 
     def save(state: TrainState) -> None:
+        if not ranks.first:
+            return
         write = partial(save_checkpoint, state=state, args=runs.plain(args), data=about_data)
         if dataset.val and not state.partial:
             *others, last = [row["val_top1"] for row in state.rows]
@@ -126,15 +142,15 @@ def train(args: Namespace, given: set[str]) -> None:
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
         model = recalibrated(model, inputs, execution)
-        loss, top1 = evaluate(model, evaluators["test"], execution)
+        ranks.reduce(model, torch.zeros(1, device=device), gradients=False)  # statistics of all shares
+        loss, top1 = evaluate(model, evaluators["test"], execution, ranks)
         result |= {"test_loss_recalibrated_bn": loss, "test_top1_recalibrated_bn": top1}
         record.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
     if args.sharpness:
         result["sharpness"] = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
         record.scalars("sharpness", sharpness.scalars(result["sharpness"]), state.progress)
-    with run_errors(directory):
+    with run_errors(directory), lock:
         record.finish(result, state.progress)
-    lock.close()
     record.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
     )
@@ -212,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
         args, given = cli.parse(argv)
         (evaluate_checkpoint if args.evaluate else train)(args, given)
     except (UsageError, TrainingError, EmptyLayerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not distributed.said_by_another(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Preempted as notice:
         print(notice, file=sys.stderr)
@@ -223,6 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: a training goes on from its last finished epoch by --resume", file=sys.stderr)
         return 130
+    finally:
+        distributed.stop()
     return 0
 
 

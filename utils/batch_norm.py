@@ -28,7 +28,7 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
     refuse_without_batch_norm(model)
     copied = copy.deepcopy(model).train()
     layers, seen = batch_norm_layers(copied), 0
-    for inputs in batches:
+    for inputs in filter(len, batches):  # a process may have no share of the last one
         seen += len(inputs)
         for layer in layers:
             layer.momentum = len(inputs) / seen  # the first batch replaces what was there

@@ -134,6 +134,12 @@ def build_parser() -> Parser:
     )
     group.add_argument("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
 
+    group.add_argument(
+        "--sam-local",
+        action="store_true",
+        help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)",
+    )
+
     group = parser.add_argument_group("sparsity")
     group.add_argument("--prune-method", choices=METHODS, default="none", help="(%(default)s)")
     group.add_argument(
@@ -312,7 +318,8 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
     kind = OPTIMIZERS[args.optmzr]
     useless = _useless_for_method(args.prune_method) | {
         **dict.fromkeys(() if kind.momentum is not None else ("momentum", "nesterov"), f"--optmzr {args.optmzr}"),
-        **dict.fromkeys(() if kind.sam else ("sam_v2", "sam_rho", "adaptive"), f"--optmzr {args.optmzr}"),
+        **dict.fromkeys(("sam_local",) if args.sam_v2 else (), "--sam-v2"),
+        **dict.fromkeys(() if kind.sam else ("sam_v2", "sam_rho", "adaptive", "sam_local"), f"--optmzr {args.optmzr}"),
         **dict.fromkeys(() if args.mixup else ("alpha",), "no --mixup"),
         **dict.fromkeys(() if args.dataset == "folder" else ("image_size",), f"--dataset {args.dataset}"),
         **dict.fromkeys(() if args.dataset != "digits" else ("data_dir",), "--dataset digits"),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.checkpoint import TrainState
+from utils.distributed import Ranks
 from utils.errors import Preempted, TrainingError
 from utils.flops import FlopsMeter
 from utils.interruption import CheckpointSchedule, Interruption
@@ -33,6 +34,7 @@ class Recipe:
         accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss.
         clip_grad: largest norm of the gradient, or None.
         log_interval: steps from one logged step to the next.
+        ranks: the processes that share each batch.
     """
 
     objective: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -43,6 +45,7 @@ class Recipe:
     accumulate: int = 1
     clip_grad: float | None = None
     log_interval: int = 50
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def build_objective(
@@ -69,40 +72,55 @@ def build_objective(
 
 
 def train_step(
-    state: TrainState, perturbation: Perturbation, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool
+    state: TrainState,
+    perturbation: Perturbation,
+    recipe: Recipe,
+    inputs: Tensor,
+    targets: Tensor,
+    measure: bool,
+    batch_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One step of any optimizer with any sparse-training method.
 
     Args:
-        inputs: float32 [B, C, H, W].
+        inputs: float32 [B, C, H, W], this process's share of the batch.
         targets: distributions over the classes, float32 [B, num_classes].
         measure: also return what is only logged.
+        batch_size: images of the whole batch (B).
 
     Returns:
         [sum of losses, number of correct predictions] at the weights the gradient was taken at; scalars to log.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.lr_at(state.step)
-    results = recipe.update(state, perturbation, recipe, inputs, targets, measure)
+    batch_size = len(inputs) if batch_size is None else batch_size
+    results = recipe.update(state, perturbation, recipe, inputs, targets, measure, batch_size)
     state.step = state.sparsity.after_step(state.step, state.guard.skipped)
     state.progress += 1
     return results
 
 
 def update_weights(
-    state: TrainState, perturbation: Perturbation, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool
+    state: TrainState,
+    perturbation: Perturbation,
+    recipe: Recipe,
+    inputs: Tensor,
+    targets: Tensor,
+    measure: bool,
+    batch_size: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a step does on the device, from a batch to the moved weights: always the same, so that a graph can hold it."""
     model, optimizer, guard = state.model, state.optimizer, state.guard
 
-    def backward() -> Tensor:
+    def backward(share_gradients: bool = True) -> Tensor:
         optimizer.zero_grad()
         sums = torch.zeros(2, device=inputs.device)
         for x, y in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
-            loss, part = recipe.objective(x, y, len(inputs))
-            guard.scale(loss).backward()
-            sums += part
-        return sums
+            if len(x):  # a process may have no share of an epoch's last batch
+                loss, part = recipe.objective(x, y, batch_size)
+                guard.scale(loss).backward()
+                sums += part
+        return recipe.ranks.reduce(model, sums, share_gradients)
 
     guard.begin()
     perturbation.perturb(backward)
@@ -146,7 +164,8 @@ def fit(
             earlier = state.partial.get("seconds", 0.0)
 
             def pause(partial: Callable[[], dict], began: float = began, earlier: float = earlier) -> None:
-                if interruption.signal or schedule.due_in_epoch():
+                if _agreed(interruption.signal or schedule.due_in_epoch(), state, recipe, loader.device):
+                    _agree_on_signal(interruption, recipe, loader.device)
                     state.partial = partial() | {"seconds": earlier + time.perf_counter() - began}
                     save(state)
                     schedule.saved()
@@ -154,7 +173,9 @@ def fit(
 
             row = train_epoch(state, perturbation, recipe, loader, meter, record, pause)
             for name, evaluator in evaluators.items():
-                row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator, recipe.execution)
+                row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(
+                    state.model, evaluator, recipe.execution, recipe.ranks
+                )
                 if not math.isfinite(row[f"{name}_loss"]):
                     raise TrainingError(
                         _stopped(f"the {name} loss is {row[f'{name}_loss']}", state.progress, row["lr"])
@@ -163,8 +184,10 @@ def fit(
             row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
             row["seconds"] = earlier + time.perf_counter() - began
             state.rows.append(row)
+            recipe.ranks.check_same(state.state_dict())
             record.events(state, meter)  # on disk before the checkpoint that goes on after them
             ended = state.step >= recipe.total_steps
+            _agree_on_signal(interruption, recipe, loader.device)
             if ended or interruption.signal or schedule.due_after_epoch(len(state.rows)):
                 save(state)
                 schedule.saved()
@@ -210,18 +233,19 @@ def train_epoch(
     with record.progress(len(state.rows) + 1, steps, done) as bar:
         for position in range(done, steps):
             inputs, targets = loader.batch(state.step)
-            images += len(inputs)
-            meter.step(len(inputs), state.sparsity.grows_by_gradient(state.step))
+            size = loader.batch_size(state.step)
+            images += size
+            meter.step(size, state.sparsity.grows_by_gradient(state.step))
             measure = (state.progress + 1) % recipe.log_interval == 0
-            sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure)
-            counted += 0 if state.guard.skipped else len(inputs)
+            sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure, size)
+            counted += 0 if state.guard.skipped else size
             lrs.append(state.optimizer.param_groups[0]["lr"])
             if record.first_step_of_process(sums[position], began) and steps - done > 1:
-                began, untimed = time.perf_counter(), len(inputs)  # compilation is not what images/s are about
+                began, untimed = time.perf_counter(), size  # compilation is not what images/s are about
             if measure:
                 _check_finite(sums[: position + 1, 0], lrs, state)
                 if not state.guard.skipped:
-                    loss = sums[position, 0] / len(inputs)
+                    loss = sums[position, 0] / size
                     record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
             bar.update()
             if position + 1 < steps:
@@ -255,6 +279,18 @@ def _epoch_so_far(
     return {"sums": sums.cpu(), "images": images, "counted": counted, "meter": meter.state_dict()}
 
 
+def _agreed(wanted: object, state: TrainState, recipe: Recipe, device: torch.device) -> bool:
+    """Whether to pause: several processes ask each other at logged steps alone, since to ask is to wait."""
+    if recipe.ranks.world == 1:
+        return bool(wanted)
+    return state.progress % recipe.log_interval == 0 and recipe.ranks.any(bool(wanted), device)
+
+
+def _agree_on_signal(interruption: Interruption, recipe: Recipe, device: torch.device) -> None:
+    if recipe.ranks.any(interruption.signal is not None, device) and interruption.signal is None:
+        interruption.signal = "a signal to another process"
+
+
 def _leave(interruption: Interruption, state: TrainState) -> None:
     if interruption.signal:
         raise Preempted(
@@ -263,18 +299,19 @@ def _leave(interruption: Interruption, state: TrainState) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution) -> tuple[float, float]:
-    """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent)."""
+def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution, ranks: Ranks = Ranks()) -> tuple[float, float]:
+    """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent) over the shares of all processes."""
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=loader.labels.device)
-    for inputs, labels in loader:
+    for inputs, labels in loader if len(loader) else ():
         with execution.autocast(inputs.device):
             logits = model(inputs)
         logits = logits.float()
         sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
     model.train(training)
-    loss, correct = (sums / len(loader)).tolist()
+    sums = ranks.add(torch.cat([sums, sums.new_tensor([len(loader)])]))
+    loss, correct, _ = (sums / sums[2]).tolist()
     return loss, 100 * correct
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from utils.data import Images
 from utils.device import memory_size, to_device
+from utils.distributed import Ranks
 from utils.precision import Execution
 
 
@@ -70,15 +71,31 @@ class Augmentation:
         """A plan's lines for one step of its epoch."""
         return tuple(line[position * self.batch_size : (position + 1) * self.batch_size] for line in plan)
 
-    def smallest_part(self, accumulate: int) -> int:
-        """Images in the smallest micro-batch of an epoch."""
-        whole = [min(self.batch_size, self.count), self.count % self.batch_size or self.batch_size]
-        return min(len(torch.empty(size).chunk(accumulate)[-1]) for size in whole)
+    def size(self, position: int) -> int:
+        """Images of an epoch's step."""
+        return min(self.batch_size, self.count - position * self.batch_size)
+
+    def smallest_part(self, accumulate: int, ranks: Ranks = Ranks()) -> int:
+        """Images in the smallest micro-batch of an epoch in any process."""
+        whole = {self.size(position) for position in (0, self.steps_per_epoch - 1)}
+        shares = [len(share) for size in whole for share in torch.empty(size).tensor_split(ranks.world)]
+        return min(len(torch.empty(size).chunk(accumulate)[-1]) for size in shares if size)
+
+
+def share_of(lines: Plan, ranks: Ranks, mixed: bool) -> Plan:
+    """A process's lines of a batch and, where images are mixed, after them those of their partners, as many."""
+    if ranks.world == 1:
+        return lines
+    share = tuple(ranks.share(line) for line in lines)
+    partners = (ranks.share(line.flip(0)) for line in lines)
+    return tuple(map(torch.cat, zip(share, partners, strict=True))) if mixed else share
 
 
 def cut(pixels: Tensor, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, pad: int) -> Tensor:
     """Windows of the padded images as one gather: uint8 [N, H, W, C] and a plan's lines [B] to uint8 [B, H, W, C]."""
     _, height, width, channels = pixels.shape
+    if not len(order):
+        return pixels[:0]
     padded = F.pad(pixels[order], (0, 0, pad, pad, pad, pad))
     x = torch.arange(width, device=pixels.device)
     rows = top[:, None] + torch.arange(height, device=pixels.device)
@@ -91,8 +108,8 @@ def cut(pixels: Tensor, order: Tensor, top: Tensor, left: Tensor, mirrored: Tens
 class Stream:
     """Batches that worker processes cut ahead of the training step, from images that stay in the host's memory."""
 
-    def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool):
-        self.pixels, self.augmentation, self.workers, self.pin = pixels, augmentation, workers, pin
+    def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool, ranks: Ranks):
+        self.pixels, self.augmentation, self.workers, self.pin, self.ranks = pixels, augmentation, workers, pin, ranks
         self._epoch, self._next, self._batches = -1, -1, iter(())
 
     def __call__(self, step: int) -> Tensor:
@@ -109,7 +126,8 @@ class Stream:
         epoch, position = divmod(step, self.augmentation.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
-        return cut(self.pixels, *self.augmentation.part(self._plan, position), self.augmentation.pad)
+        lines = share_of(self.augmentation.part(self._plan, position), self.ranks, self.augmentation.mixup > 0)
+        return cut(self.pixels, *lines, self.augmentation.pad)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -135,6 +153,7 @@ class TrainLoader:
         device: where the batches come from and, without workers, the images live.
         workers: processes that cut batches from images in the host's memory; 0 to cut them on the device.
         execution: whether the function that does so is compiled; only on CUDA, on the CPU it is fast enough.
+        ranks: each process gets its share of a batch.
     """
 
     def __init__(
@@ -146,25 +165,29 @@ class TrainLoader:
         device: torch.device,
         workers: int,
         execution: Execution,
+        ranks: Ranks = Ranks(),
     ):
-        self.augmentation, self.normalize, self.device = augmentation, normalize, device
+        self.augmentation, self.normalize, self.device, self.ranks = augmentation, normalize, device, ranks
         self.steps_per_epoch = augmentation.steps_per_epoch
         self.targets = F.one_hot(images.labels, num_classes).float().to(device)
         self.pixels = images.pixels if workers else images.pixels.to(device)
-        self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda") if workers else None
+        self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", ranks) if workers else None
         self._cut = lambda *lines: normalize(cut(self.pixels, *lines, augmentation.pad))
         if device.type == "cuda":
-            self._cut = execution.compile(self._cut, augmentation.batch_size)
+            self._cut = execution.compile(self._cut, -(-augmentation.batch_size // ranks.world))
         self._epoch = -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs float32 [B, C, H, W] and target distributions float32 [B, num_classes] of a step, counted from 0."""
+        """Of a step, counted from 0: inputs float32 [B, C, H, W] and target distributions float32 [B, num_classes].
+
+        B is this process's share of `batch_size(step)` images.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             lines, self._weights = self.augmentation.plan(epoch)
             self._plan = tuple(to_device(line, self.device) for line in lines)  # an epoch's random numbers at once
             self._epoch = epoch
-        lines = self.augmentation.part(self._plan, position)
+        lines = share_of(self.augmentation.part(self._plan, position), self.ranks, bool(self._weights))
         if self._stream:
             inputs = self.normalize(self._stream(step).to(self.device, non_blocking=True))
         else:
@@ -173,9 +196,18 @@ class TrainLoader:
         if self._weights:
             # The partner of an image is its mirror place in the batch: the order is random already.
             weight = self._weights[position]
-            inputs = inputs.mul(weight).add_(inputs.flip(0), alpha=1 - weight)
-            targets = targets.mul(weight).add_(targets.flip(0), alpha=1 - weight)
+            inputs, targets = (self._mix(tensor, weight) for tensor in (inputs, targets))
         return inputs, targets
+
+    def batch_size(self, step: int) -> int:
+        """Images of a step's batch, the shares of all processes together."""
+        return self.augmentation.size(step % self.steps_per_epoch)
+
+    def _mix(self, tensor: Tensor, weight: float) -> Tensor:
+        if self.ranks.world == 1:
+            return tensor.mul(weight).add_(tensor.flip(0), alpha=1 - weight)
+        half = len(tensor) // 2
+        return tensor[:half].mul(weight).add_(tensor[half:], alpha=1 - weight)
 
     def sample(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the first images of each class in an order of its own, all classes mixed, not augmented."""

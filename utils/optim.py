@@ -77,20 +77,28 @@ class Perturbation:
     """What an optimizer does to the weights around the backward pass that counts.
 
     Attributes:
-        perturb: called before that pass with a function that computes the batch's gradient.
+        perturb: called before that pass with a function that computes the gradient: of the batch, or (False) of this
+            process's share.
         restore: called after the optimizer's step.
         measure: called between the two; scalars to log.
         passes: forward-backward passes a step.
     """
 
-    perturb: Callable[[Callable[[], object]], None]
+    perturb: Callable[[Callable[[bool], object]], None]
     restore: Callable[[], None]
     measure: Callable[[], dict[str, Tensor]]
     passes: int = 1
 
 
-def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity: Sparsity) -> Perturbation:
-    """None for a plain optimizer, along the kept gradient for one-step SAM, along this batch's for two-step SAM."""
+def perturbation_of(
+    optimizer: torch.optim.Optimizer, model: nn.Module, sparsity: Sparsity, local: bool = False
+) -> Perturbation:
+    """None for a plain optimizer, along the kept gradient for one-step SAM, along this batch's for two-step SAM.
+
+    Args:
+        local: two-step SAM perturbs each process along the gradient of its own share (m-sharpness, Foret et al. 2021,
+            section 4.1).
+    """
     if not isinstance(optimizer, SAM):
         return Perturbation(perturb=lambda backward: None, restore=lambda: None, measure=dict)
 
@@ -105,8 +113,8 @@ def perturbation_of(optimizer: torch.optim.Optimizer, model: nn.Module, sparsity
     statistics = list(model.buffers())
     saved = [torch.empty_like(buffer) for buffer in statistics]
 
-    def perturb(backward: Callable[[], object]) -> None:
-        backward()
+    def perturb(backward: Callable[[bool], object]) -> None:
+        backward(not local)
         sparsity.mask_gradients()
         optimizer.first_step(zero_grad=True)
         if saved:

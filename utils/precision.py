@@ -108,7 +108,8 @@ def choose(
         steps: of the run.
         deterministic: bits may not depend on what was tuned when.
         strided_points: see strides_over_points.
-        watched: the host looks at every step's gradient, which no graph can hold; in fp16 it does in any case.
+        watched: the host looks at every step's gradient, which no graph can hold (in fp16 it does in any case), or other
+            processes take part.
 
     Raises:
         UsageError: what is asked for by name is not possible here.

@@ -38,6 +38,7 @@ class Record:
         progress: steps that are finished already; later events of an earlier process are void.
         loss_label: what the training loss is, where that is shown.
         total_epochs: of all rounds.
+        writes: False in all processes but the first, where nothing is written or shown.
     """
 
     def __init__(
@@ -49,12 +50,16 @@ class Record:
         progress: int,
         loss_label: str,
         total_epochs: int,
+        writes: bool = True,
     ):
+        self.writes = writes
         self.directory, self.args, self.loss_label = directory, args, loss_label
         self.total_epochs = total_epochs
-        self.terminal = sys.stderr.isatty()
+        self.terminal = writes and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._awaits_first_step = True
+        if not writes:
+            return
         about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
         write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
         threading.excepthook = _quiet_writer
@@ -85,6 +90,8 @@ class Record:
 
     def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
+        if not self.writes:
+            return
         if "loss" in values:
             self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
         for name, value in values.items():
@@ -92,6 +99,8 @@ class Record:
 
     def events(self, state: TrainState, meter: FlopsMeter) -> None:
         """Log the last of the finished epochs to TensorBoard; on disk when this returns."""
+        if not self.writes:
+            return
         row, progress, density = state.rows[-1], state.progress, state.sparsity.masks.density()
         for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
             if name in row:
@@ -107,6 +116,8 @@ class Record:
 
     def row(self, state: TrainState) -> None:
         """Write metrics.csv and show the last of the finished epochs."""
+        if not self.writes:
+            return
         row = state.rows[-1]
         self._write_metrics(state.rows)
         held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
@@ -118,6 +129,8 @@ class Record:
 
     def finish(self, result: dict, progress: int) -> None:
         """Write result.json and TensorBoard's table of hyper-parameters."""
+        if not self.writes:
+            return
         # TensorBoard shows the first five by alphabet: the others come after them under "training/".
         flags = {n if n in STUDIED else f"training/{n}": v for n, v in self.args.items() if n not in FREE}
         flags = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flags.items()}
@@ -131,6 +144,8 @@ class Record:
 
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
+        if not self.writes:
+            return
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 

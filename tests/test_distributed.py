@@ -1,0 +1,206 @@
+"""Two processes train what one trains."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import main_prune_train
+from utils import engine
+from utils.distributed import Ranks
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+
+# No batch norm, whose statistics are of a share. 1,442 images: in batches of 131 the last one is a single image, of which
+# the second process has none; in batches of 103 all are even but for the parity.
+VIT = "--arch vit --depth 1 --width 0.34 --dataset digits --epochs 1 --lr 0.05 --log-interval 5 --precision fp32 --compile off"
+CONV = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --log-interval 4 --precision fp32 --compile off"
+
+
+def launch(flags: str, world: int, directory: Path, before=lambda rank: None) -> list[tuple[int, str]]:
+    """main_prune_train.py in so many forked processes, as torchrun would. Returns their exit codes and stderr."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        process = os.fork()
+        if process:
+            children.append(process)
+            continue
+        code = 99
+        try:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            sys.stderr = open(f"{directory}.{rank}.log", "w", buffering=1)  # noqa: SIM115
+            before(rank)
+            code = main_prune_train.main([*flags.split(), "--output-dir", str(directory)])
+        finally:
+            os._exit(code)
+    codes, deadline = dict.fromkeys(children), time.monotonic() + 120
+    while None in codes.values():
+        for process in [p for p, code in codes.items() if code is None]:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()) or time.monotonic() > deadline:  # torchrun ends the others where one fails
+            time.sleep(1.5)
+            for process in [p for p, code in codes.items() if code is None]:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if not done:
+                    os.kill(process, signal.SIGKILL)
+                    _, status = os.waitpid(process, 0)
+                codes[process] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return [(codes[p], Path(f"{directory}.{rank}.log").read_text()) for rank, p in enumerate(children)]
+
+
+def state_of(directory: Path) -> dict:
+    return torch.load(directory / "checkpoint.pt", weights_only=True)["state"]
+
+
+def close(left: dict, right: dict) -> None:
+    """Weights, and masks to the last bit."""
+    for name, tensor in left["model"].items():
+        torch.testing.assert_close(tensor, right["model"][name], rtol=2e-4, atol=2e-6, msg=name)
+    masks = (left["sparsity"]["masks"], right["sparsity"]["masks"])
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    assert left["rows"][-1]["train_loss"] == pytest.approx(right["rows"][-1]["train_loss"], rel=1e-5)
+    assert left["rows"][-1]["test_loss"] == pytest.approx(right["rows"][-1]["test_loss"], rel=1e-4)
+    assert left["rows"][-1]["test_top1"] == pytest.approx(right["rows"][-1]["test_top1"], abs=0.6)  # two images
+    assert left["training_flops"] == right["training_flops"]
+
+
+STATIC, RIGL = "--prune-method random --sparsity 0.5", "--prune-method rigl --sparsity 0.5 --update-interval 3"
+
+
+@pytest.mark.parametrize("batch", [103, 131])
+@pytest.mark.parametrize("sparse", [STATIC, RIGL], ids=["static", "rigl"])
+@pytest.mark.parametrize("arm", ["--optmzr sgd", "--optmzr sgd-sam", "--optmzr sgd-sam --sam-v2"])
+def test_two_processes_agree_with_one(tmp_path, arm, sparse, batch):
+    flags = f"{VIT} {arm} {sparse} --batch-size {batch}"
+    for world in (1, 2):
+        outcome = launch(flags, world, tmp_path / str(world))
+        assert [code for code, _ in outcome] == [0] * world, outcome
+    assert outcome[1][1] == ""  # only the first process says anything
+    close(state_of(tmp_path / "1"), state_of(tmp_path / "2"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--mixup", "--accumulate 3 --clip-grad 0.5 --smooth-eps 0.1", "--workers 1 --mixup", "--nonfinite skip"]
+)
+def test_so_they_do_with_other_flags(tmp_path, flags):
+    flags = f"{VIT} --optmzr sgd-sam --sam-v2 --batch-size 131 {flags}"
+    for world in (1, 3):
+        outcome = launch(flags, world, tmp_path / str(world))
+        assert [code for code, _ in outcome] == [0] * world, outcome
+    close(state_of(tmp_path / "1"), state_of(tmp_path / "3"))
+
+
+def test_local_perturbations_leave_the_weights_the_same_and_do_something(tmp_path):
+    """That weights are the same everywhere is compared by the run itself, after every epoch."""
+    flags = f"{CONV} --epochs 2 --optmzr sgd-sam --sam-rho 0.5 {STATIC}"
+    for name in ("", "--sam-local"):
+        outcome = launch(f"{flags} {name}", 2, tmp_path / f"run{name}")
+        assert [code for code, _ in outcome] == [0, 0], outcome
+    one, other = state_of(tmp_path / "run"), state_of(tmp_path / "run--sam-local")
+    assert not torch.equal(one["model"]["classifier.weight"], other["model"]["classifier.weight"])
+    alone = launch(f"{flags} --sam-local", 1, tmp_path / "alone")
+    assert alone[0][0] == 2
+    assert "--sam-local has no effect in one process" in alone[0][1]
+
+
+def test_a_difference_between_processes_is_found_and_named(tmp_path):
+    def spoil(rank):
+        original = engine.train_step
+
+        def step(state, *rest):
+            results = original(state, *rest)
+            if rank and state.progress == 7:
+                with torch.no_grad():
+                    state.model.stage2[0].conv1.weight[0, 0, 0, 0] += 1e-7
+            return results
+
+        engine.train_step = step
+
+    outcome = launch(f"{CONV} --epochs 1", 2, tmp_path / "run", spoil)
+    assert [code for code, _ in outcome] == [1, 1], outcome
+    for _, text in outcome:
+        assert "process 1 has another 'model." in text
+        assert "Traceback" not in text
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_bad_flags_are_said_once(tmp_path):
+    outcome = launch(f"{CONV} --epochs 0", 2, tmp_path / "run")
+    assert [code for code, _ in outcome] == [2, 2]
+    assert "argument --epochs" in outcome[0][1]
+    assert outcome[1][1] == ""
+
+
+def test_a_signal_to_one_ends_all_and_they_go_on_in_another_number(tmp_path):
+    flags = f"{CONV} --epochs 3 --optmzr sgd-sam --sam-v2 {RIGL}"
+
+    def interrupt(rank):
+        original = engine.train_step
+
+        def step(state, *rest):
+            if rank and state.progress == 13:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(state, *rest)
+
+        engine.train_step = step
+
+    outcome = launch(flags, 2, tmp_path / "run", interrupt)
+    assert [code for code, _ in outcome] == [75, 75], outcome
+    assert state_of(tmp_path / "run")["progress"] == 16  # the next logged step
+    shutil.copytree(tmp_path / "run", tmp_path / "three")
+    for name, world in (("run", 2), ("three", 3), ("whole", 2)):
+        outcome = launch(f"{flags} --resume auto", world, tmp_path / name)
+        assert [code for code, _ in outcome] == [0] * world, outcome
+    one, other, three = (state_of(tmp_path / name) for name in ("run", "whole", "three"))
+    assert all(torch.equal(tensor, other["model"][name]) for name, tensor in one["model"].items())
+    assert three["rows"][0] == one["rows"][0]
+    assert three["progress"] == one["progress"]
+
+
+def test_torchrun_launches_it(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "main_prune_train.py",
+    ]
+    command += [*CONV.split(), "--epochs", "1", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout.splitlines()[0]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 1
+
+
+def test_shares_are_all_of_a_batch_and_differ_by_one_at_most():
+    for size in (0, 1, 2, 7, 128):
+        shares = [Ranks(rank, 3).share(torch.arange(size)) for rank in range(3)]
+        assert torch.cat(shares).tolist() == list(range(size))
+        lengths = [len(share) for share in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_alone_nothing_is_reduced():
+    model, sums = nn.Linear(2, 2), torch.ones(2)
+    assert Ranks().reduce(model, sums) is sums
+    assert model.weight.grad is None

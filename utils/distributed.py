@@ -1,0 +1,157 @@
+"""Several processes on one training: each computes its share of every batch, and all take the same step.
+
+Not by DistributedDataParallel: it averages over processes where an uneven batch needs the mean over images, wants images in
+every process, and reduces within the backward pass, which a second pass and --sam-local would have to switch off. Here a
+backward pass is followed by one all-reduce of everything that processes have to agree on.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.data import Images
+from utils.errors import TrainingError, UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is; alone by default, and then everything here does nothing."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch's first dimension: sizes differ by one at most and may be zero."""
+        return batch if self.world == 1 else batch.tensor_split(self.world)[self.rank]
+
+    def share_of(self, images: Images) -> Images:
+        """This process's part of images that are evaluated."""
+        return Images(self.share(images.pixels), self.share(images.labels))
+
+    def reduce(self, model: nn.Module, sums: Tensor, gradients: bool = True) -> Tensor:
+        """After a backward pass whose loss was divided by the whole batch's size: add up gradients and sums of all.
+
+        Batch norm's statistics become the mean over processes, so that all of a run's state is the same everywhere.
+
+        Args:
+            sums: float32, summed over images.
+            gradients: False to leave each process its own.
+
+        Returns:
+            The sums of all processes.
+        """
+        if self.world == 1:
+            return sums
+        for p in model.parameters():
+            if p.grad is None:  # of a share without images
+                p.grad = torch.zeros_like(p)
+        tensors = [p.grad for p in model.parameters()] if gradients else []
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        flat = torch.cat([t.flatten() for t in (*tensors, *(s / self.world for s in statistics), sums)])
+        dist.all_reduce(flat)
+        *parts, total = flat.split([t.numel() for t in (*tensors, *statistics, sums)])
+        for t, part in zip((*tensors, *statistics), parts, strict=True):
+            t.copy_(part.view(t.shape))
+        return total
+
+    def add(self, sums: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so in any process. Waits for all of them."""
+        return bool(self.add(torch.tensor(float(flag), device=device)).item()) if self.world > 1 else flag
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process does it, then all others: of what should be downloaded or cached once."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def check_same(self, state: dict) -> None:
+        """Compare every tensor of a state_dict across processes, by hash.
+
+        Raises:
+            TrainingError: in all processes; it names the first tensor that differs.
+        """
+        if self.world == 1:
+            return
+        hashes = [(name, _hash(tensor)) for name, tensor in _tensors(state)]
+        gathered: list = [None] * self.world
+        dist.all_gather_object(gathered, hashes)
+        for rank, others in enumerate(gathered):
+            for (name, mine), (other_name, other) in zip(gathered[0], others, strict=False):
+                if (name, mine) != (other_name, other):
+                    raise TrainingError(
+                        f"process {rank} has another '{name}' than process 0: they no longer train the same network; go on "
+                        "from the last checkpoint by --resume auto, and report this"
+                    )
+
+
+def start(device: torch.device) -> Ranks:
+    """Join the processes that torchrun has started, if it has: gloo on the CPU, nccl on GPUs.
+
+    Raises:
+        UsageError: they cannot find each other.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or "RANK" not in os.environ:
+        return Ranks()
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"the processes cannot find each other ({error}): launch them by torchrun") from error
+    return Ranks(dist.get_rank(), world)
+
+
+def stop() -> None:
+    """Leave the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_device(name: str) -> str:
+    """Of the GPUs of a machine the one that torchrun means for this process, where none is named."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and name in ("auto", "cuda") and torch.cuda.is_available() else name
+
+
+def said_by_another(error: Exception) -> bool:
+    """Whether the first process prints this too: all refuse the same flags."""
+    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
+
+
+def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{index}")
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy()).hexdigest()
