@@ -1,0 +1,95 @@
+"""Nothing that comes from outside runs, or writes where it should not."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--pretrained"])
+@pytest.mark.parametrize("place", ["format", "args", "state"])
+def test_a_malicious_checkpoint_is_refused_in_a_sentence_and_nothing_in_it_runs(train, tmp_path, flag, place):
+    run = train("--epochs 1")
+    mark, path = tmp_path / "it-ran", tmp_path / "evil" / "checkpoint.pt"
+    path.parent.mkdir()
+    torch.save(run.checkpoint() | {place: Payload(mark)}, path)
+    others = {"--pretrained": "--dataset digits --depth 8 --prune-method oneshot --sparsity 0.5"}
+    bad = train(f"{others.get(flag, '')} {flag} {path}", None, short=False)
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "not a whole checkpoint of this program" in bad.err
+    assert not mark.exists()
+
+
+def test_the_checkpoint_before_is_no_way_in(train, tmp_path):
+    run = train("--epochs 2")
+    mark = tmp_path / "it-ran"
+    (run.directory / "checkpoint.pt").write_bytes(b"damaged")
+    torch.save({"format": Payload(mark)}, run.directory / "previous.pt")
+    assert train("--epochs 2 --resume auto").code == 2
+    assert not mark.exists()
+
+
+def test_a_sparsity_file_is_read_as_plain_values(train, tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text(f"prune_ratios: !!python/object/apply:os.mkdir ['{tmp_path / 'it-ran'}']\n")
+    bad = train(f"--prune-method random --sparsity-config {path} --epochs 1")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "remark", ["../../../outside", "/absolute", "$(touch it-ran)", "a;touch it-ran", "é\u202e/..", "x" * 500]
+)
+def test_a_remark_names_a_directory_and_no_more(tmp_path, monkeypatch, capsys, remark):
+    from main_prune_train import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dataset", "digits", "--depth", "8", "--width", "0.25", "--epochs", "1", "--remark", remark]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.resolve().parent == tmp_path / "runs"
+    assert run.name.isascii()
+    assert len(run.name) <= 255
+    assert not set(run.name) & set("/;$() ")
+
+
+def test_no_shell_reads_a_flag_as_code(tmp_path):
+    """Through a real sweep, whose run then fails or not: what counts is what was not done."""
+    evil = "$(touch it-ran);`touch it-ran`'\"& touch it-ran"
+    environment = os.environ | {
+        "OUTPUT_DIR": str(tmp_path / "sweep"),
+        "SEEDS": "0",
+        "EPOCHS": "1",
+        "METHODS": "none",
+        "RHOS": "0.05",
+    }
+    command = ["bash", "scripts/sweep_rho.sh", "--dataset", "digits", "--depth", "8", "--remark", evil]
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=100, check=True)
+    assert (tmp_path / "sweep" / "dense-samv2-rho0.05-seed0" / "result.json").exists()
+    assert not list(ROOT.glob("it-ran"))
+    assert not list(tmp_path.rglob("it-ran"))
+
+
+def test_nothing_is_unpickled_or_run_by_a_shell_from_python():
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for name in ("analysis", "models", "prune", "utils") for p in ROOT.glob(f"{name}/*.py")),
+    ]:
+        text = path.read_text()
+        for call in ("pickle.load", "yaml.load(", "shell=True", "os.system", "eval(", "exec("):
+            assert call not in text.replace("model.eval(", "").replace(".eval()", ""), (path, call)
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
