@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from prune import EmptyLayerError, Options, Sparsity, Timing
 from utils import cli, distributed, runs, sharpness
 from utils.batch_norm import recalibrated, refuse_without_batch_norm
 from utils.checkpoint import TrainState, save_checkpoint
+from utils.cli import flag
 from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
@@ -26,6 +28,7 @@ from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation
 from utils.precision import choose, strides_over_points
 from utils.record import Record, summarize
 from utils.sparsity_config import load_layer_sparsity
+from utils.sync_batch_norm import synchronise
 from utils.trained import build_augmentation, build_network, check_fits, load_weights, open_trained
 
 
@@ -35,8 +38,10 @@ def train(args: Namespace, given: set[str]) -> None:
     device = pick_device(distributed.local_device(args.device), args.no_cuda)
     ranks = distributed.start(device)
     use_deterministic_kernels(args.deterministic)
-    if args.sam_local and ranks.world == 1:
-        raise UsageError("--sam-local has no effect in one process: launch several by torchrun, or leave it out")
+    for name in ("sam_local", "sync_bn"):
+        if getattr(args, name) and ranks.world == 1:
+            raise UsageError(f"{flag(name)} has no effect in one process: launch several by torchrun, or leave it out")
+    ranks = replace(ranks, synchronised=args.sync_bn)
     schedule = CheckpointSchedule(args.checkpoint_every)
     rehearse(args)
 
@@ -65,10 +70,12 @@ def train(args: Namespace, given: set[str]) -> None:
         )
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
-        args.precision, args.compile, device,
+        args.precision, "off" if args.sync_bn else args.compile, device,
         perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
         args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip" or ranks.world > 1,
     )  # fmt: skip
+    if args.sync_bn:
+        synchronise(model)
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
     guard = Guard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
     state = TrainState(model, optimizer, sparsity, guard)
@@ -187,6 +194,8 @@ def rehearse(args: Namespace) -> None:
         model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
         if args.recalibrate_bn:
             refuse_without_batch_norm(model)
+        if args.sync_bn:
+            refuse_without_batch_norm(model, "--sync-bn")
     build_sparsity(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
 
 

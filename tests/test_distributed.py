@@ -17,6 +17,7 @@ from torch import nn
 import main_prune_train
 from utils import engine
 from utils.distributed import Ranks
+from utils.sync_batch_norm import synchronise
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
@@ -107,6 +108,66 @@ def test_so_they_do_with_other_flags(tmp_path, flags):
         outcome = launch(flags, world, tmp_path / str(world))
         assert [code for code, _ in outcome] == [0] * world, outcome
     close(state_of(tmp_path / "1"), state_of(tmp_path / "3"))
+
+
+@pytest.mark.parametrize("size", [7, 1, 0])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, size):
+    """Output, gradients and statistics in float64, against torch's own layer on all images."""
+
+    def build():
+        torch.manual_seed(0)
+        layer = nn.BatchNorm2d(3).double()
+        layer.num_batches_tracked = None
+        nn.init.normal_(layer.weight)
+        return (
+            layer,
+            torch.randn(size, 3, 2, 2, dtype=torch.float64, requires_grad=True),
+            torch.randn(size, 3, 2, 2).double(),
+        )
+
+    def inside(rank):
+        torch.distributed.init_process_group("gloo")
+        layer, inputs, slope = build()
+        synchronise(layer)
+        ranks = Ranks(rank, 2)
+        share = ranks.share(inputs.detach()).requires_grad_()
+        out = layer(share)
+        (out * ranks.share(slope)).sum().backward()
+        sums = [layer.weight.grad, layer.bias.grad]
+        for grad in sums:
+            ranks.add(grad)
+        torch.save([out.detach(), share.grad, *sums, layer.running_mean, layer.running_var], tmp_path / f"{rank}.pt")
+        os._exit(0)
+
+    assert [code for code, _ in launch("", 2, tmp_path / "run", inside)] == [0, 0]
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    layer, inputs, slope = build()
+    if size:
+        out = layer(inputs)
+        (out * slope).sum().backward()
+        expected = [
+            out.detach(),
+            inputs.grad,
+            layer.weight.grad,
+            layer.bias.grad,
+            layer.running_mean,
+            layer.running_var,
+        ]
+    else:
+        none = torch.zeros(0, 3, 2, 2)
+        expected = [none, none, torch.zeros(3), torch.zeros(3), layer.running_mean, layer.running_var]
+    for number, tensor in enumerate(expected):
+        found = torch.cat([part[number] for part in parts]) if number < 2 else parts[0][number]
+        torch.testing.assert_close(found, tensor.double(), rtol=1e-9, atol=1e-12)
+        assert number < 2 or torch.equal(parts[0][number], parts[1][number])
+
+
+def test_a_run_with_synchronised_batch_norm_keeps_all_processes_the_same(tmp_path):
+    """As it compares itself after every epoch; with empty shares and parts, and statistics estimated anew."""
+    flags = f"{CONV} --optmzr sgd-sam {STATIC} --epochs 2 --lr 0.02 --batch-size 131 --accumulate 2"
+    outcome = launch(f"{flags} --sync-bn --recalibrate-bn", 2, tmp_path / "run")
+    assert [code for code, _ in outcome] == [0, 0], outcome
+    assert 0 <= json.loads((tmp_path / "run" / "result.json").read_text())["test_top1_recalibrated_bn"] <= 100
 
 
 def test_local_perturbations_leave_the_weights_the_same_and_do_something(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.precision import Execution
+from utils.sync_batch_norm import synchronise
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
     """
     refuse_without_batch_norm(model)
     copied = copy.deepcopy(model).train()
+    synchronise(copied, False)
     layers, seen = batch_norm_layers(copied), 0
     for inputs in filter(len, batches):  # a process may have no share of the last one
         seen += len(inputs)
@@ -41,6 +43,6 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-def refuse_without_batch_norm(model: nn.Module) -> None:
+def refuse_without_batch_norm(model: nn.Module, flag: str = "--recalibrate-bn") -> None:
     if not batch_norm_layers(model):
-        raise ValueError("--recalibrate-bn has no effect on a network without batch norm: leave it out")
+        raise ValueError(f"{flag} has no effect on a network without batch norm: leave it out")

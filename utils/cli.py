@@ -247,6 +247,11 @@ def build_parser() -> Parser:
         default="stop",
         help="a loss or gradient that is not finite ends the run, or its step is left out, for one wait a step (%(default)s)",
     )
+    group.add_argument(
+        "--sync-bn",
+        action="store_true",
+        help="in several processes: batch norm over the images of all of them; not compiled",
+    )
     group.add_argument("--deterministic", action="store_true", help="only deterministic kernels, which may be slower")
     group.add_argument(
         "--output-dir",
@@ -345,6 +350,12 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         raise UsageError(
             f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image"
         )
+    if args.sync_bn and args.sam_local:
+        raise UsageError(
+            "--sync-bn and --sam-local contradict each other: a process's own gradient needs its own statistics"
+        )
+    if args.sync_bn and args.compile == "on":
+        raise UsageError("--sync-bn cannot be compiled: give --compile auto or off")
     if args.no_cuda and args.device not in ("auto", "cpu"):
         raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
 

@@ -21,10 +21,15 @@ from utils.errors import TrainingError, UsageError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is; alone by default, and then everything here does nothing."""
+    """Which of how many processes this is; alone by default, and then everything here does nothing.
+
+    Attributes:
+        synchronised: batch norm looks at all images, and so has all processes run every forward and backward pass.
+    """
 
     rank: int = 0
     world: int = 1
+    synchronised: bool = False
 
     @property
     def first(self) -> bool:

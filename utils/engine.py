@@ -115,8 +115,9 @@ def update_weights(
     def backward(share_gradients: bool = True) -> Tensor:
         optimizer.zero_grad()
         sums = torch.zeros(2, device=inputs.device)
-        for x, y in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
-            if len(x):  # a process may have no share of an epoch's last batch
+        parts = zip(inputs.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True)
+        for x, y in parts:
+            if len(x) or recipe.ranks.synchronised:  # a process may have no share of an epoch's last batch
                 loss, part = recipe.objective(x, y, batch_size)
                 guard.scale(loss).backward()
                 sums += part

@@ -78,8 +78,8 @@ class Augmentation:
     def smallest_part(self, accumulate: int, ranks: Ranks = Ranks()) -> int:
         """Images in the smallest micro-batch of an epoch in any process."""
         whole = {self.size(position) for position in (0, self.steps_per_epoch - 1)}
-        shares = [len(share) for size in whole for share in torch.empty(size).tensor_split(ranks.world)]
-        return min(len(torch.empty(size).chunk(accumulate)[-1]) for size in shares if size)
+        shares = [share for size in whole for share in torch.empty(size).tensor_split(ranks.world)]
+        return min(len(part) for share in shares for part in share.tensor_split(accumulate) if len(part))
 
 
 def share_of(lines: Plan, ranks: Ranks, mixed: bool) -> Plan:
