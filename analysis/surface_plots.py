@@ -72,6 +72,7 @@ def _surfaces(axis: np.ndarray, planes: np.ndarray, labels: np.ndarray, director
     for place, (losses, label) in enumerate(zip(heights, labels, strict=True), 1):
         axes = figure.add_subplot(1, len(planes), place, projection="3d")
         axes.plot_surface(x, y, np.where(np.isfinite(losses), losses, np.nan), cmap="viridis", vmin=low, vmax=high)
+        axes.set_box_aspect(None, zoom=0.85)  # room for the labels
         ticks = axis[[0, len(axis) // 2, -1]]
         axes.set(title=label, zlim=(low, high), xticks=ticks, yticks=ticks, zlabel="log10 loss")
     return _save(figure, directory / "surface.png")

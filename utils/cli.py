@@ -227,7 +227,7 @@ def build_parser() -> Parser:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="of the forward pass; auto: bf16 where the device computes in it; fp16 scales the loss (%(default)s)",
+        help="of the forward pass; auto: bf16 on a GPU that computes in it; fp16 scales the loss (%(default)s)",
     )
     group.add_argument(
         "--compile",

@@ -98,8 +98,8 @@ def choose(
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
-    `auto` is the fastest: bf16 where the device computes in it, whose cost in accuracy BENCHMARKS.md has, and compilation
-    where it earns back what it takes.
+    `auto` is bf16 on a GPU that computes in it, and compilation where it earns back what it takes. On a CPU it is fp32: bf16
+    costs half a point of accuracy there, and is faster on some CPUs and slower on others (BENCHMARKS.md).
 
     Args:
         precision: auto, or one of PRECISIONS.
@@ -121,7 +121,7 @@ def choose(
             "network with images of this size: give --precision fp32, or larger images"
         )
     if precision == "auto":
-        precision = "bf16" if has_bf16(device) and not untrusted else "fp32"
+        precision = "bf16" if has_bf16(device) and device.type == "cuda" else "fp32"
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: it is not what fp32 says
     missing = what_compilation_lacks(device)

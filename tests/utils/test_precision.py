@@ -25,9 +25,10 @@ def able(monkeypatch):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_auto_takes_bf16_only_where_the_device_computes_in_it(able, bf16):
+def test_auto_takes_bf16_only_on_a_gpu_that_computes_in_it(able, bf16):
     able(bf16, None)
-    assert choose("auto", "off", CPU).precision == ("bf16" if bf16 else "fp32")
+    assert choose("auto", "off", CPU).precision == "fp32"
+    assert choose("auto", "off", torch.device("cuda")).precision == ("bf16" if bf16 else "fp32")
     assert choose("fp32", "off", CPU).precision == "fp32"
     assert choose("bf16", "off", CPU).precision == "bf16"
 
@@ -35,7 +36,7 @@ def test_auto_takes_bf16_only_where_the_device_computes_in_it(able, bf16):
 def test_auto_compiles_only_what_earns_it_back(able):
     able(True, None)
     resnet20 = 128 * 244e6  # FLOPs of a step
-    assert not choose("auto", "auto", CPU, resnet20, steps=391).compiled
+    assert not choose("bf16", "auto", CPU, resnet20, steps=391).compiled
     assert choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
     assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391, deterministic=True).compiled
     assert choose("auto", "on", CPU, resnet20, steps=1, deterministic=True).compiled
@@ -97,6 +98,6 @@ def test_bf16_on_a_cpu_is_left_alone_where_its_gradients_are_wrong(able):
     assert strides_over_points(model, (3, 8, 8))
     assert not strides_over_points(model, (3, 32, 32))
     assert choose("auto", "off", CPU, strided_points=True).precision == "fp32"
-    assert choose("auto", "off", CPU, strided_points=False).precision == "bf16"
+    assert choose("bf16", "off", CPU, strided_points=False).precision == "bf16"
     with pytest.raises(UsageError, match="larger images"):
         choose("bf16", "off", CPU, strided_points=True)
