@@ -18,7 +18,7 @@ from utils.cli import flag
 from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
-from utils.engine import Recipe, build_objective, evaluate, fit, update_weights
+from utils.engine import Recipe, build_objective, evaluate, fit, is_best, update_weights
 from utils.errors import Preempted, TrainingError, UsageError, run_errors, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
 from utils.guard import Guard
@@ -137,10 +137,8 @@ def train(args: Namespace, given: set[str]) -> None:
         if not ranks.first:
             return
         write = partial(save_checkpoint, state=state, args=runs.plain(args), data=about_data)
-        if dataset.val and not state.partial:
-            *others, last = [row["val_top1"] for row in state.rows]
-            if last > max(others, default=-1):
-                write(directory / "best.pt")
+        if not state.partial and is_best(state.rows):
+            write(directory / "best.pt")
         write(directory / "checkpoint.pt")
 
     with run_errors(directory), Interruption() as interruption:

@@ -10,6 +10,7 @@ no label smoothing. Networks that differ only in their seed are a line of the la
 import argparse
 import json
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from dataclasses import fields
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.trace_samples == 1:
             raise UsageError("--trace-samples has to be 0, or 2 and more: one sample has no standard error")
-        write_text_atomically(args.output, "[]\n")  # what cannot be written is known before hours of measuring
+        with tempfile.TemporaryFile(dir=args.output.parent):
+            pass  # what cannot be written is known before hours of measuring
         return run(args)
     except OSError as error:
         parser.error(f"cannot write to '{args.output}' ({error.strerror}): name another --output")
@@ -101,6 +103,8 @@ def run(args: Namespace) -> int:
     names = {field.name for field in fields(Settings)}
     settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names})
     measured, rows = [], []
+    for path in args.checkpoints:
+        open_checkpoint(path, args)  # all of them, before the first is measured
     for path in args.checkpoints:
         began = time.perf_counter()
         trained = open_checkpoint(path, args)

@@ -191,6 +191,24 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_keeps_what_was_writ
     assert train("--epochs 3 --optmzr sgd --lr-scheduler constant --resume auto").code == 0
 
 
+def test_the_best_epoch_is_kept_however_seldom_checkpoints_come(train):
+    flags = "--epochs 6 --val-split 200 --optmzr sgd --lr 0.5"
+    often, seldom = train(flags, "often"), train(f"{flags} --checkpoint-every 4", "seldom")
+    same(often.checkpoint("best.pt")["state"]["rows"], seldom.checkpoint("best.pt")["state"]["rows"])
+    assert len(seldom.checkpoint("best.pt")["state"]["rows"]) == seldom.json("result.json")["best_epoch"]
+
+
+def test_a_checkpoint_from_before_a_flag_existed_is_gone_on_with(train):
+    run = train("--epochs 2")
+    (run.directory / "result.json").unlink()
+    checkpoint = run.checkpoint()
+    for name in ("sam_local", "sync_bn"):
+        del checkpoint["args"][name]
+    torch.save(checkpoint, run.directory / "checkpoint.pt")
+    resumed = train("--epochs 2 --resume auto")
+    assert (resumed.code, resumed.err) == (0, "")
+
+
 def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
     process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
     deadline = time.monotonic() + 100

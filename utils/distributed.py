@@ -89,9 +89,11 @@ class Ranks:
         """The first process does it, then all others: of what should be downloaded or cached once."""
         if not self.first:
             self.wait()
-        yield
-        if self.first:
-            self.wait()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.wait()  # also where it failed: the others will fail in the same way
 
     def check_same(self, state: dict) -> None:
         """Compare every tensor of a state_dict across processes, by hash.

@@ -152,7 +152,8 @@ def fit(
     """Train to the end of the schedule, as often as the method wants; after every epoch evaluate and record.
 
     Args:
-        save: writes a checkpoint: when `schedule` says so, after the last epoch, and when there is an interruption.
+        save: writes a checkpoint: when `schedule` says so, after the last epoch and any that is the best on held-out images,
+            and when there is an interruption.
 
     Raises:
         Preempted: there was an interruption.
@@ -189,7 +190,7 @@ def fit(
             record.events(state, meter)  # on disk before the checkpoint that goes on after them
             ended = state.step >= recipe.total_steps
             _agree_on_signal(interruption, recipe, loader.device)
-            if ended or interruption.signal or schedule.due_after_epoch(len(state.rows)):
+            if ended or interruption.signal or schedule.due_after_epoch(len(state.rows)) or is_best(state.rows):
                 save(state)
                 schedule.saved()
             record.row(state)
@@ -314,6 +315,11 @@ def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution, ranks: 
     sums = ranks.add(torch.cat([sums, sums.new_tensor([len(loader)])]))
     loss, correct, _ = (sums / sums[2]).tolist()
     return loss, 100 * correct
+
+
+def is_best(rows: list[dict]) -> bool:
+    """Whether the last epoch is the best so far on held-out images, if there are any."""
+    return "val_top1" in rows[-1] and rows[-1]["val_top1"] > max((row["val_top1"] for row in rows[:-1]), default=-1)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

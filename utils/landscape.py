@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prune.masks import Masks
+from prune.masks import Masks, prunable_weights
 from utils.data import Images
 from utils.precision import Execution
 
@@ -101,8 +101,13 @@ class Landscape:
 
 
 def living(model: nn.Module, masks: Masks) -> Tensor:
-    """Which entries of the flat vector of all parameters are not pruned: bool [P]."""
-    alive = {id(masks.weights[name]): mask.bool() for name, mask in masks.masks.items()}
+    """Which entries of the flat vector of all parameters are not pruned: bool [P].
+
+    Args:
+        masks: of this model, or of the one it is a copy of: layers are known by their names.
+    """
+    weights = prunable_weights(model)
+    alive = {id(weights[name]): mask.bool() for name, mask in masks.masks.items()}
     return torch.cat([alive.get(id(p), torch.ones_like(p, dtype=torch.bool)).flatten() for p in model.parameters()])
 
 

@@ -131,7 +131,7 @@ class Stream:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A worker goes on when a run is told to end, until the parent, which finishes its step, needs it no more."""
+    """Ctrl-C and SIGUSR1 to all processes of a run are for the parent, which finishes its step; SIGTERM ends a worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -133,7 +133,7 @@ def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse
     Raises:
         UsageError: a flag that changes the mathematics differs.
     """
-    now = plain(args)
+    now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
     given = given - {name for name in RESOLVED if now[name] == "auto"}
     differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
     if differing == ["epochs"] and now["epochs"] > saved["epochs"] and _may_grow(saved):

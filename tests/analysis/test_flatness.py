@@ -206,7 +206,7 @@ def test_bad_input_is_one_sentence(command, flags, words, tmp_path, monkeypatch,
 
 def test_other_images_than_the_run_had_are_refused(train, folder, tmp_path, capsys):
     a, b = folder("a"), folder("b", seed=1)
-    run = train(f"{FOLDER} {a}", short=False)
+    run = train(f"{FOLDER} {a} --prune-method random --sparsity 0.8", short=False)
     assert run.code == 0
     with pytest.raises(SystemExit) as ended:
         sharpness.main([f"{run.directory}/checkpoint.pt", *b.split(), *QUICK.split()])
@@ -216,3 +216,11 @@ def test_other_images_than_the_run_had_are_refused(train, folder, tmp_path, caps
     results, _ = sharpness_of(tmp_path, capsys, moved)
     assert results[0]["recalibrated_bn"]
     assert results[0]["train"]["images"] == 30
+    dead = sum(int((~mask).sum()) for mask in run.checkpoint()["state"]["sparsity"]["masks"].values())
+    figures = results[0]["train"]
+    assert dead > 0
+    assert figures["all"]["weights"] - figures["living"]["weights"] == dead
+    before = (tmp_path / "sharpness.json").read_bytes()
+    with pytest.raises(SystemExit):
+        sharpness.main(["missing.pt", "--output", str(tmp_path / "sharpness.json")])
+    assert (tmp_path / "sharpness.json").read_bytes() == before
