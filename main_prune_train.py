@@ -111,13 +111,13 @@ def train(args: Namespace, given: set[str]) -> None:
         accumulate=args.accumulate, clip_grad=args.clip_grad, log_interval=args.log_interval,
         ranks=ranks,
     )  # fmt: skip
-    if state.step >= recipe.total_steps and runs.has_results(directory, closer_look(args)):
+    known = runs.read_result(directory) if state.step >= recipe.total_steps else {}
+    if known and known.keys() >= closer_look(args.recalibrate_bn, args.sharpness):
         if ranks.first:
-            top1 = state.rows[-1]["test_top1"]
-            print(f"finished already with test accuracy {top1:.2f}%: {directory / 'result.json'}")
+            print(f"finished already with test accuracy {known['test_top1']:.2f}%: {directory / 'result.json'}")
         return
     ranks.wait()  # all have looked for a checkpoint before the first process writes
-    lock = runs.claim_directory(directory) if ranks.first else contextlib.nullcontext()
+    lock = runs.claim_directory(directory, keep_result=bool(known)) if ranks.first else contextlib.nullcontext()
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
@@ -144,6 +144,7 @@ def train(args: Namespace, given: set[str]) -> None:
     with run_errors(directory), Interruption() as interruption:
         fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args))
+    result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
         model = recalibrated(model, inputs, execution)
@@ -151,9 +152,11 @@ def train(args: Namespace, given: set[str]) -> None:
         loss, top1 = evaluate(model, evaluators["test"], execution, ranks)
         result |= {"test_loss_recalibrated_bn": loss, "test_top1_recalibrated_bn": top1}
         record.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
-    if args.sharpness:
-        result["sharpness"] = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
-        record.scalars("sharpness", sharpness.scalars(result["sharpness"]), state.progress)
+    if args.sharpness and ranks.first:
+        with usage_errors():
+            figures = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
+        result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | figures
+        record.scalars("sharpness", sharpness.scalars(figures), state.progress)
     with run_errors(directory), lock:
         record.finish(result, state.progress)
     record.say(
@@ -180,10 +183,10 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
         print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   with batch norm's statistics estimated anew")
 
 
-def closer_look(args: Namespace) -> list[str]:
-    """What a result has beyond the usual, by these flags."""
-    wanted = {"test_top1_recalibrated_bn": args.recalibrate_bn, "sharpness": args.sharpness}
-    return [name for name, is_wanted in wanted.items() if is_wanted]
+def closer_look(statistics: bool, flatness: bool) -> set[str]:
+    """What a result has beyond the usual with --recalibrate-bn and with --sharpness."""
+    names = {"test_loss_recalibrated_bn", "test_top1_recalibrated_bn"} if statistics else set()
+    return names | ({"sharpness"} if flatness else set())
 
 
 def rehearse(args: Namespace) -> None:

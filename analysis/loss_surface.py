@@ -18,12 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import surface_plots
+from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
 from analysis.results import label
-from analysis.sharpness import add_checkpoints, open_checkpoint
-from utils.batch_norm import recalibrated
 from utils.cli import number
 from utils.device import pick_device
-from utils.errors import TrainingError, UsageError, usage_errors
+from utils.errors import UsageError
 from utils.files import write_atomically
 from utils.landscape import Landscape, fixed_images, living
 from utils.precision import choose, what_compilation_lacks
@@ -93,38 +92,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.labels and len(args.labels) != len(args.checkpoints):
-            raise UsageError(f"{len(args.labels)} --labels for {len(args.checkpoints)} checkpoints: give one for each")
-        args.output.mkdir(parents=True, exist_ok=True)
-        run(args)
-    except OSError as error:
-        parser.error(f"cannot write to '{args.output}' ({error.strerror}): name another --output")
-    except UsageError as error:
-        parser.error(str(error))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(parser, parser.parse_args(argv), run)
 
 
 def run(args: Namespace) -> None:
+    if args.labels and len(args.labels) != len(args.checkpoints):
+        raise UsageError(f"{len(args.labels)} --labels for {len(args.checkpoints)} checkpoints: give one for each")
+    with writing(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     half = args.resolution // 2
     axis = torch.arange(-half, half + 1, dtype=torch.float64) * (args.range / half)
     numbers: dict[str, np.ndarray] = {"axis": axis.numpy(), "checkpoints": np.array([str(p) for p in args.checkpoints])}
     opened = [open_checkpoint(path, args) for path in args.checkpoints]
-    numbers["labels"] = np.array(args.labels or [label(vars(trained.args)) for trained in opened])
+    numbers["labels"] = np.array(args.labels or [label(vars(trained.args)) for trained, _ in opened])
     points = sum(len(axis) ** dimensions for dimensions in set(args.dimensions))
     execution = choose("fp32", compilation(args, device, points), device)
     with tqdm(total=points * len(opened), unit="point", desc="loss", disable=None) as progress:
         lines, planes = [], []
-        for trained in opened:
-            model = trained.model
-            if args.recalibrate_bn:
-                with usage_errors():
-                    model = recalibrated(model, trained.training_inputs(device))
+        for trained, model in opened:
             images = fixed_images(getattr(trained.dataset, args.split), args.images)
             inputs = trained.normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
             landscape = Landscape(model, inputs, images.labels.to(device), args.batch_size, execution)
@@ -136,21 +122,19 @@ def run(args: Namespace) -> None:
             if 2 in args.dimensions:
                 planes.append(grid(landscape, directions, axis, progress))
     numbers |= {name: np.stack(parts) for name, parts in {"line": lines, "plane": planes}.items() if parts}
-    write_atomically(args.output / "surface.npz", lambda file: np.savez(file, **numbers))
-    for path in surface_plots.draw(numbers, args.output):
-        print(path)
+    with writing(args.output):
+        write_atomically(args.output / "surface.npz", lambda file: np.savez(file, **numbers))
+        for path in surface_plots.draw(numbers, args.output):
+            print(path)
     print(args.output / "surface.npz")
 
 
 def compilation(args: Namespace, device: torch.device, points: int) -> str:
-    """`auto` is on where forward passes of a CPU are many: ten seconds of compiling save a quarter of each."""
+    """`auto` is on where a CPU has so many forward passes to do that compiling must be worth it."""
     if args.compile != "auto":
         return args.compile
-    return (
-        "on"
-        if device.type == "cpu" and points * args.images > 100_000 and not what_compilation_lacks(device)
-        else "off"
-    )
+    many = device.type == "cpu" and points * args.images > 100_000
+    return "on" if many and not what_compilation_lacks(device) else "off"
 
 
 if __name__ == "__main__":

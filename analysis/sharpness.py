@@ -18,16 +18,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
 from analysis.results import label
-from utils import cli, sharpness
-from utils.batch_norm import recalibrated
+from utils import sharpness
 from utils.cli import number
 from utils.device import pick_device
-from utils.errors import TrainingError, UsageError, usage_errors
+from utils.errors import UsageError, usage_errors
 from utils.files import write_text_atomically
 from utils.runs import FREE, plain
 from utils.sharpness import SPACES, SPLITS, Settings
-from utils.trained import Trained, open_trained
+from utils.trained import Trained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,49 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    """The arguments by which commands that look at trained networks name them."""
-    parser.add_argument("checkpoints", metavar="CKPT", type=Path, nargs="+", help="checkpoint.pt or best.pt of a run")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where the images are now (where the run had them)"
-    )
-    parser.add_argument("--device", default="auto", help="(%(default)s)")
-    parser.add_argument("--batch-size", type=number(int, above=0), default=250, metavar="N", help="(%(default)s)")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
-    parser.add_argument(
-        "--recalibrate-bn", action="store_true", help="with batch norm's statistics estimated anew at the weights"
-    )
-
-
-def open_checkpoint(path: Path, args: Namespace) -> Trained:
-    """The network of a checkpoint as `args` of add_checkpoints wants it. Raises UsageError."""
-    device = pick_device(args.device)
-    flags = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
-    trained = open_trained(*cli.parse(flags), device)
-    if not trained.same_images:
-        raise UsageError(f"the images are not those that '{path}' was trained on: name their place by --data-dir")
-    return trained
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.trace_samples == 1:
-            raise UsageError("--trace-samples has to be 0, or 2 and more: one sample has no standard error")
-        with tempfile.TemporaryFile(dir=args.output.parent):
-            pass  # what cannot be written is known before hours of measuring
-        return run(args)
-    except OSError as error:
-        parser.error(f"cannot write to '{args.output}' ({error.strerror}): name another --output")
-    except UsageError as error:
-        parser.error(str(error))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return answer(parser, parser.parse_args(argv), run)
 
 
-def run(args: Namespace) -> int:
+def run(args: Namespace) -> None:
+    if args.trace_samples == 1:
+        raise UsageError("--trace-samples has to be 0, or 2 and more: one sample has no standard error")
+    with writing(args.output), tempfile.TemporaryFile(dir=args.output.parent):
+        pass  # what cannot be written is known before hours of measuring
     device = pick_device(args.device)
     names = {field.name for field in fields(Settings)}
     settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names})
@@ -107,20 +74,17 @@ def run(args: Namespace) -> int:
         open_checkpoint(path, args)  # all of them, before the first is measured
     for path in args.checkpoints:
         began = time.perf_counter()
-        trained = open_checkpoint(path, args)
-        model = trained.model
-        if args.recalibrate_bn:
-            with usage_errors():
-                model = recalibrated(model, trained.training_inputs(device))
+        trained, model = open_checkpoint(path, args)
         with usage_errors():
             figures = sharpness.measure(
                 model, trained.sparsity.masks, trained.dataset, trained.normalize, device, settings, args.compile,
                 watch=lambda what, path=path: print(f"{path}: {what}", file=sys.stderr, flush=True),
             )  # fmt: skip
-        flags = plain(trained.args)
-        measured.append({"checkpoint": str(path), "args": flags, "recalibrated_bn": args.recalibrate_bn} | figures)
-        write_text_atomically(args.output, json.dumps(measured, indent=2) + "\n")
-        rows += table_rows(str(path), trained.args, figures)
+        about = {"checkpoint": str(path), "args": plain(trained.args), "epochs": trained.epochs}
+        measured.append(about | {"recalibrated_bn": args.recalibrate_bn} | figures)
+        with writing(args.output):
+            write_text_atomically(args.output, json.dumps(measured, indent=2) + "\n")
+        rows += table_rows(str(path), trained, figures)
         print(f"{path}: {time.perf_counter() - began:,.0f} s", file=sys.stderr, flush=True)
     table = pd.DataFrame(rows)
     for (split, space), part in table.groupby(["split", "weights"], sort=False):
@@ -131,17 +95,23 @@ def run(args: Namespace) -> int:
         print("\nmean ± standard deviation over seeds\n")
         print(shown(means))
     print(f"\n{args.output}")
-    return 0
 
 
-def table_rows(name: str, args: Namespace, results: dict) -> list[dict]:
+def table_rows(name: str, trained: Trained, results: dict) -> list[dict]:
     """A row for each split and space: what the printed tables show."""
-    rows = []
+    rows, args = [], trained.args
     studied = {k: v for k, v in plain(args).items() if k not in FREE | {"seed", "compile"}}
     for split in results["settings"]["splits"]:
         for space in results["settings"]["spaces"]:
             figures = results[split][space]
-            row = {"checkpoint": name, "run": label(vars(args)), "seed": args.seed, "split": split, "weights": space}
+            row = {
+                "checkpoint": name,
+                "run": label(vars(args)),
+                "epochs": trained.epochs,
+                "seed": args.seed,
+                "split": split,
+                "weights": space,
+            }
             row |= {"settings": json.dumps(studied)}
             row |= {"loss": results[split]["loss"], "top-1 (%)": results[split]["top1"]}
             for place, eigenvalue in enumerate(figures.get("eigenvalues", []), 1):
@@ -158,15 +128,18 @@ def table_rows(name: str, args: Namespace, results: dict) -> list[dict]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """`mean ± std` of every figure over checkpoints whose runs differ in their seed alone, where there are two or more."""
-    keys = ["split", "weights", "run", "settings"]
+    """`mean ± std` of every figure over the seeds of a run, where there are two or more, each once.
+
+    Runs are the same if they differ in nothing but the seed and have come equally far.
+    """
+    keys = ["split", "weights", "run", "epochs", "settings"]
     figures = [name for name in table if name not in [*keys, "checkpoint", "seed", "its s.e.", "largest residual"]]
     groups = table.groupby(keys, sort=False)
-    count = groups.size()
+    once = groups["seed"].agg(lambda seeds: len(seeds) > 1 and seeds.is_unique)
     means, deviations = groups[figures].mean(), groups[figures].std()
     text = means.map("{:.4g}".format) + " ± " + deviations.map("{:.2g}".format)
-    text.insert(0, "seeds", count)
-    return text[count > 1].reset_index().drop(columns="settings")
+    text.insert(0, "seeds", groups.size())
+    return text[once].reset_index().drop(columns="settings")
 
 
 def shown(table: pd.DataFrame) -> str:

@@ -174,6 +174,13 @@ def test_skipped_steps_are_counted_and_in_no_mean(train, spoil):
     assert all(0 < row["train_loss"] < 10 for row in run.checkpoint()["state"]["rows"])
 
 
+def test_fp16_does_not_hide_a_loss_that_is_not_finite(train, spoil):
+    spoil({3})
+    stopped = train("--epochs 1 --width 0.25 --precision fp16")
+    assert (stopped.code, stopped.err.count("\n")) == (1, 1)
+    assert "the loss is nan at step 4" in stopped.err
+
+
 def test_stopping_names_the_way_out_and_all_skipped_stops_too(train, spoil):
     spoil(range(6, 12))
     stopped = train("--epochs 3")

@@ -62,11 +62,13 @@ class Ranks:
                 p.grad = torch.zeros_like(p)
         tensors = [p.grad for p in model.parameters()] if gradients else []
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        flat = torch.cat([t.flatten() for t in (*tensors, *(s / self.world for s in statistics), sums)])
+        shares = torch._foreach_div(statistics, self.world) if statistics else []
+        flat = torch.cat([t.flatten() for t in (*tensors, *shares, sums)])
         dist.all_reduce(flat)
-        *parts, total = flat.split([t.numel() for t in (*tensors, *statistics, sums)])
-        for t, part in zip((*tensors, *statistics), parts, strict=True):
-            t.copy_(part.view(t.shape))
+        agreed = [*tensors, *statistics]
+        *parts, total = flat.split([t.numel() for t in (*agreed, sums)])
+        if agreed:
+            torch._foreach_copy_(agreed, [part.view(t.shape) for t, part in zip(agreed, parts, strict=True)])
         return total
 
     def add(self, sums: Tensor) -> Tensor:
@@ -124,6 +126,8 @@ def start(device: torch.device) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 or "RANK" not in os.environ:
         return Ranks()
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where barriers and gathered objects go, or all processes meet on the first GPU
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:

@@ -171,7 +171,7 @@ def fit(
                     state.partial = partial() | {"seconds": earlier + time.perf_counter() - began}
                     save(state)
                     schedule.saved()
-                    _leave(interruption, state)
+                    _leave(interruption, state, recipe)
 
             row = train_epoch(state, perturbation, recipe, loader, meter, record, pause)
             for name, evaluator in evaluators.items():
@@ -195,7 +195,7 @@ def fit(
                 schedule.saved()
             record.row(state)
             if not ended:
-                _leave(interruption, state)
+                _leave(interruption, state, recipe)
         step = state.sparsity.next_round(state.step)
         if step == state.step:
             return
@@ -293,8 +293,9 @@ def _agree_on_signal(interruption: Interruption, recipe: Recipe, device: torch.d
         interruption.signal = "a signal to another process"
 
 
-def _leave(interruption: Interruption, state: TrainState) -> None:
+def _leave(interruption: Interruption, state: TrainState, recipe: Recipe) -> None:
     if interruption.signal:
+        recipe.ranks.wait()  # the first process may be writing still, and would be ended when another is gone
         raise Preempted(
             f"ended by {interruption.signal} after step {state.progress:,} with a checkpoint: go on by --resume auto"
         )

@@ -9,19 +9,20 @@ class Guard:
 
     In fp16 the loss is scaled so that small gradients do not vanish, and a step that overflows is left out while the scale
     comes down (Micikevicius et al., "Mixed Precision Training", ICLR 2018). With `skip` any step without a finite loss and
-    gradient is. It leaves weights, masks, the optimizer's memory and batch norm's statistics as they were. One-step SAM
+    gradient is; without it a loss that is not finite, which no scale can help, still shows in the sums. A skipped step leaves weights, masks, the optimizer's memory and batch norm's statistics as they were. One-step SAM
     forgets the gradient that it perturbed along: the weights lay in its memory. A guard that does either waits for the
     device once a step; one that does neither does nothing.
 
     Attributes:
         active: whether steps may be left out.
+        hides_losses: whether a loss that is not finite is left out too.
         skipped: whether the last one was.
         skipped_steps: how many were.
     """
 
     def __init__(self, model: nn.Module | None = None, fp16: bool = False, skip: bool = False, device: str = "cpu"):
         self.scaler = torch.amp.GradScaler(device, enabled=fp16)
-        self.active = fp16 or skip
+        self.active, self.hides_losses = fp16 or skip, skip
         self.skipped, self.skipped_steps = False, 0
         self._statistics = list(model.buffers()) if self.active else []
         self._saved = [torch.empty_like(buffer) for buffer in self._statistics]
@@ -50,12 +51,13 @@ class Guard:
             self.scaler.update()
 
     def end(self, sums: Tensor) -> Tensor:
-        """After the weights are where they belong: the sums of a step, zeros for one that was left out."""
+        """After the weights are where they belong: a step's sums, zeros for one that was left out and no reason to stop."""
         if not self.skipped:
             return sums
         if self._statistics:
             torch._foreach_copy_(self._statistics, self._saved)
-        return torch.zeros_like(sums)
+        zeros = torch.zeros_like(sums)
+        return zeros if self.hides_losses else torch.where(torch.isfinite(sums[0]), zeros, sums)
 
     def state_dict(self) -> dict:
         return {"scaler": self.scaler.state_dict(), "skipped_steps": self.skipped_steps}

@@ -44,7 +44,6 @@ class Landscape:
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.weights = torch.cat([p.flatten() for p in self.model.parameters()])
         self._logits = execution.compile(self._logits_of, batch_size)
-        self._gradient = self._gradient_of  # called too seldom to be worth a compilation
         self._product = execution.compile(self._product_of, batch_size)
 
     @torch.no_grad()
@@ -64,7 +63,7 @@ class Landscape:
         weights = self.weights if weights is None else weights
         total, loss = torch.zeros_like(weights), 0.0
         for inputs, labels in self._batches():
-            gradient, part = self._gradient(inputs, labels, weights)
+            gradient, part = self._gradient_of(inputs, labels, weights)  # too seldom to be worth a compilation
             total += gradient
             loss += part.double()
         return float(loss) / len(self.labels), total / len(self.labels)

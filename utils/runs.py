@@ -73,8 +73,11 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     return args, directory, checkpoint
 
 
-def claim_directory(directory: Path) -> TextIO:
+def claim_directory(directory: Path, keep_result: bool = False) -> TextIO:
     """Make the directory of a run and make sure that it can be written to; a result that is to change is gone.
+
+    Args:
+        keep_result: until a new one takes its place: of a finished run that is only looked at more closely.
 
     Returns:
         An open file: as long as it is, no other process can claim the directory.
@@ -86,7 +89,8 @@ def claim_directory(directory: Path) -> TextIO:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (directory / "result.json").unlink(missing_ok=True)
+        if not keep_result:
+            (directory / "result.json").unlink(missing_ok=True)
     except BlockingIOError as error:
         raise UsageError(
             f"another process trains in '{directory}': wait for it, or name another --output-dir"
@@ -96,12 +100,12 @@ def claim_directory(directory: Path) -> TextIO:
     return lock
 
 
-def has_results(directory: Path, wanted: list[str]) -> bool:
-    """Whether a run's result.json is there, with these figures in it."""
+def read_result(directory: Path) -> dict:
+    """A run's result.json, or nothing where there is none."""
     try:
-        return json.loads((directory / "result.json").read_text()).keys() >= set(wanted)
+        return json.loads((directory / "result.json").read_text())
     except (OSError, ValueError):
-        return False
+        return {}
 
 
 def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
@@ -180,7 +184,7 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
             )
     if "dataset" in given:
         saved = saved | {"data_dir": None, "image_size": None}
-    merged = _merge(args, given, saved)
+    merged = _merge(args, given | {"recalibrate_bn", "sharpness"}, saved)
     check(merged, given & data)
     return merged
 
@@ -196,8 +200,6 @@ def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.N
         "output_dir",
         "device",
         "no_cuda",
-        "recalibrate_bn",
-        "sharpness",
     ):  # of this command, not of the first
         merged[name] = getattr(args, name)
     return argparse.Namespace(**merged)

@@ -1,5 +1,6 @@
 """How sharp the minimum is that a trained network lies in: eigenvalues and trace of the Hessian, and SAM's own measure."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -68,12 +69,12 @@ def top_eigenvalues(
         tolerance: relative; each residual is computed anew and returned, so that it can be checked.
 
     Returns:
-        Fewer than `count` where the others did not converge.
+        Fewer than `count` where the others did not converge; none of a Hessian that is zero or not finite.
 
     Raises:
         ValueError: fewer than count + 1 weights.
     """
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh  # here: it costs every start 0.3 s
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh  # here: it costs every start 0.3 s
 
     product, size = _restricted(landscape, free)
     if not 0 < count < size:
@@ -83,8 +84,9 @@ def top_eigenvalues(
     krylov = min(size, max(2 * count + 1, 12))  # vectors: enough for a few eigenvalues, and no product too many for one
     try:
         values, vectors = eigsh(operator, count, which="LA", v0=start, ncv=krylov, tol=tolerance)
-    except ArpackNoConvergence as error:
-        values, vectors = error.eigenvalues, error.eigenvectors
+    except ArpackError as error:  # nothing converged, or the Hessian is zero or not finite
+        values = getattr(error, "eigenvalues", np.zeros(0))
+        vectors = getattr(error, "eigenvectors", np.zeros((size, 0)))
     found = []
     for value, vector in sorted(zip(values.tolist(), vectors.T, strict=True), key=lambda pair: -pair[0]):
         residual = float(np.linalg.norm(product(vector) - value * vector))
@@ -158,7 +160,8 @@ def measure(
 
     Returns:
         {"settings": ..., split: {"loss", "top1", space: {"eigenvalues": [{"value", "residual"}], "trace",
-        "trace_standard_error", "sam": [{"rho", "adaptive", "one_step", "lower_bound", "steps"}]}}}
+        "trace_standard_error", "sam": [{"rho", "adaptive", "one_step", "lower_bound", "steps"}]}}}; None for a figure that
+        is not finite.
     """
     execution = _execution(compilation, device, model, dataset, settings)
     results: dict = {"settings": asdict(settings)}
@@ -177,15 +180,19 @@ def measure(
                 figures["eigenvalues"] = [asdict(eigenvalue) for eigenvalue in found]
             if settings.trace_samples:
                 watch(f"{split}, {space} weights: trace")
-                figures["trace"], figures["trace_standard_error"] = trace(landscape, settings.trace_samples, free)
+                estimate, error = trace(landscape, settings.trace_samples, free)
+                figures |= {"trace": _finite(estimate), "trace_standard_error": _finite(error)}
             figures["sam"] = []
             radii = [(rho, False) for rho in settings.rhos] + [(rho, True) for rho in settings.adaptive_rhos]
             for rho, adaptive in radii:
                 watch(f"{split}, {space} weights: {'adaptive ' if adaptive else ''}rho {rho:g}")
                 one, bound = sam_sharpness(landscape, rho, settings.steps, free, adaptive)
                 figures["sam"].append(
-                    {"rho": rho, "adaptive": adaptive, "one_step": one, "lower_bound": bound, "steps": settings.steps}
-                )
+                    {
+                        "rho": rho, "adaptive": adaptive, "steps": settings.steps,
+                        "one_step": _finite(one), "lower_bound": _finite(bound),
+                    }
+                )  # fmt: skip
             results[split][space] = figures
     return results
 
@@ -203,7 +210,11 @@ def scalars(results: dict) -> dict[str, float]:
             for sam in figures["sam"]:
                 name = f"{place}/sam_{'adaptive_' if sam['adaptive'] else ''}rho{sam['rho']:g}"
                 named |= {f"{name}_one_step": sam["one_step"], f"{name}_lower_bound": sam["lower_bound"]}
-    return named
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _execution(

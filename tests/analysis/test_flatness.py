@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,9 @@ def test_the_flag_and_the_command_measure_the_same_and_seeds_are_averaged(train,
     assert late.json("result.json")["sharpness"]["train"] == second["train"]
     assert late.json("result.json")["test_top1"] == other_accuracy
     assert "finished already" in train(f"{settings} --seed 1 --resume auto --sharpness", "run1", short=False).out
+    both = train(f"{settings} --seed 1 --resume auto --recalibrate-bn", "run1", short=False)  # the one beside the other
+    assert both.json("result.json")["sharpness"]["train"] == second["train"]
+    assert "test_top1_recalibrated_bn" in both.json("result.json")
     for space in ("living", "all"):
         values = kept["train"][space]["eigenvalues"]
         assert len(values) == 5
@@ -82,6 +86,22 @@ def test_the_flag_and_the_command_measure_the_same_and_seeds_are_averaged(train,
     (scalar,) = events.Scalars("sharpness/train/living/eigenvalue_1")
     assert scalar.value == pytest.approx(one, rel=1e-6)
     assert events.Scalars("sharpness/test/all/sam_adaptive_rho0.5_lower_bound")
+
+
+def test_a_mean_over_seeds_takes_each_seed_once_and_runs_that_came_equally_far():
+    row = {
+        "split": "train",
+        "weights": "all",
+        "run": "sgd",
+        "epochs": 3,
+        "settings": "{}",
+        "checkpoint": "x",
+        "loss": 1.0,
+    }
+    rows = [row | {"seed": 0}, row | {"seed": 1, "loss": 2.0}, row | {"seed": 2, "epochs": 2}]
+    (line,) = sharpness.over_seeds(pd.DataFrame(rows)).to_dict("records")
+    assert (line["seeds"], line["epochs"], line["loss"]) == (2, 3, "1.5 ± 0.71")
+    assert sharpness.over_seeds(pd.DataFrame([row | {"seed": 0}, row | {"seed": 0}])).empty
 
 
 def test_recalibrated_statistics_with_and_without(train):

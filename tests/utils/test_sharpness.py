@@ -159,6 +159,21 @@ def test_a_sparse_network_with_batch_norm_and_its_weights_stay(compiled):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_hessian_of_zeros_has_no_figures_and_no_traceback():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+        def forward(self, inputs):
+            return (0 * self.w.sum()).expand(len(inputs), 2)
+
+    landscape = Landscape(Constant(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    assert all(eigenvalue.value == 0 for eigenvalue in top_eigenvalues(landscape, 1))
+    assert trace(landscape, 2) == (0, 0)
+    assert sam_sharpness(landscape, 0.1, 2) == (0, 0)
+
+
 def test_attention_can_be_differentiated_twice():
     torch.manual_seed(0)
     model = build_model("vit", 2, 3, 1 / 3).double()
