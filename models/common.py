@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def scale(channels: Sequence[int], width: float) -> list[int]:
@@ -26,6 +27,24 @@ def conv_bn_relu(
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
+
+
+class Projection(nn.Conv2d):
+    """The 1x1 convolution of a shortcut, without a bias as batch norm has one."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.device.type == "cpu" and self.in_channels < ONEDNN_BLOCK:
+            # With a stride and channels last oneDNN writes past its memory in the weight's gradient, which crashes, hangs
+            # or is wrong without a word (seen with torch 2.14.1, AVX2; github.com/uxlfoundation/oneDNN/issues/6035).
+            height, width = self.stride
+            return F.conv2d(inputs[:, :, ::height, ::width], self.weight)
+        return super().forward(inputs)
+
+
+ONEDNN_BLOCK = 16  # channels that its kernels take at once with AVX-512, 8 with AVX2
 
 
 def stage(

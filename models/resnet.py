@@ -8,7 +8,7 @@ stride 1 and no max pool. 50 is 6n+2 as well, with n = 8; here it means the bott
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import conv_bn_relu, init_convolutions, scale, stage
+from models.common import Projection, conv_bn_relu, init_convolutions, scale, stage
 
 
 class BasicBlock(nn.Module):
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(Projection(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
 class ResNet(nn.Module):

@@ -6,7 +6,7 @@ WRN-28-10 is depth 28 and width 10. Depth 6n+4 counts all convolutions, the thre
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import init_convolutions, scale, stage
+from models.common import Projection, init_convolutions, scale, stage
 
 
 class PreActivationBlock(nn.Module):
@@ -23,7 +23,7 @@ class PreActivationBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = Projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))

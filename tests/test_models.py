@@ -168,6 +168,35 @@ def test_training_in_channels_last_reaches_every_parameter(arch, depth, width):
         assert parameter.grad.any() or name.endswith("key.bias"), name
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("arch", "depth", "width"), [("resnet", 8, 0.25), ("resnet", 8, 1), ("wideresnet", 10, 0.25)])
+def test_projections_are_right_where_onednn_is_not(arch, depth, width, threads):
+    """Few channels, a stride, fp32 and channels last: against products and sums written out in float64."""
+    torch.manual_seed(0)
+    model = build_model(arch, depth, 7, width).to(memory_format=torch.channels_last)
+    layers = [module for name, module in prunable(model).items() if ".shortcut" in name]
+    assert len(layers) >= 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for layer in layers:
+            x = torch.randn(32, layer.in_channels, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+            out = layer(x)
+            slope = torch.randn_like(out)
+            out.backward(slope)
+            stride = layer.stride[0]
+            seen = x.detach().double()[:, :, ::stride, ::stride]
+            weight = layer.weight.detach().double()[:, :, 0, 0]
+            torch.testing.assert_close(out.double(), torch.einsum("bihw,oi->bohw", seen, weight), rtol=1e-4, atol=1e-4)
+            back = torch.zeros_like(x, dtype=torch.float64)
+            back[:, :, ::stride, ::stride] = torch.einsum("bohw,oi->bihw", slope.double(), weight)
+            torch.testing.assert_close(x.grad.double(), back, rtol=1e-4, atol=1e-4)
+            gradient = torch.einsum("bohw,bihw->oi", slope.double(), seen)
+            torch.testing.assert_close(layer.weight.grad[:, :, 0, 0].double(), gradient, rtol=1e-4, atol=1e-2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("arch", ["mobilenet", "resnet", "vgg", "wideresnet"])
 def test_convolutions_start_with_the_variance_of_he(arch):
     torch.manual_seed(0)
