@@ -209,6 +209,23 @@ def test_a_checkpoint_from_before_a_flag_existed_is_gone_on_with(train):
     assert (resumed.code, resumed.err) == (0, "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_is_the_parents(tmp_path, number):
+    """As from a terminal, or a scheduler that ends a whole job: workers leave it to the parent, and are gone with it."""
+    process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run", start_new_session=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.count("\n") == 1
+    assert f"ended by {number.name}" in err
+    assert len(workers) == 2
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+
+
 def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
     process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
     deadline = time.monotonic() + 100

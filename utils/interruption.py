@@ -2,9 +2,23 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from utils.errors import UsageError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold signals back, in this thread and in what it starts meanwhile; they come after this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interruption:
@@ -16,15 +30,13 @@ class Interruption:
         signal: the name of what came, or None.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
     def __init__(self):
         self.signal: str | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
         try:
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         except ValueError:  # not the main thread
             self._before = {}
         return self

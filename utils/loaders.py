@@ -7,6 +7,7 @@ seen, wherever its batches are cut.
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from utils.data import Images
 from utils.device import memory_size, to_device
 from utils.distributed import Ranks
+from utils.interruption import SIGNALS, blocked
 from utils.precision import Execution
 
 
@@ -116,8 +118,9 @@ class Stream:
         """The pixels of a step; workers start anew where it does not follow the last one."""
         if step != self._next:
             options = {"num_workers": self.workers, "pin_memory": self.pin, "multiprocessing_context": "fork"}
-            options["worker_init_fn"] = _leave_signals_to_the_parent
-            self._batches = iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), **options))
+            options["worker_init_fn"] = _obey_the_parent_alone
+            with blocked():  # and so they are in the workers from their first moment
+                self._batches = iter(DataLoader(self, batch_size=None, sampler=itertools.count(step), **options))
         self._next = step + 1
         return next(self._batches)
 
@@ -130,11 +133,16 @@ class Stream:
         return cut(self.pixels, *lines, self.augmentation.pad)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and SIGUSR1 to all processes of a run are for the parent, which finishes its step; SIGTERM ends a worker."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def _obey_the_parent_alone(worker: int) -> None:
+    """What ends all processes of a run at once is for the parent, which finishes its step; it ends its workers itself."""
+
+    def wait() -> None:
+        while True:
+            told = signal.sigwaitinfo(SIGNALS)
+            if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def pick_workers(images: Images, device: torch.device) -> int:
