@@ -1,6 +1,7 @@
 """Train a sparse network with one-step sharpness-aware minimisation: parse the flags, build the parts, call fit."""
 
 import contextlib
+import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -19,7 +20,7 @@ from utils.data import channel_statistics, fingerprint, hold_out
 from utils.datasets import load_dataset
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.engine import Recipe, build_objective, evaluate, fit, is_best, update_weights
-from utils.errors import Preempted, TrainingError, UsageError, run_errors, usage_errors
+from utils.errors import Preempted, TrainingError, UsageError, memory_errors, run_errors, usage_errors
 from utils.flops import FlopsMeter, count_flops, summary_table
 from utils.guard import Guard
 from utils.interruption import CheckpointSchedule, Interruption
@@ -116,7 +117,9 @@ def train(args: Namespace, given: set[str]) -> None:
         if ranks.first:
             print(f"finished already with test accuracy {known['test_top1']:.2f}%: {directory / 'result.json'}")
         return
-    ranks.wait()  # all have looked for a checkpoint before the first process writes
+    # All have looked for a checkpoint before the first process writes, and found the same.
+    flags = {name: value for name, value in runs.plain(args).items() if name not in runs.FREE}
+    ranks.check_same({"flags": flags, "data": about_data, "state": state.state_dict()})
     lock = runs.claim_directory(directory, keep_result=bool(known)) if ranks.first else contextlib.nullcontext()
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
@@ -145,6 +148,8 @@ def train(args: Namespace, given: set[str]) -> None:
         fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args))
     result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
+    if interruption.signal and closer_look(args.recalibrate_bn, args.sharpness):
+        raise Preempted(f"ended by {interruption.signal} after the last step: --resume auto looks at the network")
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
         model = recalibrated(model, inputs, execution)
@@ -153,7 +158,8 @@ def train(args: Namespace, given: set[str]) -> None:
         result |= {"test_loss_recalibrated_bn": loss, "test_top1_recalibrated_bn": top1}
         record.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
     if args.sharpness and ranks.first:
-        with usage_errors():
+        by_hand = f"python -m analysis.sharpness {directory / 'checkpoint.pt'} with a --batch-size below {sharpness.Settings.batch_size}"
+        with usage_errors(), memory_errors(by_hand):
             figures = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
         result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | figures
         record.scalars("sharpness", sharpness.scalars(figures), state.progress)
@@ -222,12 +228,12 @@ def build_sparsity(
 
 
 def out_of_memory(args: Namespace) -> str:
-    """One sentence that says what to try."""
+    """What to try where a GPU's memory does not suffice."""
     if args.evaluate:
-        return f"the GPU's memory does not suffice: try --test-batch-size {max(1, args.test_batch_size // 2)}"
+        return f"--test-batch-size {max(1, args.test_batch_size // 2)}"
     return (
-        f"the GPU's memory does not suffice: try --accumulate {2 * args.accumulate}, which computes the same step in smaller "
-        f"parts, or --batch-size {max(1, args.batch_size // 2)}"
+        f"--accumulate {2 * args.accumulate}, which computes the same step in smaller parts, or "
+        f"--batch-size {max(1, args.batch_size // 2)}"
     )
 
 
@@ -236,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         args, given = cli.parse(argv)
-        (evaluate_checkpoint if args.evaluate else train)(args, given)
+        with memory_errors(out_of_memory(args)):
+            (evaluate_checkpoint if args.evaluate else train)(args, given)
     except (UsageError, TrainingError, EmptyLayerError) as error:
         if not distributed.said_by_another(error):
             print(f"error: {error}", file=sys.stderr)
@@ -244,8 +251,16 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as notice:
         print(notice, file=sys.stderr)
         return 75
-    except torch.OutOfMemoryError:
-        print(f"error: {out_of_memory(args)}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python's own last words are another traceback
+        print("error: nobody reads the output any more: a training goes on by --resume auto", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        print("error: another process of this training is gone, and says why: go on by --resume auto", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: a training goes on from its last finished epoch by --resume", file=sys.stderr)

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from utils import cli
 from utils.batch_norm import recalibrated
 from utils.cli import number
 from utils.device import pick_device
-from utils.errors import TrainingError, UsageError, usage_errors
+from utils.errors import TrainingError, UsageError, memory_errors, usage_errors
 from utils.trained import Trained, open_trained
 
 
@@ -52,15 +51,12 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
 def answer(parser: ArgumentParser, args: Namespace, run: Callable[[Namespace], None]) -> int:
     """Run a command. Returns its exit code; bad input ends in the parser's way, with 2."""
     try:
-        run(args)
+        with memory_errors(f"--batch-size {max(1, args.batch_size // 2)}"):
+            run(args)
     except UsageError as error:
         parser.error(str(error))
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        half = max(1, args.batch_size // 2)
-        print(f"error: the GPU's memory does not suffice: try --batch-size {half}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,5 +1,6 @@
 """Two processes train what one trains."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import main_prune_train
@@ -28,8 +30,12 @@ VIT = "--arch vit --depth 1 --width 0.34 --dataset digits --epochs 1 --lr 0.05 -
 CONV = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --log-interval 4 --precision fp32 --compile off"
 
 
-def launch(flags: str, world: int, directory: Path, before=lambda rank: None) -> list[tuple[int, str]]:
-    """main_prune_train.py in so many forked processes, as torchrun would. Returns their exit codes and stderr."""
+def launch(flags: str, world: int, directory: Path, before=lambda rank: "") -> list[tuple[int, str]]:
+    """main_prune_train.py in so many forked processes, as torchrun would. Returns their exit codes and stderr.
+
+    Args:
+        before: what happens in a process, by rank, before it trains; it may return further flags.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,8 +51,8 @@ def launch(flags: str, world: int, directory: Path, before=lambda rank: None) ->
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             sys.stderr = open(f"{directory}.{rank}.log", "w", buffering=1)  # noqa: SIM115
-            before(rank)
-            code = main_prune_train.main([*flags.split(), "--output-dir", str(directory)])
+            further = before(rank) or ""
+            code = main_prune_train.main([*flags.split(), "--output-dir", str(directory), *further.split()])
         finally:
             os._exit(code)
     codes, deadline = dict.fromkeys(children), time.monotonic() + 120
@@ -202,6 +208,60 @@ def test_a_difference_between_processes_is_found_and_named(tmp_path):
         assert "process 1 has another 'model." in text
         assert "Traceback" not in text
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("further", "name"),
+    [("--lr 0.2", "flags.lr"), ("--seed 1", "flags.seed"), ("--dataset {data}", "data.fingerprint")],
+)
+def test_processes_that_were_launched_differently_are_refused(tmp_path, further, name):
+    flags = {"--dataset {data}": f"--dataset folder --data-dir {tmp_path / 'a'}"}.get(further, "")
+    for place, shade in (("a", 1), ("b", 2)):
+        for split, label in itertools.product(("train", "test"), "xy"):
+            (tmp_path / place / split / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / place / split / label / "0.png")
+    other = {"--dataset {data}": f"--data-dir {tmp_path / 'b'}"}.get(further, further)
+    outcome = launch(f"{CONV} --epochs 1 {flags}", 2, tmp_path / "run", lambda rank: other if rank else "")
+    assert [code for code, _ in outcome] == [1, 1], outcome
+    for _, text in outcome:
+        assert f"process 1 has another '{name}' than process 0" in text
+        assert text.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_gone_ends_the_others_with_a_sentence(tmp_path):
+    def vanish(rank):
+        original = engine.train_step
+
+        def step(state, *rest):
+            if rank and state.progress == 7:
+                os._exit(9)
+            return original(state, *rest)
+
+        engine.train_step = step
+
+    outcome = launch(f"{CONV} --epochs 1", 2, tmp_path / "run", vanish)
+    assert [code for code, _ in outcome] == [1, 9], outcome
+    assert outcome[0][1].startswith("error: another process of this training is gone")
+    assert outcome[0][1].count("\n") == 1
+
+
+def test_what_only_the_first_process_can_find_wrong_is_said_by_it(tmp_path):
+    (tmp_path / "file").touch()
+    first, second = launch(f"{CONV} --epochs 1", 2, tmp_path / "run", lambda rank: f"--output-dir {tmp_path}/file/run")
+    assert first[0] == 2
+    assert "file/run" in first[1]
+    assert second[0] == 2 or second[1].startswith("error: another process")
+    assert "Traceback" not in first[1] + second[1]
+
+
+def test_one_gpu_for_all_processes_is_refused(train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    bad = train("--epochs 1 --device cuda:1")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "--device cuda:1 names one GPU for 2 processes" in bad.err
 
 
 def test_bad_flags_are_said_once(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import engine
+from utils import engine, sharpness
 from utils.checkpoint import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,34 @@ def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
 
     monkeypatch.setattr(TrainState, "state_dict", slow)
     assert train("--epochs 2").code == 130
+
+
+def test_a_signal_in_the_last_epoch_leaves_the_closer_look_to_another_process(train, send):
+    flags = "--epochs 2 --recalibrate-bn"
+    whole = train(flags, "whole")
+    undo = send(signal.SIGTERM, 11)
+    cut = train(flags, "cut")
+    assert (cut.code, cut.err.count("\n")) == (75, 1)
+    assert "ended by SIGTERM after the last step" in cut.err
+    undo()
+    assert train(f"{flags} --resume auto", "cut").code == 0
+    same(whole.checkpoint()["state"], cut.checkpoint()["state"])
+    name = "test_top1_recalibrated_bn"
+    assert whole.json("result.json")[name] == cut.json("result.json")[name]
+
+
+def test_a_signal_in_the_last_epoch_of_a_run_without_one_changes_nothing(train, send):
+    send(signal.SIGTERM, 11)
+    assert train("--epochs 2").code == 0
+
+
+def test_output_that_nobody_reads_ends_a_run_with_a_sentence(tmp_path):
+    process = child(f"{DIGITS} --epochs 50", tmp_path / "run")
+    process.stdout.readline()
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err == "error: nobody reads the output any more: a training goes on by --resume auto\n"
 
 
 def test_checkpoints_come_as_often_as_asked(train, monkeypatch):
@@ -250,6 +278,17 @@ def test_out_of_memory_on_a_gpu_names_what_to_try(train, monkeypatch, flags, wor
     failed = train(f"--epochs 1 {flags}")
     assert (failed.code, failed.err.count("\n")) == (1, 1)
     assert words in failed.err
+
+
+def test_out_of_memory_in_a_closer_look_names_what_to_try(train, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sharpness, "measure", full)
+    failed = train("--epochs 1 --sharpness")
+    assert (failed.code, failed.err.count("\n")) == (1, 1)
+    assert f"try python -m analysis.sharpness {failed.directory / 'checkpoint.pt'} with a --batch-size" in failed.err
+    assert failed.checkpoint()["state"]["progress"] == 6
 
 
 def test_a_file_that_vanishes_while_images_are_read_is_named(train, tmp_path, monkeypatch):

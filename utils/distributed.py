@@ -6,6 +6,7 @@ backward pass is followed by one all-reduce of everything that processes have to
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,22 +99,23 @@ class Ranks:
                 self.wait()  # also where it failed: the others will fail in the same way
 
     def check_same(self, state: dict) -> None:
-        """Compare every tensor of a state_dict across processes, by hash.
+        """Compare every value of nested dicts and lists across processes, tensors by hash; not what a clock says.
 
         Raises:
-            TrainingError: in all processes; it names the first tensor that differs.
+            TrainingError: in all processes; it names the first value that differs.
         """
         if self.world == 1:
             return
-        hashes = [(name, _hash(tensor)) for name, tensor in _tensors(state)]
+        hashes = [(name, _hash(value)) for name, value in _leaves(state)]
         gathered: list = [None] * self.world
         dist.all_gather_object(gathered, hashes)
         for rank, others in enumerate(gathered):
-            for (name, mine), (other_name, other) in zip(gathered[0], others, strict=False):
-                if (name, mine) != (other_name, other):
+            for mine, other in itertools.zip_longest(gathered[0], others):
+                if mine != other:
                     raise TrainingError(
-                        f"process {rank} has another '{name}' than process 0: they no longer train the same network; go on "
-                        "from the last checkpoint by --resume auto, and report this"
+                        f"process {rank} has another '{(mine or other)[0]}' than process 0, so that they do not train the same "
+                        "network: launch all with the same flags, data and run directory, and go on from the last checkpoint "
+                        "by --resume auto"
                     )
 
 
@@ -142,9 +144,17 @@ def stop() -> None:
 
 
 def local_device(name: str) -> str:
-    """Of the GPUs of a machine the one that torchrun means for this process, where none is named."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and name in ("auto", "cuda") and torch.cuda.is_available() else name
+    """Of the GPUs of a machine the one that torchrun means for this process.
+
+    Raises:
+        UsageError: one GPU is named for several processes.
+    """
+    rank, world = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if rank is None or name == "cpu" or not torch.cuda.is_available():
+        return name
+    if name not in ("auto", "cuda") and world > 1:
+        raise UsageError(f"--device {name} names one GPU for {world} processes: leave it out, and each takes its own")
+    return f"cuda:{rank}" if name in ("auto", "cuda") else name
 
 
 def said_by_another(error: Exception) -> bool:
@@ -152,17 +162,28 @@ def said_by_another(error: Exception) -> bool:
     return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
 
 
-def _tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+def lost_another(error: RuntimeError) -> bool:
+    """Whether it tells of a process that is gone, in the words of nccl or gloo; that one has told why."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+CLOCKS = ("seconds", "images_per_second")
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        items = [(key, item) for key, item in value.items() if key not in CLOCKS]
     elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}.{index}")
+        items = list(enumerate(value))
+    else:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
-def _hash(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(content.numpy()).hexdigest()
+def _hash(value: object) -> str:
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return hashlib.sha256(content.numpy()).hexdigest()
+    return repr(value)

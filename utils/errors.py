@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 
 class UsageError(Exception):
     """Bad input. The message is one sentence that says what to do; exit code 2."""
@@ -22,6 +24,8 @@ def run_errors(directory: Path) -> Iterator[None]:
     """Turn into TrainingErrors what is not the program's fault: a full disk, a directory that is gone, a dead worker."""
     try:
         yield
+    except BrokenPipeError:  # of the output, not of files
+        raise
     except OSError as error:
         raise TrainingError(
             f"cannot write to '{directory}' any more ({error.strerror or error}): mend that and go on by --resume auto; what "
@@ -33,6 +37,15 @@ def run_errors(directory: Path) -> Iterator[None]:
         raise TrainingError(
             "a process that cuts batches died, perhaps for want of memory: go on by --resume auto, with fewer --workers"
         ) from error
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn into a TrainingError, with what to try, that a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"the GPU's memory does not suffice: try {advice}") from error
 
 
 @contextmanager
