@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Linters and tests. Further arguments go to pytest.
+# Linters and tests, on all cores but at most four. Further arguments go to pytest.
 set -euo pipefail
 flags=("$@")
 set -- requirements.txt requirements-dev.txt requirements-analysis.txt
@@ -9,4 +9,4 @@ source "$(dirname "$0")/setup.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh .ci/run
-"$PYTHON" -m pytest ${flags[@]+"${flags[@]}"}
+"$PYTHON" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal ${flags[@]+"${flags[@]}"}

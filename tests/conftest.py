@@ -42,3 +42,11 @@ def train(tmp_path, monkeypatch, capsys):
         return Outcome(code, captured.out, captured.err, Path(tmp_path / (output or "")))
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have counted, from whichever process they ran in."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
+                terminalreporter.write_line(f"{name}: {value}")

@@ -57,7 +57,7 @@ def ended_alone(process: int, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
-def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, capsys):
+def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, record_property):
     chance, kills = random.Random(0), Counter()
     for number, arm in enumerate(ARMS):
         flags = f"{DIGITS} {arm} --checkpoint-every 0.002m"
@@ -77,8 +77,7 @@ def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, capsys
         assert ended_alone(start(flags, cut), 100)
         kills["bit-identical"] += identical(whole, cut)
         assert cut.with_suffix(".log").read_text() == ""
-    with capsys.disabled():
-        print(f"\nSIGKILL at random moments: {dict(kills)}, tracebacks: 0")
+    record_property("SIGKILL at random moments", f"{dict(kills)}, tracebacks: 0")
     assert kills["killed"] == KILLS * len(ARMS) >= 30
     assert kills["bit-identical"] == kills["ended before the kill"] + len(ARMS)
 
@@ -93,7 +92,7 @@ def identical(whole, cut) -> bool:
     return True
 
 
-def test_damaged_checkpoints_are_refused_or_whole(train, tmp_path, capsys):
+def test_damaged_checkpoints_are_refused_or_whole(train, tmp_path, record_property):
     """500 of them, cut short or with a flipped bit: a sentence, or (a bit of the padding) every value as it was."""
     run = train("--epochs 1 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --width 0.25")
     whole = (run.directory / "checkpoint.pt").read_bytes()
@@ -112,8 +111,7 @@ def test_damaged_checkpoints_are_refused_or_whole(train, tmp_path, capsys):
             outcomes[f"{kind}, harmless"] += 1
         except UsageError as error:
             outcomes[f"{kind}, refused" if "\n" not in str(error) else "more than a line"] += 1
-    with capsys.disabled():
-        print(f"\ndamaged checkpoints: {dict(outcomes)}, tracebacks: 0")
+    record_property("damaged checkpoints", f"{dict(outcomes)}, tracebacks: 0")
     assert outcomes["cut short, refused"] == 250
     assert outcomes["bit flipped, refused"] > 200
 
@@ -137,7 +135,7 @@ def flag_sets(draw):
     return argv
 
 
-def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
     outcomes = Counter()
 
@@ -156,7 +154,6 @@ def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatc
 
     check()
     assert list(tmp_path.iterdir()) == []
-    with capsys.disabled():
-        print(f"\nflag sets at random: {dict(outcomes)}, tracebacks: 0")
+    record_property("flag sets at random", f"{dict(outcomes)}, tracebacks: 0")
     assert outcomes["taken"] + outcomes["refused"] == sum(outcomes.values()) >= 1000
     assert min(outcomes["taken"], outcomes["refused"]) > 100
