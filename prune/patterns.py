@@ -30,13 +30,19 @@ class Units:
         self._number = number
         self._units: dict[tuple[Shape, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def pool(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean value and number of weights of each unit: [units] and int64 [units]."""
+    def pool(self, values: Tensor) -> Tensor:
+        """Mean value of each unit: [units]."""
         if self._number is None:
-            return values.flatten(), torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
+            return values.flatten()
         number, sizes = self._units_of(tuple(values.shape), values.device)
         sums = torch.zeros(len(sizes), dtype=values.dtype, device=values.device)
-        return sums.index_add_(0, number, values.flatten()) / sizes, sizes
+        return sums.index_add_(0, number, values.flatten()) / sizes
+
+    def sizes(self, values: Tensor) -> Tensor:
+        """Number of weights of each unit: int64 [units]."""
+        if self._number is None:
+            return torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
+        return self._units_of(tuple(values.shape), values.device)[1]
 
     def spread(self, alive: Tensor, shape: Shape) -> Tensor:
         """The mask in a weight's shape of which units live."""
@@ -56,8 +62,8 @@ class Units:
         masks = {}
         for layers, count in counts.items():
             pooled = [self.pool(scores[layer]) for layer in layers]
-            alive = top(torch.cat([p for p, _ in pooled]), torch.cat([sizes for _, sizes in pooled]), count)
-            for layer, part in zip(layers, alive.split([len(p) for p, _ in pooled]), strict=True):
+            alive = top(torch.cat(pooled), torch.cat([self.sizes(scores[layer]) for layer in layers]), count)
+            for layer, part in zip(layers, alive.split(list(map(len, pooled))), strict=True):
                 masks[layer] = self.spread(part, tuple(scores[layer].shape))
         return masks
 

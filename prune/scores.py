@@ -53,12 +53,12 @@ def random(scored: Scored) -> Scores:
 
 def magnitude(scored: Scored) -> Scores:
     """|w| (Han et al. 2015)."""
-    return {name: w.detach().abs() for name, w in scored.weights.items()}
+    return _abs({name: w.detach() for name, w in scored.weights.items()})
 
 
 def gradient(scored: Scored) -> Scores:
     """|g| of the last step, dead weights' included (Evci et al. 2020)."""
-    return {name: scored.gradients[name].abs() for name in scored.weights}
+    return _abs({name: scored.gradients[name] for name in scored.weights})
 
 
 def magnitude_gradient(scored: Scored) -> Scores:
@@ -104,6 +104,10 @@ def synflow(scored: Scored) -> Scores:
     ones = torch.ones_like(scored.sample(1)[0][:1], dtype=torch.float64)
     grads = torch.autograd.grad(model(ones).sum(), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def _abs(tensors: dict[str, Tensor]) -> Scores:
+    return dict(zip(tensors, torch._foreach_abs(list(tensors.values())), strict=True)) if tensors else {}
 
 
 def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:

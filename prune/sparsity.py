@@ -133,9 +133,9 @@ class Sparsity:
             self.masks.set(self.pattern.keep(magnitude(self.scored(-1)), self.counts(0.0)))
         self.refuse_empty_layers()
         if self.method.update and self.method.update.needs_gradients:
-            alive = {name: self.pattern.pool(mask)[0] > 0 for name, mask in self.masks.masks.items()}
+            alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
             self.targets = {name: int(units.sum()) for name, units in alive.items()}
-            self.ever_alive = {name: mask.bool() for name, mask in self.masks.masks.items()}
+            self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
         self._remember_weights(-1)
 
     def grows_by_gradient(self, step: int) -> bool:
@@ -234,7 +234,7 @@ class Sparsity:
         """Share of all prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
         if self.method.score is None:
             return 1.0  # it begins dense
-        alive = self.masks.alive() | {name: int(mask.sum()) for name, mask in self.ever_alive.items()}
+        alive = self.masks.alive() | {name: int(mask.count_nonzero()) for name, mask in self.ever_alive.items()}
         return sum(alive.values()) / sum(weight.numel() for weight in self.masks.weights.values())
 
     def describe(self) -> str:
@@ -251,7 +251,7 @@ class Sparsity:
         return {
             "masks": self.masks.state_dict(),
             "targets": self.targets,
-            "ever_alive": self.ever_alive,
+            "ever_alive": {name: mask.bool() for name, mask in self.ever_alive.items()},
             "round": self.round,
             "postponed": self._postponed,
             "rewound": self._rewound,
@@ -261,24 +261,34 @@ class Sparsity:
         self.masks.load_state_dict(state["masks"])
         self.targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)
-        device = next(iter(self.masks.weights.values())).device
-        self.ever_alive = {name: mask.to(device) for name, mask in state["ever_alive"].items()}
+        self.ever_alive = {
+            name: torch.empty_like(self.masks.weights[name], requires_grad=False).copy_(mask)
+            for name, mask in state["ever_alive"].items()
+        }
         self._rewound = dict(state["rewound"])
 
     @torch.no_grad()
     def _change(self, masks: dict[str, Tensor]) -> None:
         """Put new masks in place and clear what optimizers remember of weights that died or came alive."""
-        before = {name: self.masks.masks[name].bool() for name in masks if name in self.masks.masks}
+        weights = [self.masks.weights[name] for name in masks]
+        unchanged = torch._foreach_neg([self.masks.masks[name] for name in masks])
         self.masks.set(masks)
-        for name, mask in masks.items():
-            weight = self.masks.weights[name]
-            changed = mask ^ before[name] if name in before else ~mask
-            for optimizer in self.optimizers:
-                for tensor in optimizer.state.get(weight, {}).values():
-                    if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                        tensor.masked_fill_(changed, 0)
-            if name in self.ever_alive:
-                self.ever_alive[name] |= mask
+        now = [self.masks.masks[name] for name in masks]
+        torch._foreach_add_(unchanged, now)  # 1 where a weight came alive, -1 where it died
+        torch._foreach_abs_(unchanged)
+        torch._foreach_neg_(unchanged)
+        torch._foreach_add_(unchanged, 1)
+        for optimizer in self.optimizers:
+            remembered = [
+                (tensor, keep)
+                for weight, keep in zip(weights, unchanged, strict=True)
+                for tensor in optimizer.state.get(weight, {}).values()
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape
+            ]
+            if remembered:
+                torch._foreach_mul_(*map(list, zip(*remembered, strict=True)))
+        if self.ever_alive:
+            torch._foreach_maximum_([self.ever_alive[name] for name in masks], now)
 
     def _remember_weights(self, step: int) -> None:
         """Before the first round comes to `rewind`, what later rounds go back to."""

@@ -41,18 +41,25 @@ class Regrow:
 
     def __call__(self, sparsity: Sparsity, step: int) -> dict[str, Tensor]:
         """The masks after a step. With the option `soft` a layer grows above its target and drops back the next time."""
+        pattern, targets = sparsity.pattern, sparsity.targets
         fraction = sparsity.options.drop_fraction * self.decay(sparsity.timing.progress(step))
+        moved = [int(fraction * target) for target in targets.values()]
+        kept = [
+            target if sparsity.options.soft else target - move
+            for target, move in zip(targets.values(), moved, strict=True)
+        ]
+        alive = [pattern.pool(sparsity.masks.masks[name]) for name in targets]
+        sizes = list(map(len, alive))
+        room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
+
+        # All layers at once: what a GPU takes time for here is launches, not work.
+        def flat(scores: dict[str, Tensor]) -> Tensor:
+            return torch.cat([pattern.pool(scores[name]) for name in targets])
+
         scored = sparsity.scored(step)
-        drop, grow = self.drop(scored), self.grow(scored)
-        masks = {}
-        for name, target in sparsity.targets.items():
-            alive = sparsity.pattern.pool(sparsity.masks.masks[name])[0] > 0
-            moved = int(fraction * target)
-            kept = target if sparsity.options.soft else target - moved
-            new = _highest(sparsity.pattern.pool(drop[name])[0], ~alive, kept)
-            new |= _highest(sparsity.pattern.pool(grow[name])[0], new, min(moved, len(new) - kept))
-            masks[name] = sparsity.pattern.spread(new, tuple(drop[name].shape))
-        return masks
+        new = _highest(flat(self.drop(scored)), torch.cat(alive) == 0, sizes, kept)
+        new |= _highest(flat(self.grow(scored)), new, sizes, list(map(min, moved, room)))
+        return {n: pattern.spread(part, sparsity.shapes[n]) for n, part in zip(targets, new.split(sizes), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,14 @@ class Shrink:
         return sparsity.pattern.keep(magnitude(sparsity.scored(step)), sparsity.counts(wanted))
 
 
-def _highest(scores: Tensor, excluded: Tensor, count: int) -> Tensor:
-    """Boolean: the `count` highest scores outside `excluded`; ties go to the earlier one."""
+def _highest(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
+    """Boolean: of each layer's scores the `count` highest outside `excluded`; ties go to the earlier one.
+
+    Args:
+        sizes, counts: how many scores the layers have, one layer after the other, and how many of them to choose.
+    """
+    layer = torch.cat([excluded.new_full((size,), number, dtype=torch.int16) for number, size in enumerate(sizes)])
     order = scores.masked_fill(excluded, -torch.inf).sort(descending=True, stable=True).indices
-    chosen = torch.zeros_like(excluded)
-    return chosen.index_fill_(0, order[:count], True)
+    order = order[layer[order].sort(stable=True).indices]  # layer by layer, and by score within each
+    chosen = torch.cat([part[:count] for part, count in zip(order.split(sizes), counts, strict=True)])
+    return torch.zeros_like(excluded).index_fill_(0, chosen, True)
