@@ -116,16 +116,17 @@ def whole_steps(report: Report, setting: Setting) -> None:
 
 
 def executions(report: Report, setting: Setting) -> None:
-    """Each precision, compiled and not, and whether the one chosen is the fastest."""
+    """Each precision, compiled and not, and whether the one chosen is the fastest in its precision, which accuracy decides."""
     images = random_images(max(2, setting.steps // 8) * BATCH)
     choices = [Execution(precision, compiled) for precision in PRECISIONS for compiled in (False, True)]
     loops = {choice: Loop(setting.device, choice, images, setting.scratch / str(choice)) for choice in choices}
     seconds = measure(3, {str(choice): loop.run for choice, loop in loops.items()}, setting.device)
     for name, samples in seconds.items():
         report.add(f"SAM.v2 in {name}", [len(images) / s for s in samples], "images/s")
-    fastest = min(median(samples) for samples in seconds.values())
+    alike = [str(choice) for choice in choices if choice.precision == setting.execution.precision]
+    fastest = min(median(seconds[name]) for name in alike)
     chosen = median(seconds[str(setting.execution)])
-    report.target("the chosen execution takes at most 1.03 of the fastest one's time", chosen / fastest, most=1.03)
+    report.target("the chosen execution at most 1.03 of the fastest in its precision", chosen / fastest, most=1.03)
 
 
 def share_of_peak(report: Report, setting: Setting, loop: Loop, step: float) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from utils.data import Images
 from utils.errors import TrainingError, UsageError
+
+PATIENCE = timedelta(minutes=30)  # while the first process decodes images or writes; nccl's own is ten
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def start(device: torch.device) -> Ranks:
     if device.index is not None:
         torch.cuda.set_device(device)  # where barriers and gathered objects go, or all processes meet on the first GPU
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"the processes cannot find each other ({error}): launch them by torchrun") from error
     return Ranks(dist.get_rank(), world)
