@@ -12,12 +12,15 @@ begin_sweep "$@"
 requirements+=(requirements-analysis.txt) # for the table: missing, that is known before the runs
 declare -A networks=([resnet]="--arch resnet --depth 32 --width 2" [vgg]="--arch vgg --depth 19")
 declare -A optimizers=([sgd]="--optmzr sgd" [sam]="--optmzr sgd-sam" [samv2]="--optmzr sgd-sam --sam-v2")
-for arch in ${ARCHS:-resnet vgg}; do
-    for optimizer in ${OPTIMIZERS:-sgd sam samv2}; do
+read -ra archs <<<"${ARCHS:-resnet vgg}"
+read -ra wanted <<<"${OPTIMIZERS:-sgd sam samv2}"
+read -ra datasets <<<"${DATASETS:-cifar10 cifar100}"
+for arch in "${archs[@]}"; do
+    for optimizer in "${wanted[@]}"; do
         [ -n "${networks[$arch]:-}" ] || stop "ARCHS are resnet and vgg, not '$arch'"
         [ -n "${optimizers[$optimizer]:-}" ] || stop "OPTIMIZERS are sgd, sam and samv2, not '$optimizer'"
         read -ra flags <<<"${networks[$arch]} ${optimizers[$optimizer]}"
-        for dataset in ${DATASETS:-cifar10 cifar100}; do
+        for dataset in "${datasets[@]}"; do
             add_arm "$dataset-$arch-$optimizer" --dataset "$dataset" "${flags[@]}"
         done
     done

@@ -28,6 +28,7 @@ EOF2
 begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environment
     name=$(basename "$0" .sh) dry_run='' extra=() jobs=() requirements=(requirements.txt)
     local previous=''
+    [[ $* != *$'\x1f'* ]] || stop "arguments cannot hold the character 0x1f"
     while [ $# -gt 0 ]; do
         case ${1%%=*} in
             -h | --help) usage; exit 0 ;;
@@ -53,6 +54,7 @@ begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environ
     for list in "$epochs" "$at_a_time" "${seeds[@]}" "${gpus[@]}"; do
         [[ $list =~ ^[0-9]+$ ]] || stop "EPOCHS, JOBS, SEEDS and GPUS are whole numbers, not '$list'"
     done
+    at_a_time=$((10#$at_a_time)) # or 08 would be octal
     [ "$at_a_time" -gt 0 ] || stop "JOBS has to be at least 1"
     output=$(realpath -m -- "$output")
 }
@@ -80,7 +82,7 @@ add_arm() { # add_arm NAME FLAG...: runs with these flags for every method, spar
 }
 declare -A commands=()
 
-join() { local IFS=$'\x1f'; printf %s "$*"; } # by a character that no flag has; no shell ever reads flags as code
+join() { printf '%s\x1f' "$@"; } # by a character that no flag has; no shell ever reads flags as code
 
 run_sweep() { # do what is left of the sweep; 1 if a run failed
     if [ -n "$dry_run" ]; then
@@ -110,8 +112,7 @@ run_sweep() { # do what is left of the sweep; 1 if a run failed
 print_commands() {
     local run flags
     for run in "${jobs[@]}"; do
-        IFS=$'\x1f' read -r -d '' -a flags <<<"${commands[$run]}" || true
-        flags[-1]=${flags[-1]%$'\n'} # which <<< has added
+        IFS=$'\x1f' read -r -d '' -a flags < <(printf %s "${commands[$run]}") || true
         flags+=(--output-dir "$output/$run" --resume auto)
         printf '%s main_prune_train.py%s\n' "${PYTHON:-python}" "$(printf ' %q' "${flags[@]}")"
     done
@@ -158,8 +159,9 @@ submit_left() { # as an array of Slurm jobs, one a run, with what SBATCH_* varia
     list=$(mktemp "$output/.sweep/left.XXXXXX") # its own: jobs of an earlier array still look into theirs
     printf '%s\n' "${left[@]}" >"$list"
     flock -u 9
+    export SWEEP_GPUS='' SWEEP_LEFT=$list # not by sbatch's own list, in which a comma parts variables
     sbatch --job-name="$name" --array="0-$((${#left[@]} - 1))%$at_a_time" --requeue --open-mode=append \
-        --output="$output/.sweep/slurm-%A_%a.log" --export=ALL,SWEEP_GPUS=,SWEEP_LEFT="$list" scripts/sweep_one.sh
+        --output="$output/.sweep/slurm-%A_%a.log" --export=ALL scripts/sweep_one.sh
 }
 
 report() { # list the runs that have no result; 1 if there are any

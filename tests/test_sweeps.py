@@ -107,6 +107,17 @@ def test_a_dry_run_lists_every_run_of_the_grid_once(sweep, script, arms):
     assert len({command[command.index("--output-dir") + 1] for command in listed}) == len(listed)
 
 
+def test_settings_and_arguments_stay_what_they_are(sweep):
+    """No file names for a star, no octal numbers, no further flags out of one, and an empty one is one."""
+    process = sweep("sweep_rho.sh", "--dry-run", "--dataset", "digits", "--remark", "", RHOS="* 0.1", JOBS="08")
+    assert process.returncode == 0, process.stderr
+    listed = commands(process)
+    assert {command[command.index("--sam-rho") + 1] for command in listed} == {"*", "0.1"}
+    assert all(command[command.index("--remark") + 1] == "" for command in listed)
+    bad = sweep("sweep_rho.sh", "--remark", "a\x1f--lr\x1f0.7")
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+
+
 def test_the_table_of_the_paper_has_864_runs(sweep, tmp_path):
     process = sweep("reproduce_cifar.sh", "--help")
     assert process.returncode == 0
