@@ -27,24 +27,25 @@ from utils.interruption import CheckpointSchedule, Interruption
 from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.precision import choose, strides_over_points
-from utils.record import Record, summarize
+from utils.record import Record, settle_output, summarize
 from utils.sparsity_config import load_layer_sparsity
 from utils.sync_batch_norm import synchronise
 from utils.trained import build_augmentation, build_network, check_fits, load_weights, open_trained
 
 
-def train(args: Namespace, given: set[str]) -> None:
+def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     """Train a network from fresh weights, or from the checkpoint of an interrupted run."""
-    args, directory, checkpoint = runs.locate_run(args, given)
-    device = pick_device(distributed.local_device(args.device), args.no_cuda)
+    located = runs.locate_run(args, given)
+    args, directory, checkpoint = located.args, located.directory, located.checkpoint
+    schedule = CheckpointSchedule(args.checkpoint_every)
+    rehearse(args)
+    device = pick_device(distributed.local_device(args.device, args.no_cuda), args.no_cuda)
     ranks = distributed.start(device)
     use_deterministic_kernels(args.deterministic)
     for name in ("sam_local", "sync_bn"):
-        if getattr(args, name) and ranks.world == 1:
+        if getattr(args, name) and ranks.world == 1 and not checkpoint:
             raise UsageError(f"{flag(name)} has no effect in one process: launch several by torchrun, or leave it out")
-    ranks = replace(ranks, synchronised=args.sync_bn)
-    schedule = CheckpointSchedule(args.checkpoint_every)
-    rehearse(args)
+    ranks = replace(ranks, synchronised=args.sync_bn and ranks.world > 1)
 
     with ranks.first_before_others():
         dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
@@ -71,11 +72,11 @@ def train(args: Namespace, given: set[str]) -> None:
         )
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
-        args.precision, "off" if args.sync_bn else args.compile, device,
+        args.precision, "off" if ranks.synchronised else args.compile, device,
         perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
         args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip" or ranks.world > 1,
     )  # fmt: skip
-    if args.sync_bn:
+    if ranks.synchronised:
         synchronise(model)
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
     guard = Guard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
@@ -118,9 +119,9 @@ def train(args: Namespace, given: set[str]) -> None:
             print(f"finished already with test accuracy {known['test_top1']:.2f}%: {directory / 'result.json'}")
         return
     # All have looked for a checkpoint before the first process writes, and found the same.
-    flags = {name: value for name, value in runs.plain(args).items() if name not in runs.FREE}
+    flags = {name: value for name, value in runs.plain(args).items() if name not in runs.OWN}
     ranks.check_same({"flags": flags, "data": about_data, "state": state.state_dict()})
-    lock = runs.claim_directory(directory, keep_result=bool(known)) if ranks.first else contextlib.nullcontext()
+    lock = runs.claim_directory(located, keep_result=bool(known)) if ranks.first else contextlib.nullcontext()
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
@@ -144,12 +145,12 @@ def train(args: Namespace, given: set[str]) -> None:
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
 
-    with run_errors(directory), Interruption() as interruption:
+    with interruption.finishing():
         fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args))
     result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
-    if interruption.signal and closer_look(args.recalibrate_bn, args.sharpness):
-        raise Preempted(f"ended by {interruption.signal} after the last step: --resume auto looks at the network")
+    if closer_look(args.recalibrate_bn, args.sharpness) and ranks.any(interruption.signal is not None, device):
+        raise Preempted("ended by a signal after the last step: --resume auto looks at the network more closely")
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
         model = recalibrated(model, inputs, execution)
@@ -163,7 +164,7 @@ def train(args: Namespace, given: set[str]) -> None:
             figures = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
         result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | figures
         record.scalars("sharpness", sharpness.scalars(figures), state.progress)
-    with run_errors(directory), lock:
+    with lock:
         record.finish(result, state.progress)
     record.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
@@ -172,6 +173,8 @@ def train(args: Namespace, given: set[str]) -> None:
 
 def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     """Print loss and accuracy of a checkpoint on the test images."""
+    if distributed.launched("WORLD_SIZE", 1) > 1:
+        raise UsageError("--evaluate takes one process: leave torchrun out")
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
     trained = open_trained(args, given, device)
@@ -231,39 +234,51 @@ def out_of_memory(args: Namespace) -> str:
     """What to try where a GPU's memory does not suffice."""
     if args.evaluate:
         return f"--test-batch-size {max(1, args.test_batch_size // 2)}"
-    return (
-        f"--accumulate {2 * args.accumulate}, which computes the same step in smaller parts, or "
-        f"--batch-size {max(1, args.batch_size // 2)}"
-    )
+    smaller = f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --width"
+    if 2 * args.accumulate > args.batch_size:
+        return smaller
+    return f"--accumulate {2 * args.accumulate}, which computes the same step in smaller parts, or {smaller}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 1 for a run that went wrong, 2 for bad input."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a run that went wrong; 2 for bad input; 75 for one that was ended and may go on by --resume
+        auto; 130 for one that Ctrl-C ended at once.
+    """
     keep_freed_memory()
+    settle_output()
     try:
         args, given = cli.parse(argv)
-        with memory_errors(out_of_memory(args)):
-            (evaluate_checkpoint if args.evaluate else train)(args, given)
-    except (UsageError, TrainingError, EmptyLayerError) as error:
-        if not distributed.said_by_another(error):
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        with run_errors(), memory_errors(out_of_memory(args)):
+            if args.evaluate:
+                evaluate_checkpoint(args, given)
+            else:
+                with Interruption() as interruption:
+                    train(args, given, interruption)
+    except UsageError as error:
+        distributed.complain(f"error: {error}", alike=not distributed.together())
+        return 2
+    except (TrainingError, EmptyLayerError) as error:
+        distributed.complain(f"error: {error}")
+        return 1
     except Preempted as notice:
-        print(notice, file=sys.stderr)
+        distributed.complain(str(notice), alike=True)
         return 75
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or Python's own last words are another traceback
-        print("error: nobody reads the output any more: a training goes on by --resume auto", file=sys.stderr)
+        distributed.complain("error: nobody reads the output any more: a training goes on by --resume auto")
         return 1
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
-        print("error: another process of this training is gone, and says why: go on by --resume auto", file=sys.stderr)
+        distributed.complain("error: another process of this training is gone: go on by --resume auto")
         return 1
     except KeyboardInterrupt:
-        print("interrupted: a training goes on from its last finished epoch by --resume", file=sys.stderr)
+        distributed.complain("interrupted: a training goes on from its last checkpoint by --resume auto")
         return 130
     finally:
         distributed.stop()

@@ -212,7 +212,12 @@ def test_a_difference_between_processes_is_found_and_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("further", "name"),
-    [("--lr 0.2", "flags.lr"), ("--seed 1", "flags.seed"), ("--dataset {data}", "data.fingerprint")],
+    [
+        ("--lr 0.2", "flags.lr"),
+        ("--log-interval 5", "flags.log_interval"),
+        ("--recalibrate-bn", "flags.recalibrate_bn"),
+        ("--dataset {data}", "data.fingerprint"),
+    ],
 )
 def test_processes_that_were_launched_differently_are_refused(tmp_path, further, name):
     flags = {"--dataset {data}": f"--dataset folder --data-dir {tmp_path / 'a'}"}.get(further, "")
@@ -251,8 +256,108 @@ def test_what_only_the_first_process_can_find_wrong_is_said_by_it(tmp_path):
     first, second = launch(f"{CONV} --epochs 1", 2, tmp_path / "run", lambda rank: f"--output-dir {tmp_path}/file/run")
     assert first[0] == 2
     assert "file/run" in first[1]
-    assert second[0] == 2 or second[1].startswith("error: another process")
+    assert second[0] == 2 or second[1].startswith("process 1: error: another process")
     assert "Traceback" not in first[1] + second[1]
+
+
+def test_what_another_process_alone_finds_wrong_is_said_by_it(tmp_path):
+    further = f"--dataset folder --data-dir {tmp_path}/nowhere"
+    _, second = launch(f"{CONV} --epochs 1", 2, tmp_path / "run", lambda rank: further if rank else "")
+    assert second[0] == 2
+    assert second[1].startswith("process 1: error: ")
+    assert second[1].count("\n") == 1
+    assert "nowhere" in second[1]
+
+
+def test_a_signal_while_the_first_process_saves_waits_until_they_ask_each_other_again(tmp_path):
+    def interrupt(rank):
+        original = main_prune_train.save_checkpoint
+
+        def save(path, state, **rest):
+            original(path, state=state, **rest)
+            if state.progress == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        main_prune_train.save_checkpoint = save
+
+    outcome = launch(f"{CONV} --epochs 4", 2, tmp_path / "run", interrupt)
+    assert [code for code, _ in outcome] == [75, 75], outcome
+    assert state_of(tmp_path / "run")["progress"] == 16
+
+
+def test_processes_do_not_outlive_torchrun(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "main_prune_train.py",
+    ]
+    command += [*CONV.split(), "--epochs", "500", "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # until the last one that holds these pipes is gone
+    assert "ended by SIGTERM" in err
+    assert state_of(tmp_path / "run")["partial"] or state_of(tmp_path / "run")["rows"]
+
+
+@pytest.mark.parametrize("flag", ["--sync-bn --compile off", "--sam-local"])
+def test_a_run_of_several_processes_goes_on_in_one(tmp_path, flag):
+    flags = f"{CONV} --optmzr sgd-sam --epochs 2 {flag}"
+    both = launch(f"{flags} --log-interval 1", 2, tmp_path / "run", ends_after(5))
+    assert [code for code, _ in both] == [75, 75], both
+    for further in (flag, ""):
+        assert [code for code, _ in launch(f"{flags} --resume auto", 1, tmp_path / "run")] == [0], further
+    assert len(state_of(tmp_path / "run")["rows"]) == 2
+
+
+def ends_after(steps):
+    def interrupt(rank):
+        original = engine.train_step
+
+        def step(state, *rest):
+            if state.progress == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(state, *rest)
+
+        engine.train_step = step
+
+    return interrupt
+
+
+def test_synchronised_batch_norm_takes_one_image_a_process(tmp_path):
+    """1,442 images in batches of 720: of the last two each process has one, of one pixel in the end."""
+    flags = "--dataset digits --arch vgg --depth 16 --width 0.1 --batch-size 720 --epochs 1 --log-interval 4 --precision fp32"
+    alone, synchronised = (launch(f"{flags} {more}", 2, tmp_path / f"run{more}") for more in ("", "--sync-bn"))
+    assert alone[0][0] == 2
+    assert "1 image" in alone[0][1]
+    assert synchronised == [(0, ""), (0, "")]
+
+
+def test_evaluation_takes_one_process(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    bad = train("--evaluate missing.pt", None, short=False)
+    assert (bad.code, bad.err) == (2, "error: --evaluate takes one process: leave torchrun out\n")
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    bad = train("--epochs 1")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "WORLD_SIZE in the environment has to be a number" in bad.err
+
+
+def test_no_cuda_holds_under_torchrun_and_more_processes_than_gpus_are_refused(train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    bad = train("--epochs 1")
+    assert (bad.code, bad.err) == (
+        2, "error: there are 2 GPUs for 3 processes: launch fewer, or give --device cpu\n"
+    )  # fmt: skip
+    assert train("--epochs 1 --no-cuda --compile off").code == 0
 
 
 def test_one_gpu_for_all_processes_is_refused(train, monkeypatch):

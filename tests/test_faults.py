@@ -146,7 +146,7 @@ def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatc
     @given(flag_sets())
     def check(argv):
         try:
-            args, _, _ = runs.locate_run(*cli.parse(argv))
+            args = runs.locate_run(*cli.parse(argv)).args
             main_prune_train.rehearse(args)
             outcomes["taken"] += 1
         except UsageError as error:

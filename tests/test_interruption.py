@@ -1,5 +1,6 @@
 """Runs that are told to end in the middle of an epoch, and what is left of them when they are killed."""
 
+import fcntl
 import os
 import resource
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import engine, sharpness
+import main_prune_train
+from utils import engine, interruption, sharpness
 from utils.checkpoint import TrainState
+from utils.record import Record
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "images_per_second")
@@ -90,14 +93,57 @@ def test_a_signal_ends_a_run_in_the_middle_of_an_epoch_and_it_goes_on_bit_for_bi
 
 def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
     send(signal.SIGINT, 2)
+    monkeypatch.setattr(interruption, "REPEATED", 0)
     save = TrainState.state_dict
 
     def slow(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        if self.progress:
+            os.kill(os.getpid(), signal.SIGINT)
         return save(self)
 
     monkeypatch.setattr(TrainState, "state_dict", slow)
     assert train("--epochs 2").code == 130
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
+    """As where a scheduler sends it to all processes, and their launcher passes it on."""
+    original = engine.train_step
+
+    def step(state, *rest):
+        if state.progress == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(state, *rest)
+
+    monkeypatch.setattr(engine, "train_step", step)
+    ended = train("--epochs 2")
+    assert ended.code == 75
+    assert ended.checkpoint()["state"]["progress"] == 3
+
+
+def test_a_signal_just_after_an_epoch_has_its_checkpoint_too(train, monkeypatch):
+    original = Record.row
+
+    def row(self, state):
+        original(self, state)
+        if len(state.rows) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Record, "row", row)
+    ended = train("--epochs 8 --checkpoint-every 5")
+    assert ended.code == 75
+    assert ended.checkpoint()["state"]["progress"] == 19  # a step later
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(train, monkeypatch, number):
+    def load(*args):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(main_prune_train, "load_dataset", load)
+    ended = train("--epochs 2")
+    assert (ended.code, ended.err) == (75, f"ended by {number.name}: go on by --resume auto\n")
+    assert not ended.directory.exists()
 
 
 def test_a_signal_in_the_last_epoch_leaves_the_closer_look_to_another_process(train, send):
@@ -106,7 +152,7 @@ def test_a_signal_in_the_last_epoch_leaves_the_closer_look_to_another_process(tr
     undo = send(signal.SIGTERM, 11)
     cut = train(flags, "cut")
     assert (cut.code, cut.err.count("\n")) == (75, 1)
-    assert "ended by SIGTERM after the last step" in cut.err
+    assert "ended by a signal after the last step" in cut.err
     undo()
     assert train(f"{flags} --resume auto", "cut").code == 0
     same(whole.checkpoint()["state"], cut.checkpoint()["state"])
@@ -131,8 +177,6 @@ def test_output_that_nobody_reads_ends_a_run_with_a_sentence(tmp_path):
 def test_checkpoints_come_as_often_as_asked(train, monkeypatch):
     """Every second epoch, and after the last; by minutes in the middle of epochs too."""
     written = []
-    import main_prune_train
-
     original = main_prune_train.save_checkpoint
 
     def note(path, state, **rest):
@@ -169,11 +213,102 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train):
     assert "going on from" in resumed.err
     assert resumed.err.count("\n") == 1
     same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    assert (run.directory / "damaged.pt").read_bytes() == content  # out of the way of the next save
+    assert torch.load(run.directory / "checkpoint.pt", weights_only=True)["state"]["progress"] == 18
     for name in ("checkpoint.pt", "previous.pt"):
         (run.directory / name).write_bytes(b"no checkpoint")
     bad = train("--epochs 3 --resume auto", "run")
     assert (bad.code, bad.err.count("\n")) == (2, 1)
     assert "not a whole checkpoint" in bad.err
+
+
+def test_a_good_checkpoint_is_never_exchanged_for_a_damaged_one(train, monkeypatch):
+    """Killed between the two renames of the first save after a fallback, a run still has what it went on from."""
+    run = train("--epochs 3")
+    (run.directory / "result.json").unlink()
+    good = (run.directory / "previous.pt").read_bytes()
+    (run.directory / "checkpoint.pt").write_bytes(b"damaged")
+
+    def dies(source, target):
+        if str(target).endswith("checkpoint.pt"):
+            raise OSError(28, "killed")
+        return replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", dies)
+    assert train("--epochs 3 --resume auto").code == 1
+    assert (run.directory / "previous.pt").read_bytes() == good
+    monkeypatch.undo()
+    assert train("--epochs 3 --resume auto", str(run.directory)).code == 0
+
+
+def test_what_changed_while_a_run_began_is_not_overwritten(train, monkeypatch):
+    """Another process ended with a newer checkpoint, or finished, while this one loaded its data."""
+    original = main_prune_train.load_dataset
+    for flags in ("--epochs 2", "--epochs 3 --lr-scheduler constant --resume auto"):
+
+        def load(*args, flags=flags):
+            monkeypatch.setattr(main_prune_train, "load_dataset", original)
+            data = original(*args)
+            main_prune_train.main([*f"{DIGITS} --log-interval 2 --lr-scheduler constant".split(), *flags.split(),
+                                   "--output-dir", "run"])  # fmt: skip
+            return data
+
+        monkeypatch.setattr(main_prune_train, "load_dataset", load)
+        late = train(f"{flags} --lr 0.2" if "resume" not in flags else flags)
+        assert late.code == 2
+        assert "another process has written to" in late.err
+        assert late.json("args.json")["args"]["lr"] == 0.1
+
+
+def test_workers_of_a_killed_run_do_not_hold_its_directory(tmp_path):
+    process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        with pytest.raises(OSError, match="unavailable|denied"):
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process.kill()
+        process.wait()
+        assert [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.communicate()
+
+
+def test_what_killed_saves_have_left_is_removed(train):
+    run = train("--epochs 1 --lr-scheduler constant")
+    (run.directory / ".checkpoint.pt.x.tmp").touch()
+    assert train("--epochs 2 --lr-scheduler constant --resume auto").code == 0
+    assert not list(run.directory.glob(".*.tmp"))
+
+
+def test_a_disk_that_is_full_from_the_start_is_a_sentence(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # noqa: E731
+    full = child(f"{DIGITS} --epochs 3", tmp_path / "run", preexec_fn=limit)
+    _, err = full.communicate(timeout=120)
+    assert (full.returncode, err.count("\n")) == (1, 1), err
+    assert "File too large" in err
+
+
+def test_a_run_needs_neither_an_output_nor_its_alphabet(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for name, options in (("\xe9", {}), ("closed", {"preexec_fn": lambda: os.close(1)})):
+        process = child(f"{DIGITS} --epochs 1", tmp_path / name, env=environment, **options)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        assert (tmp_path / name / "result.json").exists()
+
+
+def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):
+    def die(*args):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(main_prune_train, "recalibrated", die)
+    failed = train("--epochs 1 --recalibrate-bn --workers 1")
+    assert (failed.code, failed.err.count("\n")) == (1, 1)
+    assert "a process that cuts batches died" in failed.err
 
 
 def test_a_directory_that_is_removed_ends_a_run_with_a_sentence(train, monkeypatch, tmp_path):
@@ -186,7 +321,7 @@ def test_a_directory_that_is_removed_ends_a_run_with_a_sentence(train, monkeypat
     monkeypatch.setattr(engine, "evaluate", removed)
     gone = train("--epochs 2")
     assert (gone.code, gone.err.count("\n")) == (1, 1)
-    assert "cannot write to" in gone.err
+    assert "cannot read or write" in gone.err
     assert "go on by --resume auto" in gone.err
 
 
@@ -211,7 +346,7 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_keeps_what_was_writ
     full = child(flags, small.directory, preexec_fn=limit)
     _, err = full.communicate(timeout=120)
     assert full.returncode == 1, err
-    assert "cannot write to" in err
+    assert "cannot read or write" in err
     assert "File too large" in err
     assert "Traceback" not in err
     assert (small.directory / "checkpoint.pt").read_bytes() == kept
@@ -269,14 +404,22 @@ def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("flags", "words"), [("--accumulate 2", "--accumulate 4"), ("", "--batch-size 128")])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--accumulate 2", "try --accumulate 4, which"),
+        ("", "or --batch-size 128\n"),
+        ("--accumulate 256", "try --batch-size 128\n"),
+        ("--arch vit --depth 1 --width 0.34 --batch-size 1", "try a smaller --width\n"),
+    ],
+)
 def test_out_of_memory_on_a_gpu_names_what_to_try(train, monkeypatch, flags, words):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(engine, "train_step", full)
     failed = train(f"--epochs 1 {flags}")
-    assert (failed.code, failed.err.count("\n")) == (1, 1)
+    assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
     assert words in failed.err
 
 

@@ -43,6 +43,45 @@ def test_the_checkpoint_before_is_no_way_in(train, tmp_path):
     assert not mark.exists()
 
 
+CRAFTED = [
+    ("args", []), ("args.arch", "x"), ("args.arch", 3), ("args.depth", "8"), ("args.epochs", "2"), ("args.epochs", -1),
+    ("args.accumulate", 0), ("args.log_interval", 0), ("args.lr_scheduler", "x"), ("args.precision", "fp8"),
+    ("args.compile", "maybe"), ("args.sam_v2", "yes"), ("args.dense_layers", 7), ("args.batch_size", None),
+    ("args.optmzr", []), ("args.seed", 2.5), ("data", {}), ("data.classes", 3), ("data.mean", ["x"]), ("data.mean", [1.0] * 7),
+    ("data.fingerprint", None), ("state.step", "x"), ("state.step", -3), ("state.progress", None), ("state.rows", [{}]),
+    ("state.rows", 3), ("state.partial", 7), ("state.partial", {"sums": 1}), ("state.images", "x"), ("state.training_flops", None),
+    ("state.model", {}), ("state.model", 3), ("state.optimizer", []), ("state.optimizer", {}), ("state.sparsity", None),
+    ("state.sparsity", {}), ("state.guard", 3), ("state.guard", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["--resume", "--evaluate"])
+def test_a_checkpoint_with_crafted_values_is_refused_in_a_sentence(train, tmp_path, command):
+    run = train("--epochs 2 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.5")
+    path = tmp_path / "crafted" / "checkpoint.pt"
+    path.parent.mkdir()
+    outcomes = {}
+    for place, value in CRAFTED:
+        checkpoint = run.checkpoint()
+        *outer, name = place.split(".")
+        holder = checkpoint[outer[0]] if outer else checkpoint
+        assert name in holder, place
+        holder[name] = value
+        torch.save(checkpoint, path)
+        found = train(f"{command} {path}", None, short=False)
+        outcomes[place, str(value)] = (found.code, found.err.count("\n"))
+    harmless = {case for case in outcomes if command == "--evaluate" and outcomes[case] == (0, 0)}
+    assert all(place.split(".")[-1] in ("optimizer", "guard") for place, _ in harmless)
+    assert {case: outcomes[case] for case in outcomes.keys() - harmless if outcomes[case] != (2, 1)} == {}
+
+
+def test_a_sparsity_file_of_brackets_is_a_sentence(train, tmp_path):
+    path = tmp_path / "deep.yaml"
+    path.write_text("[" * 3000)
+    bad = train(f"--prune-method random --sparsity-config {path} --epochs 1")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+
+
 def test_a_sparsity_file_is_read_as_plain_values(train, tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text(f"prune_ratios: !!python/object/apply:os.mkdir ['{tmp_path / 'it-ran'}']\n")
@@ -82,6 +121,19 @@ def test_no_shell_reads_a_flag_as_code(tmp_path):
     assert (tmp_path / "sweep" / "dense-samv2-rho0.05-seed0" / "result.json").exists()
     assert not list(ROOT.glob("it-ran"))
     assert not list(tmp_path.rglob("it-ran"))
+
+
+@pytest.mark.parametrize("name", ["SLURM_ARRAY_TASK_ID", "SWEEP_SLOT"])
+def test_no_shell_reads_a_number_as_code(tmp_path, name):
+    (tmp_path / ".sweep").mkdir()
+    (tmp_path / ".sweep" / "run.command").touch()
+    evil = f"x[$(touch {tmp_path}/it-ran)]"
+    environment = os.environ | {name: evil, "SWEEP_OUTPUT": str(tmp_path), "SWEEP_GPUS": "0 1", "PYTHON": "true"}
+    arguments = ["run"] if name == "SWEEP_SLOT" else []
+    done = subprocess.run(["bash", "scripts/sweep_one.sh", *arguments], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: ")
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_nothing_is_unpickled_or_run_by_a_shell_from_python():

@@ -2,17 +2,15 @@
 
 import contextlib
 import sys
-import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune import Sparsity
 from utils.errors import UsageError
-from utils.files import save_atomically
+from utils.files import load_whole, save_atomically
 from utils.guard import Guard
 
 FORMAT = "sam-sparse-training/2"
@@ -93,10 +91,10 @@ def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> No
     save_atomically(path, {"format": FORMAT, "args": args, "data": data, "state": state.state_dict()}, previous)
 
 
-def load_newest(path: Path) -> dict:
-    """load_checkpoint, but for a damaged checkpoint.pt the one before it, with a warning on stderr."""
+def load_newest(path: Path) -> tuple[dict, Path]:
+    """load_checkpoint and what it has read: for a damaged checkpoint.pt the one before it, with a warning on stderr."""
     try:
-        return load_checkpoint(path)
+        return load_checkpoint(path), path
     except UsageError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != NEWEST or not previous.exists():
@@ -104,7 +102,7 @@ def load_newest(path: Path) -> dict:
         with contextlib.suppress(UsageError):
             checkpoint = load_checkpoint(previous)
             print(f"warning: {error}; going on from '{previous}', the one before it", file=sys.stderr)
-            return checkpoint
+            return checkpoint, previous
         raise
 
 
@@ -115,11 +113,7 @@ def load_checkpoint(path: Path) -> dict:
         UsageError: no such file, a damaged one, or one of another program.
     """
     try:
-        with zipfile.ZipFile(path) as parts, warnings.catch_warnings():
-            if parts.testzip() is not None:  # torch.load does not look at checksums
-                raise zipfile.BadZipFile
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_whole(path)
     except FileNotFoundError as error:
         raise UsageError(f"there is no checkpoint '{path}'") from error
     except IsADirectoryError as error:
@@ -130,9 +124,62 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
-    parts = ("args", "data", "state")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not checkpoint.keys() >= set(parts):
+    if not _is_ours(checkpoint):
         raise UsageError(
             f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt of a run"
         )
     return checkpoint
+
+
+def _is_ours(checkpoint: object) -> bool:
+    """Whether it has the parts that are not checked where they are used."""
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        return False
+    args, data, state = (checkpoint.get(part) for part in ("args", "data", "state"))
+    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in (args, data, state)):
+        return False
+    numbers, rows, partial = (int, float), state.get("rows"), state.get("partial", {})
+    return (
+        _all(data.get("classes"), str)
+        and isinstance(data.get("fingerprint"), str)
+        and _all(data.get("mean"), numbers)
+        and _all(data.get("deviation"), numbers)
+        and len(data["mean"]) == len(data["deviation"])
+        and all(
+            isinstance(state.get(name, 0), int) and state.get(name, 0) >= 0 for name in ("step", "progress", "images")
+        )
+        and isinstance(state.get("training_flops"), numbers)
+        and _all(rows, dict)
+        and all(row.keys() == rows[0].keys() >= COLUMNS and _all(list(row.values()), numbers) for row in rows)
+        and isinstance(partial, dict)
+        and (not partial or _is_part_of_an_epoch(partial))
+    )
+
+
+COLUMNS = {
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "test_loss",
+    "test_top1",
+    "sparsity",
+    "images_per_second",
+    "seconds",
+}
+
+
+def _is_part_of_an_epoch(partial: dict) -> bool:
+    sums = partial.get("sums")
+    return (
+        isinstance(sums, Tensor)
+        and sums.dtype == torch.float32
+        and sums.ndim == 2
+        and sums.shape[1] == 2
+        and all(isinstance(partial.get(name), int | float) for name in ("images", "counted", "seconds"))
+        and isinstance(partial.get("meter"), dict)
+    )
+
+
+def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)

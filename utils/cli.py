@@ -256,7 +256,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--output-dir",
         "--save-model",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="directory of the run (runs/<name from the flags>)",
     )
@@ -312,6 +312,34 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
     if args.resume is not None and args.evaluate is not None:
         raise UsageError("--resume goes on training and --evaluate does not train: give one of them")
     return args, given
+
+
+def refuse_impossible(saved: dict) -> None:
+    """Refuse flags out of a checkpoint whose values no command line could have given.
+
+    Raises:
+        UsageError: it names one.
+    """
+    for action in build_parser()._actions:
+        value = saved.get(action.dest, action.default)
+        if value == action.default:
+            continue
+        if action.nargs == 0:
+            possible = isinstance(value, bool)
+        else:
+            values = value if action.nargs else [value]
+            possible = isinstance(values, list) and all(_could_be(item, action) for item in values)
+        if not possible:
+            raise UsageError(f"the checkpoint's {flag(action.dest)} is {value!r}: it is not one of this program")
+
+
+def _could_be(value: object, action: argparse.Action) -> bool:
+    try:
+        converted = (action.type or str)(str(value))
+    except (argparse.ArgumentTypeError, UsageError, ValueError):
+        return False
+    same = str(converted) == value if isinstance(converted, Path) else converted == value
+    return same and (action.choices is None or value in action.choices)
 
 
 def check(args: argparse.Namespace, given: set[str]) -> None:
@@ -410,6 +438,13 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def directory(text: str) -> Path:
+    """An argparse type: a path that is not empty, which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("has to name a directory")
+    return Path(text)
 
 
 def number(

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from utils.data import Dataset, Images
 from utils.device import memory_size
 from utils.errors import UsageError
-from utils.files import save_atomically
+from utils.files import load_whole, save_atomically
 
 
 def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
@@ -91,7 +91,7 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
         )
     key = _content_key(data_dir, [path for split in splits for path, _ in split.samples], image_size)
     cache = data_dir / ".decoded" / f"{key}.pt"
-    pixels = _load_cached(cache)
+    pixels = _load_cached(cache, [len(split) for split in splits])
     if pixels is None:
         pixels = [_decode_all([path for path, _ in split.samples], image_size, cache.parent) for split in splits]
         channels = max(p.shape[3] for p in pixels)
@@ -205,9 +205,11 @@ def _decode_in_threads(paths: list[str], image_size: int | None) -> Iterator[np.
                 yield from images
 
 
-def _load_cached(cache: Path) -> list[torch.Tensor] | None:
+def _load_cached(cache: Path, counts: list[int]) -> list[torch.Tensor] | None:
     try:
-        return torch.load(cache, weights_only=True, mmap=True)  # read when looked at: it may be larger than memory
+        pixels = load_whole(cache, mmap=True)  # read when looked at: it may be larger than memory
+        fits = [len(p) for p in pixels] == counts and all(p.dtype == torch.uint8 and p.ndim == 4 for p in pixels)
+        return pixels if fits else None
     except Exception:  # absent, or damaged in any way: decode again
         return None
 

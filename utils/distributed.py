@@ -5,9 +5,13 @@ every process, and reduces within the backward pass, which a second pass and --s
 backward pass is followed by one all-reduce of everything that processes have to agree on.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import itertools
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +32,13 @@ class Ranks:
     """Which of how many processes this is; alone by default, and then everything here does nothing.
 
     Attributes:
+        local_rank: of the processes of this machine.
         synchronised: batch norm looks at all images, and so has all processes run every forward and backward pass.
     """
 
     rank: int = 0
     world: int = 1
+    local_rank: int = 0
     synchronised: bool = False
 
     @property
@@ -92,13 +98,13 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first process does it, then all others: of what should be downloaded or cached once."""
-        if not self.first:
+        """The first process of each machine does it, then all others: of what should be downloaded or cached once."""
+        if self.local_rank:
             self.wait()
         try:
             yield
         finally:
-            if self.first:
+            if not self.local_rank:
                 self.wait()  # also where it failed: the others will fail in the same way
 
     def check_same(self, state: dict) -> None:
@@ -128,16 +134,18 @@ def start(device: torch.device) -> Ranks:
     Raises:
         UsageError: they cannot find each other.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = launched("WORLD_SIZE", 1)
     if world == 1 or "RANK" not in os.environ:
         return Ranks()
     if device.index is not None:
         torch.cuda.set_device(device)  # where barriers and gathered objects go, or all processes meet on the first GPU
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_the_launcher()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"the processes cannot find each other ({error}): launch them by torchrun") from error
-    return Ranks(dist.get_rank(), world)
+    return Ranks(dist.get_rank(), world, launched("LOCAL_RANK", 0))
 
 
 def stop() -> None:
@@ -146,23 +154,58 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def local_device(name: str) -> str:
+def launched(name: str, otherwise: int) -> int:
+    """A number that torchrun says in the environment."""
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise UsageError(f"{name} in the environment has to be a number, as torchrun sets it, not '{text}'")
+    return int(text)
+
+
+def local_device(name: str, no_cuda: bool = False) -> str:
     """Of the GPUs of a machine the one that torchrun means for this process.
 
     Raises:
-        UsageError: one GPU is named for several processes.
+        UsageError: one GPU is named for several processes, or there are fewer than processes.
     """
-    rank, world = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if rank is None or name == "cpu" or not torch.cuda.is_available():
+    rank, world = launched("LOCAL_RANK", 0), launched("LOCAL_WORLD_SIZE", 1)
+    if "LOCAL_RANK" not in os.environ or name == "cpu" or no_cuda or not torch.cuda.is_available():
         return name
-    if name not in ("auto", "cuda") and world > 1:
-        raise UsageError(f"--device {name} names one GPU for {world} processes: leave it out, and each takes its own")
-    return f"cuda:{rank}" if name in ("auto", "cuda") else name
+    if name not in ("auto", "cuda"):
+        if world > 1:
+            raise UsageError(
+                f"--device {name} names one GPU for {world} processes: leave it out, and each takes its own"
+            )
+        return name
+    count = torch.cuda.device_count()
+    if world > count:
+        raise UsageError(f"there are {count} GPUs for {world} processes: launch fewer, or give --device cpu")
+    return f"cuda:{rank}"
 
 
-def said_by_another(error: Exception) -> bool:
-    """Whether the first process prints this too: all refuse the same flags."""
-    return isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"
+def complain(words: str, alike: bool = False) -> None:
+    """Say on stderr what went wrong, and in which process if that is not the first.
+
+    Args:
+        alike: all processes of a machine say so: one is enough.
+    """
+    rank = os.environ.get("RANK", "0")
+    if not (alike and os.environ.get("LOCAL_RANK", "0") != "0"):
+        print(f"process {rank}: {words}" if rank != "0" else words, file=sys.stderr)
+
+
+def together() -> bool:
+    """Whether processes have found each other."""
+    return dist.is_initialized()
+
+
+def _end_with_the_launcher() -> None:
+    """Have Linux send SIGTERM when torchrun is gone, so that no process trains on without the others."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def lost_another(error: RuntimeError) -> bool:
@@ -170,7 +213,7 @@ def lost_another(error: RuntimeError) -> bool:
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-CLOCKS = ("seconds", "images_per_second")
+CLOCKS = ("seconds", "images_per_second")  # each process has its own
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -152,8 +152,10 @@ def fit(
     """Train to the end of the schedule, as often as the method wants; after every epoch evaluate and record.
 
     Args:
-        save: writes a checkpoint: when `schedule` says so, after the last epoch and any that is the best on held-out images,
-            and when there is an interruption.
+        save: writes a checkpoint: when it is due, after the last epoch and any that is the best on held-out images, and
+            when there is an interruption.
+        schedule: when it is due.
+        interruption: asked after every step, or, by several processes together, after every logged one.
 
     Raises:
         Preempted: there was an interruption.
@@ -167,11 +169,11 @@ def fit(
 
             def pause(partial: Callable[[], dict], began: float = began, earlier: float = earlier) -> None:
                 if _agreed(interruption.signal or schedule.due_in_epoch(), state, recipe, loader.device):
-                    _agree_on_signal(interruption, recipe, loader.device)
+                    told = _told(interruption, recipe, loader.device)
                     state.partial = partial() | {"seconds": earlier + time.perf_counter() - began}
                     save(state)
                     schedule.saved()
-                    _leave(interruption, state, recipe)
+                    _leave(told, state, recipe)
 
             row = train_epoch(state, perturbation, recipe, loader, meter, record, pause)
             for name, evaluator in evaluators.items():
@@ -189,13 +191,13 @@ def fit(
             recipe.ranks.check_same(state.state_dict())
             record.events(state, meter)  # on disk before the checkpoint that goes on after them
             ended = state.step >= recipe.total_steps
-            _agree_on_signal(interruption, recipe, loader.device)
-            if ended or interruption.signal or schedule.due_after_epoch(len(state.rows)) or is_best(state.rows):
+            told = _told(interruption, recipe, loader.device)
+            if ended or told or schedule.due_after_epoch(len(state.rows)) or is_best(state.rows):
                 save(state)
                 schedule.saved()
             record.row(state)
             if not ended:
-                _leave(interruption, state, recipe)
+                _leave(told, state, recipe)
         step = state.sparsity.next_round(state.step)
         if step == state.step:
             return
@@ -255,9 +257,8 @@ def train_epoch(
     _check_finite(sums[:, 0], lrs, state)
     if not counted:
         raise TrainingError(
-            _stopped(
-                "no step of an epoch had a finite loss and gradient, and all were skipped", state.progress, lrs[-1]
-            )
+            f"no step of an epoch had a finite loss and gradient, and all were skipped, up to step {state.progress:,} with "
+            f"learning rate {lrs[-1]:g}: lower --lr, or clip with --clip-grad; the last checkpoint, if there is one, is kept"
         )
     loss, top1 = (sums.double().sum(0) / counted).tolist()  # waits for the device
     seconds = time.perf_counter() - began
@@ -288,17 +289,16 @@ def _agreed(wanted: object, state: TrainState, recipe: Recipe, device: torch.dev
     return state.progress % recipe.log_interval == 0 and recipe.ranks.any(bool(wanted), device)
 
 
-def _agree_on_signal(interruption: Interruption, recipe: Recipe, device: torch.device) -> None:
-    if recipe.ranks.any(interruption.signal is not None, device) and interruption.signal is None:
-        interruption.signal = "a signal to another process"
+def _told(interruption: Interruption, recipe: Recipe, device: torch.device) -> str | None:
+    """The signal that a process has had, the same for all. One that comes later waits until they ask each other again."""
+    signal = interruption.signal
+    return signal or "a signal to another process" if recipe.ranks.any(signal is not None, device) else None
 
 
-def _leave(interruption: Interruption, state: TrainState, recipe: Recipe) -> None:
-    if interruption.signal:
+def _leave(told: str | None, state: TrainState, recipe: Recipe) -> None:
+    if told:
         recipe.ranks.wait()  # the first process may be writing still, and would be ended when another is gone
-        raise Preempted(
-            f"ended by {interruption.signal} after step {state.progress:,} with a checkpoint: go on by --resume auto"
-        )
+        raise Preempted(f"ended by {told} after step {state.progress:,} with a checkpoint: go on by --resume auto")
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -20,23 +19,29 @@ class Preempted(Exception):
 
 
 @contextmanager
-def run_errors(directory: Path) -> Iterator[None]:
+def run_errors() -> Iterator[None]:
     """Turn into TrainingErrors what is not the program's fault: a full disk, a directory that is gone, a dead worker."""
     try:
         yield
     except BrokenPipeError:  # of the output, not of files
         raise
+    except ConnectionError as error:  # of a worker
+        raise TrainingError(DEAD_WORKER) from error
     except OSError as error:
+        place = f"'{error.filename}' " if error.filename else ""
         raise TrainingError(
-            f"cannot write to '{directory}' any more ({error.strerror or error}): mend that and go on by --resume auto; what "
-            "was written before is whole"
+            f"cannot read or write {place}any more ({error.strerror or error}): mend that and go on by --resume auto; what was "
+            "written before is whole"
         ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # torch raises it wherever the parent is when it learns of it
             raise
-        raise TrainingError(
-            "a process that cuts batches died, perhaps for want of memory: go on by --resume auto, with fewer --workers"
-        ) from error
+        raise TrainingError(DEAD_WORKER) from error
+
+
+DEAD_WORKER = (
+    "a process that cuts batches died, perhaps for want of memory: go on by --resume auto, with fewer --workers"
+)
 
 
 @contextmanager

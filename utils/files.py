@@ -3,6 +3,8 @@
 import io
 import os
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -42,6 +44,19 @@ def save_atomically(path: Path, value: object, previous: Path | None = None) -> 
     content = io.BytesIO()  # or a full disk would be a RuntimeError of torch's writer
     torch.save(value, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()), previous)
+
+
+def load_whole(path: Path, mmap: bool = False) -> object:
+    """What torch.save wrote, on the CPU: tensors and plain values, nothing else is ever loaded.
+
+    Raises:
+        Exception: of any kind, for a file that is not there, not whole, or of another content.
+    """
+    with zipfile.ZipFile(path) as parts, warnings.catch_warnings():
+        if parts.testzip() is not None:  # torch.load does not look at checksums
+            raise zipfile.BadZipFile
+        warnings.simplefilter("ignore")  # of foreign pickles, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -9,9 +9,10 @@ class Guard:
 
     In fp16 the loss is scaled so that small gradients do not vanish, and a step that overflows is left out while the scale
     comes down (Micikevicius et al., "Mixed Precision Training", ICLR 2018). With `skip` any step without a finite loss and
-    gradient is; without it a loss that is not finite, which no scale can help, still shows in the sums. A skipped step leaves weights, masks, the optimizer's memory and batch norm's statistics as they were. One-step SAM
-    forgets the gradient that it perturbed along: the weights lay in its memory. A guard that does either waits for the
-    device once a step; one that does neither does nothing.
+    gradient is; without it a loss that is not finite, which no scale can help, still shows in the sums. A skipped step
+    leaves weights, masks, the optimizer's memory and batch norm's statistics as they were; one-step SAM forgets the gradient
+    that it perturbed along, as the weights lay in its memory. A guard that leaves steps out waits for the device once a
+    step; another one does nothing.
 
     Attributes:
         active: whether steps may be left out.

@@ -1,12 +1,14 @@
 """Ending a run when it is told to, at a step's end and with a checkpoint, and writing checkpoints in time."""
 
+import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from utils.errors import UsageError
+from utils.errors import Preempted, UsageError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -22,9 +24,12 @@ def blocked() -> Iterator[None]:
 
 
 class Interruption:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered, so that the step at hand can finish.
+    """What SIGTERM, SIGINT and SIGUSR1 do while this is entered: end the run by Preempted.
 
-    A second signal does what it would have done without this. Works in the main thread; elsewhere signals stay as they are.
+    They do so at once, but for inside `finishing`, where they are noted so that the step at hand can end and be saved. A
+    second signal, a second later or more, does what it would have done without this; torchrun passes on what its processes
+    may have had already, and kills them in the end, so that there it does nothing. Works in the main thread; elsewhere
+    signals stay as they are.
 
     Attributes:
         signal: the name of what came, or None.
@@ -32,13 +37,13 @@ class Interruption:
 
     def __init__(self):
         self.signal: str | None = None
+        self._came = 0.0
+        self._finishing = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        except ValueError:  # not the main thread
-            self._before = {}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -46,9 +51,26 @@ class Interruption:
             signal.signal(number, handler)
         self._before = {}
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around what looks at `signal` from time to time and ends by itself."""
+        self._finishing = True
+        try:
+            yield
+        finally:
+            self._finishing = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        self.__exit__()
+        if self.signal is None:
+            self.signal, self._came = signal.Signals(number).name, time.monotonic()
+            if not self._finishing:
+                raise Preempted(f"ended by {self.signal}: go on by --resume auto")
+        elif time.monotonic() - self._came >= REPEATED and "TORCHELASTIC_RUN_ID" not in os.environ:
+            self.__exit__()
+            signal.raise_signal(number)
+
+
+REPEATED = 1.0  # seconds after which a signal is another one
 
 
 class CheckpointSchedule:

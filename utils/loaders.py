@@ -78,10 +78,13 @@ class Augmentation:
         return min(self.batch_size, self.count - position * self.batch_size)
 
     def smallest_part(self, accumulate: int, ranks: Ranks = Ranks()) -> int:
-        """Images in the smallest micro-batch of an epoch in any process."""
-        whole = {self.size(position) for position in (0, self.steps_per_epoch - 1)}
-        shares = [share for size in whole for share in torch.empty(size).tensor_split(ranks.world)]
-        return min(len(part) for share in shares for part in share.tensor_split(accumulate) if len(part))
+        """Images in the smallest micro-batch of an epoch that batch norm sees: in any process, or in all together."""
+        found = []
+        for size in {self.size(position) for position in (0, self.steps_per_epoch - 1)}:
+            shares = torch.empty(size).tensor_split(ranks.world)
+            parts = [list(map(len, share.tensor_split(accumulate))) for share in shares]
+            found += map(sum, zip(*parts, strict=True)) if ranks.synchronised else itertools.chain(*parts)
+        return min(filter(None, found))
 
 
 def share_of(lines: Plan, ranks: Ranks, mixed: bool) -> Plan:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -161,6 +162,13 @@ class Record:
         writer.writeheader()
         writer.writerows(rows)
         write_text_atomically(self.directory / "metrics.csv", text.getvalue())
+
+
+def settle_output() -> None:
+    """Have no word fail for want of an output or of a letter in its encoding."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:

@@ -4,17 +4,19 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from prune import METHODS
 from utils.checkpoint import NEWEST, PREVIOUS, load_newest
-from utils.cli import check, flag, parse, resolve
+from utils.cli import check, flag, parse, refuse_impossible, resolve
 from utils.errors import UsageError
 from utils.optim import OPTIMIZERS
 
-# Flags that do not touch the mathematics: they may differ when a run is resumed, and do not name it.
+# Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics, but for `nonfinite`,
+# which may be what a run goes on with where it would have ended.
 FREE = {
     "data_dir",
     "test_batch_size",
@@ -33,6 +35,9 @@ FREE = {
     "nonfinite",
 }
 
+# Of those what each process of a run may have for itself.
+OWN = {"data_dir", "output_dir", "device", "no_cuda", "workers", "remark"}
+
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
 RESOLVED = ("precision", "compile")
 
@@ -42,17 +47,37 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
 
 
-def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Namespace, Path, dict | None]:
+class Located(NamedTuple):
+    """A run that is to begin or to go on.
+
+    Attributes:
+        args: its flags, complete.
+        directory: where it is, or will be.
+        checkpoint: what it goes on from, if anything.
+        damaged: the newest checkpoint, where that is not the one it goes on from.
+        found: what was in the directory before any of it was read, see `_look`.
+    """
+
+    args: argparse.Namespace
+    directory: Path
+    checkpoint: dict | None
+    damaged: Path | None
+    found: dict
+
+
+def locate_run(args: argparse.Namespace, given: set[str]) -> Located:
     """Check and complete the flags; find the run's directory and the checkpoint it goes on from, if any.
 
     Raises:
         UsageError: flags that contradict each other or the checkpoint's.
     """
-    checkpoint = None
+    checkpoint, source, found = None, None, {}
     if args.resume not in (None, "auto"):
-        checkpoint = load_newest(Path(args.resume))
-        directory = Path(args.resume).parent
-        if Path(args.resume).name not in (NEWEST, PREVIOUS, "best.pt"):
+        newest = Path(args.resume)
+        found = _look(newest.parent)
+        checkpoint, source = load_newest(newest)
+        directory = newest.parent
+        if newest.name not in (NEWEST, PREVIOUS, "best.pt"):
             raise UsageError(
                 f"--resume goes on from the checkpoint.pt or best.pt of a run's directory, not '{args.resume}'"
             )
@@ -65,33 +90,49 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> tuple[argparse.Name
     args = resolve(args)
     if args.resume in (None, "auto"):
         directory = args.output_dir or Path("runs") / run_name(args)
-        if args.resume and (_exists(directory / NEWEST) or _exists(directory / PREVIOUS)):
-            checkpoint = load_newest(directory / NEWEST)
+        newest = directory / NEWEST
+        found = _look(directory)
+        if args.resume and {NEWEST, PREVIOUS} & found.keys():
+            checkpoint, source = load_newest(newest)
             # The command is that of the run: what it leaves out is meant to have its default.
             args = _resumed(args, set(vars(args)), checkpoint["args"])
-    _refuse_taken(directory, args.resume, checkpoint)
-    return args, directory, checkpoint
+    _refuse_taken(directory, args.resume, checkpoint, found)
+    return Located(args, directory, checkpoint, newest if source not in (None, newest) else None, found)
 
 
-def claim_directory(directory: Path, keep_result: bool = False) -> TextIO:
+def claim_directory(run: Located, keep_result: bool = False) -> TextIO:
     """Make the directory of a run and make sure that it can be written to; a result that is to change is gone.
+
+    A damaged checkpoint makes room, so that the one before it stays until there is a new one; what killed processes have
+    left half-written is removed.
 
     Args:
         keep_result: until a new one takes its place: of a finished run that is only looked at more closely.
 
     Returns:
-        An open file: as long as it is, no other process can claim the directory.
+        An open file: as long as it is, no other process can claim the directory. Forked workers do not hold it.
 
     Raises:
-        UsageError: it cannot be written to, or another process trains in it.
+        UsageError: it cannot be written to, or another process trains in it or has since the run was located.
     """
+    directory = run.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _look(directory) != run.found:
+            raise UsageError(
+                f"another process has written to '{directory}' while this one began: launch this one again"
+            )
+        if run.damaged and run.damaged.exists():
+            run.damaged.replace(directory / "damaged.pt")
         if not keep_result:
             (directory / "result.json").unlink(missing_ok=True)
-    except BlockingIOError as error:
+        for unfinished in directory.glob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
+    except (BlockingIOError, PermissionError) as error:  # which of them, POSIX leaves open
+        if error.filename:
+            raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
         raise UsageError(
             f"another process trains in '{directory}': wait for it, or name another --output-dir"
         ) from error
@@ -108,10 +149,9 @@ def read_result(directory: Path) -> dict:
         return {}
 
 
-def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) -> None:
+def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None, found: dict) -> None:
     """Refuse a directory whose files a run would overwrite."""
-    names = ["result.json", NEWEST, PREVIOUS, "best.pt", "metrics.csv", "args.json"]
-    taken = [name for name in names if _exists(directory / name)]
+    taken = list(found)
     if not taken or checkpoint or (resume and taken == ["args.json"]):  # that one began and did not finish an epoch
         return
     if resume:
@@ -124,11 +164,19 @@ def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None) 
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:
-        raise UsageError(f"cannot look into '{path.parent}' ({error.strerror}): name another --output-dir") from error
+def _look(directory: Path) -> dict[str, tuple]:
+    """Which files of a run are in a directory; each is another when it is written again."""
+    found = {}
+    for name in ("result.json", NEWEST, PREVIOUS, "best.pt", "metrics.csv", "args.json"):
+        try:
+            status = os.stat(directory / name)
+            found[name] = (status.st_ino, status.st_mtime_ns, status.st_size)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise UsageError(f"cannot look into '{directory}' ({reason}): name another --output-dir") from error
+    return found
 
 
 def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
@@ -137,6 +185,7 @@ def _resumed(args: argparse.Namespace, given: set[str], saved: dict) -> argparse
     Raises:
         UsageError: a flag that changes the mathematics differs.
     """
+    refuse_impossible(saved)
     now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
     given = given - {name for name in RESOLVED if now[name] == "auto"}
     differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
@@ -161,6 +210,7 @@ def evaluated(args: argparse.Namespace, given: set[str], saved: dict) -> argpars
     Raises:
         UsageError: another network than the checkpoint's, or a flag that is for training.
     """
+    refuse_impossible(saved)
     network = ("arch", "depth", "width")
     data = {
         "dataset",

@@ -1,8 +1,22 @@
 """Batch norm over the images of all processes. Torch's SyncBatchNorm is for GPUs alone, and wants images in each process."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class AddUp(torch.autograd.Function):
+    """The sum over processes, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return AddUp.forward(None, gradient)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -16,11 +30,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(inputs)
         x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # sums in bf16 or fp16 would not do
         count = x.new_tensor([x.numel() / self.num_features])
-        sums = all_reduce(torch.cat([x.sum((0, 2, 3)), count]))
+        sums = AddUp.apply(torch.cat([x.sum((0, 2, 3)), count]))
         total = sums[-1].detach().clamp_min(1)
         mean = sums[:-1] / total
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / total
+        variance = AddUp.apply(centred.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             weight = self.momentum * (sums[-1] > 0).to(
                 self.running_mean.dtype

@@ -12,7 +12,7 @@ from utils.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from utils.errors import UsageError
 from utils.files import save_atomically
 
-DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0]}
+DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0], "fingerprint": "f00d"}
 
 
 @pytest.fixture

@@ -78,6 +78,20 @@ def test_the_cache_goes_by_content_and_survives_damage(tree):
     assert not torch.equal(first.train.pixels, third.train.pixels)
 
 
+def test_a_bit_that_flips_in_the_cache_is_found(tree):
+    root, _ = tree
+    first = load_dataset("folder", root)
+    (cache,) = (root / ".decoded").iterdir()
+    content = bytearray(cache.read_bytes())
+    place = content.index(first.train.pixels.numpy().tobytes())
+    content[place] ^= 1
+    cache.write_bytes(content)
+    assert torch.equal(first.train.pixels, load_dataset("folder", root).train.pixels)
+    for other in ({"pixels": 1}, [torch.zeros(2, 3), torch.zeros(1)], [first.train.pixels[:1], first.test.pixels]):
+        torch.save(other, cache)
+        assert torch.equal(first.train.pixels, load_dataset("folder", root).train.pixels)
+
+
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(tree, capsys):
     root, _ = tree
     (root / ".decoded").write_text("a file where the cache would be")
