@@ -1,11 +1,14 @@
 """Nothing that comes from outside runs, or writes where it should not."""
 
+import hashlib
 import os
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +44,20 @@ def test_the_checkpoint_before_is_no_way_in(train, tmp_path):
     torch.save({"format": Payload(mark)}, run.directory / "previous.pt")
     assert train("--epochs 2 --resume auto").code == 2
     assert not mark.exists()
+
+
+def test_an_archive_writes_nowhere_but_under_its_directory(train, tmp_path, monkeypatch):
+    """Even one with the checksum that is wanted."""
+    archive = tmp_path / "data" / torchvision.datasets.CIFAR10.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../escaped"))
+    checksum = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", checksum)
+    bad = train(f"--dataset cifar10 --data-dir {archive.parent} --epochs 1", short=False)
+    assert bad.code == 2
+    assert "outside the destination" in bad.err
+    assert not (tmp_path / "escaped").exists()
 
 
 CRAFTED = [

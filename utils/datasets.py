@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,16 +37,17 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
 
 
 def cifar(cls: type, name: str) -> Callable[[Path | None, int | None], Dataset]:
-    """CIFAR-10/100 by torchvision, which downloads it on first use and verifies its checksums."""
+    """CIFAR-10/100 by torchvision, which downloads it on first use and verifies checksums before it opens anything."""
 
     def load(data_dir: Path | None, image_size: int | None) -> Dataset:
         root = data_dir or Path("data")
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
         splits = []
         for train in (True, False):
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     split = cls(root, train=train, download=True)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, tarfile.TarError) as error:
                 raise UsageError(
                     f"{name} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
                     f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
