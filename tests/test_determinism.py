@@ -1,7 +1,7 @@
 """--deterministic: the same flags, the same bits, for every optimizer and every method."""
 
 import pytest
-from test_interruption import same
+from running import same
 
 from prune import METHODS
 from utils.optim import OPTIMIZERS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_interruption import same
+from running import same
 
 import main_prune_train
 from utils import cli, runs

@@ -1,54 +1,23 @@
 """Whole runs of main_prune_train.py on the real digits."""
 
 import contextlib
-import csv
 import fcntl
 import os
 import pty
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import termios
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT, SPARSE_SAM, rows, same, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-ROOT = Path(__file__).parent.parent
-SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
-
-
-def rows(directory):
-    with open(directory / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def scalars(directory):
-    """{tag: [(step, value)]}, as TensorBoard shows them."""
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def assert_same_state(left, right, path="state"):
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            if key not in ("seconds", "images_per_second"):
-                assert_same_state(left[key], right[key], f"{path}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), path
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same_state(a, b, f"{path}[{index}]")
-    else:
-        assert left == right, path
+from utils import engine
 
 
 def test_a_run_leaves_everything_it_promises(train):
@@ -91,8 +60,6 @@ def test_a_compiled_run_trains_resumes_bit_for_bit_and_says_so(train):
     losses = [float(rows(run.directory)[0]["train_loss"]) for run in (whole, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
-    from utils import engine
-
     original, calls = engine.evaluate, []
 
     def interrupted(*args):
@@ -108,7 +75,7 @@ def test_a_compiled_run_trains_resumes_bit_for_bit_and_says_so(train):
         engine.evaluate = original
     resumed = train("--compile auto " + flags.replace("--compile on", "") + " --resume auto", "cut")
     assert resumed.code == 0, resumed.err
-    assert_same_state(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
     refused = train(flags.replace("compile on", "compile off") + " --resume auto", "cut")
     assert refused.code == 2
     assert "--compile was on and is off" in refused.err
@@ -132,7 +99,7 @@ def test_precision_is_resolved_once_and_kept(train):
 def test_batches_from_workers_train_the_same_run(train):
     plain, streamed = (train(f"{SPARSE_SAM} --epochs 2 --workers {n}", str(n)) for n in (0, 2))
     assert streamed.code == 0, streamed.err
-    assert_same_state(plain.checkpoint()["state"], streamed.checkpoint()["state"])
+    same(plain.checkpoint()["state"], streamed.checkpoint()["state"])
 
 
 def test_tensorboard_shows_what_one_step_sam_bets_on(train):
@@ -156,104 +123,21 @@ def test_tensorboard_shows_what_one_step_sam_bets_on(train):
     assert "training/lr" in flags
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--optmzr sgd --nesterov --clip-grad 1 --mixup --smooth-eps 0.1",
-        "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --accumulate 2 --val-split 200",
-        "--optmzr adamw-sam --adaptive --prune-method magnitude --sparsity 0.8 --lr-scheduler step --warmup-epochs 1",
-        "--optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.9 --update-interval 2",
-        "--optmzr sgd-sam --sam-v2 --prune-method mest --mest-soft --sparsity 0.9 --update-interval 2",
-        "--optmzr sgd-sam --prune-method lth --lth-rounds 1 --lth-rewind 8 --sparsity 0.9",
-    ],
-)
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(train, flags):
-    whole = train(f"{flags} --epochs 4", "whole")
-    assert whole.code == 0, whole.err
-    # The same run as it was after its second epoch, with what it had written of the third.
-    from utils import engine
-
-    original, calls = engine.evaluate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) > 2 * (2 if "--val-split" in flags else 1):
-            raise KeyboardInterrupt
-        return original(*args)
-
-    engine.evaluate = interrupted
-    try:
-        assert train(f"{flags} --epochs 4", "cut").code == 130
-    finally:
-        engine.evaluate = original
-    assert len(rows(whole.directory.parent / "cut")) == 2
-    time.sleep(1.1)  # event files are ordered by the second they were begun in; two processes are never that close
-    resumed = train(f"{flags} --epochs 4 --resume auto", "cut")
-    assert resumed.code == 0, resumed.err
-    assert "resumed after step " in resumed.out
-    assert_same_state(whole.checkpoint()["state"], resumed.checkpoint()["state"])
-    timeless = [
-        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(run.directory)]
-        for run in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
-    expected, found = scalars(whole.directory), scalars(resumed.directory)
-    assert expected.keys() == found.keys()
-    for tag in expected:
-        if tag != "epoch/images_per_second":
-            assert expected[tag] == found[tag], tag
-
-
-def test_a_killed_run_resumes_to_the_same_end(train, tmp_path):
-    flags = f"--dataset digits --depth 8 --width 0.5 --batch-size 256 {SPARSE_SAM} --epochs 6"
-    whole = train(flags, "whole", short=False)
-    command = [sys.executable, str(ROOT / "main_prune_train.py"), *flags.split(), "--output-dir", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 2/6"):
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "cut" / "result.json").exists()
-    finished = train(f"--resume {tmp_path}/cut/checkpoint.pt", None, short=False)
-    assert finished.code == 0, finished.err
-    cut = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert_same_state(whole.checkpoint()["state"], cut["state"])
-    assert whole.json("result.json")["test_top1"] == pytest.approx(float(rows(tmp_path / "cut")[-1]["test_top1"]))
-
-
-def test_a_second_process_on_the_same_run_is_refused(train, tmp_path):
-    flags = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --epochs 1000"
-    command = [sys.executable, str(ROOT / "main_prune_train.py"), *flags.split(), "--output-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        next(line for line in process.stdout if " 2/1000 " in line)
-        second = train(f"{flags} --resume auto", "run", short=False)
-    finally:
-        process.kill()
-        process.wait()
-    assert second.code == 2
-    assert "another process trains in" in second.err
-    after = train(f"{flags} --lr 0.2 --resume auto", "run", short=False)  # refused too, but for its flag
-    assert after.code == 2
-    assert "another process" not in after.err
-
-
 def test_the_same_flags_give_the_same_bits_and_another_seed_does_not(train):
     first, again = train(f"{SPARSE_SAM} --epochs 1", "a"), train(f"{SPARSE_SAM} --epochs 1", "b")
     other = train(f"{SPARSE_SAM} --epochs 1 --seed 1", "c")
-    assert_same_state(first.checkpoint()["state"], again.checkpoint()["state"])
+    same(first.checkpoint()["state"], again.checkpoint()["state"])
     with pytest.raises(AssertionError):
-        assert_same_state(first.checkpoint()["state"], other.checkpoint()["state"])
+        same(first.checkpoint()["state"], other.checkpoint()["state"])
 
 
 def test_one_step_sam_is_not_its_base_optimizer(train):
     sam = train("--optmzr sgd-sam --sam-v2 --epochs 1", "sam")
     zero = train("--optmzr sgd-sam --sam-v2 --sam-rho 0 --epochs 1", "zero")
     plain = train("--optmzr sgd --epochs 1", "plain")
-    assert_same_state(zero.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
+    same(zero.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
     with pytest.raises(AssertionError):
-        assert_same_state(sam.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
+        same(sam.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
 
 
 def test_the_best_epoch_is_chosen_on_held_out_images(train):
@@ -277,24 +161,6 @@ def test_evaluate_repeats_the_last_epoch(train):
     assert again.code == 0
     assert f"test loss {float(last['test_loss']):.4f}   test top-1 {float(last['test_top1']):.2f}%" in again.out
     assert "sparsity 0.9000" in again.out
-
-
-def test_a_finished_run_is_left_alone_and_a_constant_schedule_may_grow(train):
-    run = train("--epochs 1 --lr-scheduler constant --lr 0.01")
-    before = {path: path.read_bytes() for path in run.directory.iterdir()}
-    assert train("--epochs 1 --lr-scheduler constant --lr 0.01 --resume auto").code == 0
-    assert {path: path.read_bytes() for path in run.directory.iterdir()} == before
-    longer = train("--epochs 2 --lr-scheduler constant --lr 0.01 --resume auto")
-    assert longer.code == 0
-    whole = train("--epochs 2 --lr-scheduler constant --lr 0.01", "whole")
-    assert_same_state(whole.checkpoint()["state"], longer.checkpoint()["state"])
-    assert longer.json("result.json")["epochs"] == 2
-
-
-def test_resume_auto_starts_where_there_is_nothing_to_resume(train):
-    run = train("--epochs 1 --resume auto")
-    assert run.code == 0
-    assert len(rows(run.directory)) == 1
 
 
 def test_runs_are_named_by_their_hyper_parameters(train, tmp_path):
@@ -322,7 +188,7 @@ def test_a_loss_that_stops_being_finite_ends_the_run_and_keeps_the_checkpoint(tr
     torch.save(saved, broken / "checkpoint.pt")
     failed = train(f"--resume {broken}/checkpoint.pt --epochs 5", None, short=False)
     assert failed.code == 1
-    assert_same_state(torch.load(broken / "checkpoint.pt", weights_only=True)["state"], before["state"])
+    same(torch.load(broken / "checkpoint.pt", weights_only=True)["state"], before["state"])
 
 
 @pytest.mark.parametrize("optmzr", ["sgd", "sgd-sam", "adam-sam --sam-v2"])
@@ -394,7 +260,7 @@ def test_every_flag_of_the_mathematics_changes_the_weights(train, flags):
     plain, changed = train("--epochs 1", "plain"), train(f"--epochs 1 {flags}", "changed")
     assert changed.code == 0, changed.err
     with pytest.raises(AssertionError):
-        assert_same_state(plain.checkpoint()["state"]["model"], changed.checkpoint()["state"]["model"])
+        same(plain.checkpoint()["state"]["model"], changed.checkpoint()["state"]["model"])
 
 
 def test_the_deterministic_flag_reaches_torch(train):
@@ -403,34 +269,6 @@ def test_the_deterministic_flag_reaches_torch(train):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_a_run_does_not_go_on_with_other_images_or_other_flags(train, tmp_path):
-    from PIL import Image
-
-    for name, level in (("a", 10), ("b", 200)):
-        for index in range(24):
-            path = tmp_path / name / "img" / ("test" if index < 6 else "train") / f"c{index % 2}" / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (level + index, level, index)).save(path)
-    flags = "--dataset folder --batch-size 6 --depth 8 --lr-scheduler constant"
-    run = train(f"{flags} --data-dir a/img --epochs 1", short=False)
-    assert run.code == 0, run.err
-    before = (run.directory / "checkpoint.pt").read_bytes()
-    for command, words in (
-        (f"--resume {run.directory}/checkpoint.pt --data-dir b/img --epochs 2", "not those that the run began with"),
-        (f"{flags} --data-dir b/img --epochs 2 --resume auto", "not those that the run began with"),
-        (f"{flags} --data-dir a/img --epochs 1 --resume auto --lr 0.2", "--lr was 0.1 and is 0.2"),
-        # What a command leaves out counts too.
-        (
-            f"{flags.replace('--lr-scheduler constant', '')} --data-dir a/img --epochs 1 --resume auto",
-            "--lr-scheduler was",
-        ),
-    ):
-        bad = train(command, None if command.startswith("--resume") else "run", short=False)
-        assert bad.code == 2
-        assert words in bad.err
-    assert (run.directory / "checkpoint.pt").read_bytes() == before
 
 
 def test_the_gradient_norm_is_logged_before_it_is_clipped(train):
