@@ -1,7 +1,10 @@
 """Steps whose loss or gradient is not finite, and fp16 with its scaled loss."""
 
+import math
+
 import pytest
 import torch
+from running import rows
 from torch import nn
 
 from prune import Sparsity, Timing
@@ -179,6 +182,27 @@ def test_fp16_does_not_hide_a_loss_that_is_not_finite(train, spoil):
     stopped = train("--epochs 1 --width 0.25 --precision fp16")
     assert (stopped.code, stopped.err.count("\n")) == (1, 1)
     assert "the loss is nan at step 4" in stopped.err
+
+
+def test_fp16_may_look_for_its_scale_for_longer_than_an_epoch(train, monkeypatch):
+    """Epochs of one step: the first ones overflow, are recorded as such, and training goes on."""
+    original = torch.amp.GradScaler
+
+    def large(device, enabled):
+        return original(device, init_scale=2.0**40, backoff_factor=2.0**-12, enabled=enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    run = train(
+        "--arch vit --depth 1 --width 0.34 --epochs 4 --batch-size 1442 --precision fp16 --optmzr sgd --lr 0.05"
+    )
+    assert (run.code, run.err) == (0, "")
+    losses = [float(row["train_loss"]) for row in rows(run.directory)]
+    skipped = run.json("result.json")["skipped_steps"]
+    assert 1 <= skipped < 4
+    assert [math.isnan(loss) for loss in losses] == [True] * skipped + [False] * (4 - skipped)
+    resumed = train("--resume " + str(run.directory / "checkpoint.pt"), None, short=False)
+    assert resumed.code == 0
+    assert "finished already" in resumed.out
 
 
 def test_stopping_names_the_way_out_and_all_skipped_stops_too(train, spoil):

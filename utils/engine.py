@@ -255,12 +255,12 @@ def train_epoch(
             if position + 1 < steps:
                 pause(partial(_epoch_so_far, sums[: position + 1], images, counted, lrs, state, meter))
     _check_finite(sums[:, 0], lrs, state)
-    if not counted:
+    if not counted and not state.guard.searching:
         raise TrainingError(
             f"no step of an epoch had a finite loss and gradient, and all were skipped, up to step {state.progress:,} with "
             f"learning rate {lrs[-1]:g}: lower --lr, or clip with --clip-grad; the last checkpoint, if there is one, is kept"
         )
-    loss, top1 = (sums.double().sum(0) / counted).tolist()  # waits for the device
+    loss, top1 = (sums.double().sum(0) / counted).tolist()  # waits for the device; NaN where nothing was trained on
     seconds = time.perf_counter() - began
     state.training_flops += meter.read()
     state.sparsity.refuse_empty_layers()

@@ -60,6 +60,11 @@ class Guard:
         zeros = torch.zeros_like(sums)
         return zeros if self.hides_losses else torch.where(torch.isfinite(sums[0]), zeros, sums)
 
+    @property
+    def searching(self) -> bool:
+        """Whether steps may be left out for a scale that is still too large. Waits for the device."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
     def state_dict(self) -> dict:
         return {"scaler": self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
 
