@@ -98,6 +98,8 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         if checkpoint["data"]["fingerprint"] != about_data["fingerprint"]:
             raise UsageError("the images are not those that the run began with: give it its own --data-dir")
         state.load_state_dict(checkpoint["state"])
+        if state.step > total_steps or len(state.partial.get("sums", ())) > loader.steps_per_epoch:
+            raise UsageError("the checkpoint is beyond the end of its own run or epoch: it is not one of this program")
     else:
         with usage_errors():
             sparsity.before_training(loader.sample)

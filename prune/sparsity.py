@@ -271,12 +271,12 @@ class Sparsity:
     def _change(self, masks: dict[str, Tensor]) -> None:
         """Put new masks in place and clear what optimizers remember of weights that died or came alive."""
         weights = [self.masks.weights[name] for name in masks]
-        unchanged = torch._foreach_neg([self.masks.masks[name] for name in masks])
+        before = torch._foreach_mul([self.masks.masks[name] for name in masks], 1)
         self.masks.set(masks)
         now = [self.masks.masks[name] for name in masks]
-        torch._foreach_add_(unchanged, now)  # 1 where a weight came alive, -1 where it died
-        torch._foreach_abs_(unchanged)
-        torch._foreach_neg_(unchanged)
+        changed = torch._foreach_sub(now, before)  # 1 where a weight came alive, -1 where it died
+        torch._foreach_abs_(changed)
+        unchanged = torch._foreach_neg(changed)
         torch._foreach_add_(unchanged, 1)
         for optimizer in self.optimizers:
             remembered = [

@@ -75,7 +75,7 @@ class Shrink:
 
 
 def _highest(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
-    """Boolean: of each layer's scores the `count` highest outside `excluded`; ties go to the earlier one.
+    """Boolean: of each layer's scores as many of the highest outside `excluded` as counted; ties go to the earlier one.
 
     Args:
         sizes, counts: how many scores the layers have, one layer after the other, and how many of them to choose.

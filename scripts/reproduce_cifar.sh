@@ -12,9 +12,9 @@ begin_sweep "$@"
 requirements+=(requirements-analysis.txt) # for the table: missing, that is known before the runs
 declare -A networks=([resnet]="--arch resnet --depth 32 --width 2" [vgg]="--arch vgg --depth 19")
 declare -A optimizers=([sgd]="--optmzr sgd" [sam]="--optmzr sgd-sam" [samv2]="--optmzr sgd-sam --sam-v2")
-read -ra archs <<<"${ARCHS:-resnet vgg}"
-read -ra wanted <<<"${OPTIMIZERS:-sgd sam samv2}"
-read -ra datasets <<<"${DATASETS:-cifar10 cifar100}"
+read -r -d '' -a archs <<<"${ARCHS:-resnet vgg}" || true
+read -r -d '' -a wanted <<<"${OPTIMIZERS:-sgd sam samv2}" || true
+read -r -d '' -a datasets <<<"${DATASETS:-cifar10 cifar100}" || true
 for arch in "${archs[@]}"; do
     for optimizer in "${wanted[@]}"; do
         [ -n "${networks[$arch]:-}" ] || stop "ARCHS are resnet and vgg, not '$arch'"

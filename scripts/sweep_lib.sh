@@ -45,10 +45,10 @@ begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environ
         previous=$1
         shift
     done
-    read -ra methods <<<"${METHODS:-random}"
-    read -ra sparsities <<<"${SPARSITIES:-0.9}"
-    read -ra seeds <<<"${SEEDS:-0 1 2}"
-    read -ra gpus <<<"${GPUS:-}"
+    read -r -d '' -a methods <<<"${METHODS:-random}" || true
+    read -r -d '' -a sparsities <<<"${SPARSITIES:-0.9}" || true
+    read -r -d '' -a seeds <<<"${SEEDS:-0 1 2}" || true
+    read -r -d '' -a gpus <<<"${GPUS:-}" || true
     epochs=${EPOCHS:-160} at_a_time=${JOBS:-1} output=${OUTPUT_DIR:-runs/$name}
     local list
     for list in "$epochs" "$at_a_time" "${seeds[@]}" "${gpus[@]}"; do
@@ -74,6 +74,7 @@ add_arm() { # add_arm NAME FLAG...: runs with these flags for every method, spar
             for seed in "${seeds[@]}"; do
                 run=$(tr -c 'A-Za-z0-9._\n-' _ <<<"$where-$arm-seed$seed")
                 [ -z "${commands[$run]:-}" ] || continue # a value that is listed twice
+                [[ "${sparse[*]} $*" != *$'\x1f'* ]] || stop "settings cannot hold the character 0x1f"
                 jobs+=("$run")
                 commands["$run"]=$(join "${sparse[@]}" "$@" --seed "$seed" --epochs "$epochs" "${extra[@]}")
             done
@@ -85,6 +86,7 @@ declare -A commands=()
 join() { printf '%s\x1f' "$@"; } # by a character that no flag has; no shell ever reads flags as code
 
 run_sweep() { # do what is left of the sweep; 1 if a run failed
+    [ "${#jobs[@]}" -gt 0 ] || stop "there is nothing to run: a setting is white space alone"
     if [ -n "$dry_run" ]; then
         print_commands
         return
@@ -120,9 +122,11 @@ print_commands() {
 }
 
 find_left() { # set `left` to the runs without a result, and write down the flags of all for sweep_one.sh
-    local run
+    local run before
     for run in "${jobs[@]}"; do
-        if [ -e "$output/$run" ] && [ -e "$output/.sweep/$run.command" ] && [ "$(<"$output/.sweep/$run.command")" != "${commands[$run]}" ]; then
+        [ -e "$output/$run" ] && [ -e "$output/.sweep/$run.command" ] || continue
+        before=$(<"$output/.sweep/$run.command")
+        if [ "${before%$'\x1f'}" != "${commands[$run]%$'\x1f'}" ]; then # which earlier versions did not write at the end
             stop "'$output/$run' was begun with other flags: give another OUTPUT_DIR, or delete it"
         fi
     done

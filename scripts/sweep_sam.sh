@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/sweep_lib.sh"
 begin_sweep "$@"
 add_arm sgd --optmzr sgd
-read -ra rhos <<<"${RHOS:-0.02 0.05 0.1 0.2 0.5 1}"
+read -r -d '' -a rhos <<<"${RHOS:-0.02 0.05 0.1 0.2 0.5 1}" || true
 for rho in "${rhos[@]}"; do
     add_arm "sam-rho$rho" --optmzr sgd-sam --sam-rho "$rho"
     add_arm "samv2-rho$rho" --optmzr sgd-sam --sam-v2 --sam-rho "$rho"

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,6 +35,15 @@ def same(left, right):
 def child(flags, directory, **options):
     command = [sys.executable, "main_prune_train.py", *flags.split(), "--output-dir", str(directory)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(path, process):
+    """Until a process has written a file."""
+    deadline = time.monotonic() + 100
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def rows(directory):

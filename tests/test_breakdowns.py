@@ -1,15 +1,18 @@
 """Disks, directories, files, workers, memory and outputs that fail under a run: it ends with a sentence, and nothing is lost."""
 
+import contextlib
+import errno
+import io
 import os
 import resource
 import shutil
 import signal
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from running import DIGITS, child
+from running import DIGITS, child, wait_for
 
 import main_prune_train
 from utils import engine, sharpness
@@ -100,17 +103,34 @@ def test_a_file_that_vanishes_while_images_are_read_is_named(train, tmp_path, mo
 
 def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
     process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
     assert "a process that cuts batches died" in err
     assert "Traceback" not in err
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(train, monkeypatch):
+    run = train("--epochs 2 --lr-scheduler constant")
+    before = {path.name: path.read_bytes() for path in run.directory.glob("*.pt")}
+
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    bad = train("--epochs 3 --lr-scheduler constant --resume auto")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "cannot read" in bad.err
+    assert {path.name: path.read_bytes() for path in run.directory.glob("*.pt")} == before
+
+
+def test_output_may_be_caught(tmp_path, monkeypatch):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main_prune_train.main([*DIGITS.split(), "--epochs", "1", "--output-dir", str(tmp_path / "run")])
+    assert code == 0
+    assert "final test accuracy" in out.getvalue()
 
 
 def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from running import wait_for
 from torch import nn
 
 import main_prune_train
@@ -296,13 +298,12 @@ def test_processes_do_not_outlive_torchrun(tmp_path):
     ]
     command += [*CONV.split(), "--epochs", "500", "--output-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
     process.kill()
     _, err = process.communicate(timeout=60)  # until the last one that holds these pipes is gone
     assert "ended by SIGTERM" in err
-    assert state_of(tmp_path / "run")["partial"] or state_of(tmp_path / "run")["rows"]
+    steps = int(re.search(r"after step ([\d,]+) with a checkpoint", err)[1].replace(",", ""))
+    assert state_of(tmp_path / "run")["progress"] == steps > 12
 
 
 @pytest.mark.parametrize("flag", ["--sync-bn --compile off", "--sam-local"])

@@ -65,8 +65,10 @@ def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, record
         began = time.monotonic()
         assert ended_alone(start(flags, whole), 100)
         duration = time.monotonic() - began
-        hit = 0
+        hit = tries = 0
         while hit < KILLS:
+            tries += 1
+            assert tries <= 10 * KILLS
             ended = ended_alone(start(flags, cut), chance.uniform(0.05, 0.6) * duration)
             kills["ended before the kill" if ended else "killed"] += 1
             hit += not ended

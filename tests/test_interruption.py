@@ -2,11 +2,11 @@
 
 import os
 import signal
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
-from running import DIGITS, child, same
+from running import DIGITS, child, same, wait_for
 
 import main_prune_train
 from utils import engine, interruption
@@ -121,6 +121,22 @@ def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(train, monkey
     assert not ended.directory.exists()
 
 
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(train, monkeypatch):
+    run = train("--epochs 3")
+    (run.directory / "result.json").unlink()
+    before = {path.name: path.read_bytes() for path in run.directory.glob("*.pt")}
+    original = zipfile.ZipFile.testzip
+
+    def test(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", test)
+    ended = train("--epochs 3 --resume auto")
+    assert (ended.code, ended.err) == (75, "ended by SIGTERM: go on by --resume auto\n")
+    assert {path.name: path.read_bytes() for path in run.directory.glob("*.pt")} == before
+
+
 def test_a_signal_in_the_last_epoch_leaves_the_closer_look_to_another_process(train, send):
     flags = "--epochs 2 --recalibrate-bn"
     whole = train(flags, "whole")
@@ -144,9 +160,7 @@ def test_a_signal_in_the_last_epoch_of_a_run_without_one_changes_nothing(train, 
 def test_a_signal_to_all_processes_of_a_run_is_the_parents(tmp_path, number):
     """As from a terminal, or a scheduler that ends a whole job: workers leave it to the parent, and are gone with it."""
     process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run", start_new_session=True)
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import DIGITS, ROOT, SPARSE_SAM, child, rows, same, scalars
+from running import DIGITS, ROOT, SPARSE_SAM, child, rows, same, scalars, wait_for
 
 import main_prune_train
 from utils import engine
@@ -91,6 +91,18 @@ def test_a_good_checkpoint_is_never_exchanged_for_a_damaged_one(train, monkeypat
     assert train("--epochs 3 --resume auto", str(run.directory)).code == 0
 
 
+def test_nor_where_the_good_one_is_named(train, monkeypatch):
+    run = train("--epochs 3")
+    (run.directory / "result.json").unlink()
+    good = (run.directory / "previous.pt").read_bytes()
+    (run.directory / "checkpoint.pt").write_bytes(b"damaged")
+    monkeypatch.setattr(main_prune_train, "fit", lambda *args: None)
+    train(f"--resume {run.directory / 'previous.pt'}", None, short=False)
+    assert (run.directory / "previous.pt").read_bytes() == good
+    assert (run.directory / "damaged.pt").read_bytes() == b"damaged"
+    assert not (run.directory / "checkpoint.pt").exists()
+
+
 def test_what_killed_saves_have_left_is_removed(train):
     run = train("--epochs 1 --lr-scheduler constant")
     (run.directory / ".checkpoint.pt.x.tmp").touch()
@@ -112,16 +124,14 @@ def test_what_changed_while_a_run_began_is_not_overwritten(train, monkeypatch):
 
         monkeypatch.setattr(main_prune_train, "load_dataset", load)
         late = train(f"{flags} --lr 0.2" if "resume" not in flags else flags)
-        assert late.code == 2
+        assert late.code == 75
         assert "another process has written to" in late.err
         assert late.json("args.json")["args"]["lr"] == 0.1
 
 
 def test_workers_of_a_killed_run_do_not_hold_its_directory(tmp_path):
     process = child(f"{DIGITS} --epochs 500 --workers 2", tmp_path / "run")
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         with pytest.raises(OSError, match="unavailable|denied"):

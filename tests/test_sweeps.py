@@ -114,8 +114,24 @@ def test_settings_and_arguments_stay_what_they_are(sweep):
     listed = commands(process)
     assert {command[command.index("--sam-rho") + 1] for command in listed} == {"*", "0.1"}
     assert all(command[command.index("--remark") + 1] == "" for command in listed)
-    bad = sweep("sweep_rho.sh", "--remark", "a\x1f--lr\x1f0.7")
-    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    lines = sweep("sweep_rho.sh", "--dry-run", RHOS="0.1\n0.2", SEEDS="0\n1\n2")
+    assert len(commands(lines)) == 6
+    for arguments, settings in (
+        (["--remark", "a\x1f--lr\x1f0.7"], {}),
+        ([], {"RHOS": "0.1\x1f--lr\x1f0.7"}),
+        ([], {"RHOS": " "}),
+    ):
+        bad = sweep("sweep_rho.sh", "--dry-run", *arguments, **settings)
+        assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+
+
+def test_what_an_earlier_version_began_goes_on(sweep, tmp_path):
+    """Its lists of flags had no separator at their end."""
+    assert sweep("sweep_v2.sh", POISON="0.05").returncode == 1
+    for path in (tmp_path / "out" / ".sweep").glob("*.command"):
+        path.write_text(path.read_text().removesuffix("\x1f"))
+    assert sweep("sweep_v2.sh").returncode == 0
+    assert sweep("sweep_v2.sh", EPOCHS="3").returncode == 2
 
 
 def test_the_table_of_the_paper_has_864_runs(sweep, tmp_path):

@@ -1,6 +1,8 @@
 """Everything a run needs to go on, in one file."""
 
 import contextlib
+import errno
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune import Sparsity
-from utils.errors import UsageError
+from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
 from utils.guard import Guard
 
@@ -95,7 +97,7 @@ def load_newest(path: Path) -> tuple[dict, Path]:
     """load_checkpoint and what it has read: for a damaged checkpoint.pt the one before it, with a warning on stderr."""
     try:
         return load_checkpoint(path), path
-    except UsageError as error:
+    except DamagedError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != NEWEST or not previous.exists():
             raise
@@ -115,24 +117,26 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = load_whole(path)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no checkpoint '{path}'") from error
+        raise DamagedError(f"there is no checkpoint '{path}'") from error
     except IsADirectoryError as error:
         raise UsageError(f"'{path}' is a directory: name the checkpoint in it, '{path / 'checkpoint.pt'}'") from error
-    except PermissionError as error:
-        raise UsageError(f"cannot read '{path}' ({error.strerror})") from error
+    except (OSError, MemoryError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:  # a place in the file that is none
+            raise DamagedError(f"'{path}' is not a whole checkpoint of this program (truncated or damaged)") from error
+        raise UsageError(f"cannot read '{path}' ({getattr(error, 'strerror', 'out of memory')})") from error
     except Exception as error:  # torch.load has no closed list of what damaged and foreign files raise
-        raise UsageError(
+        raise DamagedError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
     if not _is_ours(checkpoint):
-        raise UsageError(
+        raise DamagedError(
             f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt of a run"
         )
     return checkpoint
 
 
 def _is_ours(checkpoint: object) -> bool:
-    """Whether it has the parts that are not checked where they are used."""
+    """Whether it has the parts that are not checked where they are used, of the kinds that they have."""
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         return False
     args, data, state = (checkpoint.get(part) for part in ("args", "data", "state"))
@@ -145,9 +149,9 @@ def _is_ours(checkpoint: object) -> bool:
         and _all(data.get("mean"), numbers)
         and _all(data.get("deviation"), numbers)
         and len(data["mean"]) == len(data["deviation"])
-        and all(
-            isinstance(state.get(name, 0), int) and state.get(name, 0) >= 0 for name in ("step", "progress", "images")
-        )
+        and all(_is_count(state.get(name, 0)) for name in ("step", "progress", "images"))
+        and _is_count(_get(state.get("guard"), "skipped_steps"))
+        and _is_count(_get(state.get("sparsity"), "round"))
         and isinstance(state.get("training_flops"), numbers)
         and _all(rows, dict)
         and all(row.keys() == rows[0].keys() >= COLUMNS and _all(list(row.values()), numbers) for row in rows)
@@ -176,9 +180,22 @@ def _is_part_of_an_epoch(partial: dict) -> bool:
         and sums.dtype == torch.float32
         and sums.ndim == 2
         and sums.shape[1] == 2
-        and all(isinstance(partial.get(name), int | float) for name in ("images", "counted", "seconds"))
+        and _is_count(partial.get("images"))
+        and _is_count(partial.get("counted"))
+        and isinstance(partial.get("seconds"), float)
+        and 0 <= partial["seconds"] < math.inf
         and isinstance(partial.get("meter"), dict)
+        and partial["meter"].keys() == {"counted", "current"}
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**53
+
+
+def _get(holder: object, name: str) -> object:
+    """Of what is no dict, or lacks it, 0: that is refused where it is used, or came before this was kept."""
+    return holder.get(name, 0) if isinstance(holder, dict) else 0
 
 
 def _all(values: object, kind: type | tuple[type, ...]) -> bool:

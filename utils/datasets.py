@@ -41,7 +41,8 @@ def cifar(cls: type, name: str) -> Callable[[Path | None, int | None], Dataset]:
 
     def load(data_dir: Path | None, image_size: int | None) -> Dataset:
         root = data_dir or Path("data")
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
+        if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on
+            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
         splits = []
         for train in (True, False):
             try:
@@ -209,7 +210,7 @@ def _decode_in_threads(paths: list[str], image_size: int | None) -> Iterator[np.
 
 def _load_cached(cache: Path, counts: list[int]) -> list[torch.Tensor] | None:
     try:
-        pixels = load_whole(cache, mmap=True)  # read when looked at: it may be larger than memory
+        pixels = load_whole(cache, mmap=True)  # read piece by piece: it may be larger than memory
         fits = [len(p) for p in pixels] == counts and all(p.dtype == torch.uint8 and p.ndim == 4 for p in pixels)
         return pixels if fits else None
     except Exception:  # absent, or damaged in any way: decode again

@@ -201,8 +201,11 @@ def together() -> bool:
 
 def _end_with_the_launcher() -> None:
     """Have Linux send SIGTERM when torchrun is gone, so that no process trains on without the others."""
+    launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launcher == 1 or os.getppid() != launcher:  # it was gone already
+        signal.raise_signal(signal.SIGTERM)
 
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

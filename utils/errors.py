@@ -14,8 +14,15 @@ class TrainingError(Exception):
     """A run that cannot go on. The message is one sentence; exit code 1."""
 
 
-class Preempted(Exception):
-    """A run that was told to end and did, with a checkpoint. The message is one sentence; exit code 75 (EX_TEMPFAIL)."""
+class DamagedError(UsageError):
+    """A checkpoint that is not there, not whole, or of another program."""
+
+
+class Preempted(BaseException):
+    """A run that is to be launched again, as it was told to end. The message is one sentence; exit code 75 (EX_TEMPFAIL).
+
+    A signal may raise it anywhere, so that nothing that handles errors takes it for one.
+    """
 
 
 @contextmanager

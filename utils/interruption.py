@@ -27,9 +27,9 @@ class Interruption:
     """What SIGTERM, SIGINT and SIGUSR1 do while this is entered: end the run by Preempted.
 
     They do so at once, but for inside `finishing`, where they are noted so that the step at hand can end and be saved. A
-    second signal, a second later or more, does what it would have done without this; torchrun passes on what its processes
-    may have had already, and kills them in the end, so that there it does nothing. Works in the main thread; elsewhere
-    signals stay as they are.
+    second signal, a second later or more, does what it would have done without this. Under torchrun a second signal is
+    ignored: torchrun passes on what its processes may have had already, and kills after 30 seconds. Works in the main
+    thread; elsewhere signals stay as they are.
 
     Attributes:
         signal: the name of what came, or None.

@@ -168,7 +168,8 @@ def settle_output() -> None:
     """Have no word fail for want of an output or of a letter in its encoding."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from prune import METHODS
-from utils.checkpoint import NEWEST, PREVIOUS, load_newest
+from utils.checkpoint import NEWEST, PREVIOUS, load_checkpoint, load_newest
 from utils.cli import check, flag, parse, refuse_impossible, resolve
-from utils.errors import UsageError
+from utils.errors import DamagedError, Preempted, UsageError
 from utils.optim import OPTIMIZERS
 
-# Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics, but for `nonfinite`,
-# which may be what a run goes on with where it would have ended.
+# Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics.
 FREE = {
     "data_dir",
     "test_batch_size",
@@ -32,11 +31,11 @@ FREE = {
     "recalibrate_bn",
     "sharpness",
     "checkpoint_every",
-    "nonfinite",
+    "nonfinite",  # this one does, where a run without it would have ended
 }
 
 # Of those what each process of a run may have for itself.
-OWN = {"data_dir", "output_dir", "device", "no_cuda", "workers", "remark"}
+OWN = {"data_dir", "output_dir", "device", "no_cuda", "workers", "remark", "resume", "pretrained", "sparsity_config"}
 
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
 RESOLVED = ("precision", "compile")
@@ -97,7 +96,19 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Located:
             # The command is that of the run: what it leaves out is meant to have its default.
             args = _resumed(args, set(vars(args)), checkpoint["args"])
     _refuse_taken(directory, args.resume, checkpoint, found)
-    return Located(args, directory, checkpoint, newest if source not in (None, newest) else None, found)
+    damaged = directory / NEWEST if source and NEWEST in found and not _is_whole(directory / NEWEST, source) else None
+    return Located(args, directory, checkpoint, damaged, found)
+
+
+def _is_whole(newest: Path, source: Path) -> bool:
+    """Whether the newest checkpoint is: as the one that a run goes on from, or as one beside it."""
+    if source.name == NEWEST:
+        return True
+    try:
+        load_checkpoint(newest)
+    except DamagedError:
+        return False
+    return True
 
 
 def claim_directory(run: Located, keep_result: bool = False) -> TextIO:
@@ -113,7 +124,8 @@ def claim_directory(run: Located, keep_result: bool = False) -> TextIO:
         An open file: as long as it is, no other process can claim the directory. Forked workers do not hold it.
 
     Raises:
-        UsageError: it cannot be written to, or another process trains in it or has since the run was located.
+        UsageError: it cannot be written to, or another process trains in it.
+        Preempted: another process has trained in it since the run was located.
     """
     directory = run.directory
     try:
@@ -121,16 +133,14 @@ def claim_directory(run: Located, keep_result: bool = False) -> TextIO:
         lock = (directory / ".lock").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _look(directory) != run.found:
-            raise UsageError(
-                f"another process has written to '{directory}' while this one began: launch this one again"
-            )
+            raise Preempted(f"another process has written to '{directory}' while this one began: launch this one again")
         if run.damaged and run.damaged.exists():
             run.damaged.replace(directory / "damaged.pt")
         if not keep_result:
             (directory / "result.json").unlink(missing_ok=True)
         for unfinished in directory.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
-    except (BlockingIOError, PermissionError) as error:  # which of them, POSIX leaves open
+    except (BlockingIOError, PermissionError) as error:  # a lock that is held raises either
         if error.filename:
             raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
         raise UsageError(
@@ -165,7 +175,7 @@ def _refuse_taken(directory: Path, resume: str | None, checkpoint: dict | None, 
 
 
 def _look(directory: Path) -> dict[str, tuple]:
-    """Which files of a run are in a directory; each is another when it is written again."""
+    """Which files of a run are in a directory, each with what tells one version of it from the next."""
     found = {}
     for name in ("result.json", NEWEST, PREVIOUS, "best.pt", "metrics.csv", "args.json"):
         try:
