@@ -2,20 +2,19 @@
 
 import contextlib
 import errno
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prune import Sparsity
+from utils.checkpoint_schema import FORMAT, is_checkpoint
 from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
 from utils.guard import Guard
 
-FORMAT = "sam-sparse-training/2"
 NEWEST, PREVIOUS = "checkpoint.pt", "previous.pt"
 
 
@@ -128,75 +127,8 @@ def load_checkpoint(path: Path) -> dict:
         raise DamagedError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
-    if not _is_ours(checkpoint):
+    if not is_checkpoint(checkpoint):
         raise DamagedError(
             f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt of a run"
         )
     return checkpoint
-
-
-def _is_ours(checkpoint: object) -> bool:
-    """Whether it has the parts that are not checked where they are used, of the kinds that they have."""
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        return False
-    args, data, state = (checkpoint.get(part) for part in ("args", "data", "state"))
-    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in (args, data, state)):
-        return False
-    numbers, rows, partial = (int, float), state.get("rows"), state.get("partial", {})
-    return (
-        _all(data.get("classes"), str)
-        and isinstance(data.get("fingerprint"), str)
-        and _all(data.get("mean"), numbers)
-        and _all(data.get("deviation"), numbers)
-        and len(data["mean"]) == len(data["deviation"])
-        and all(_is_count(state.get(name, 0)) for name in ("step", "progress", "images"))
-        and _is_count(_get(state.get("guard"), "skipped_steps"))
-        and _is_count(_get(state.get("sparsity"), "round"))
-        and isinstance(state.get("training_flops"), numbers)
-        and _all(rows, dict)
-        and all(row.keys() == rows[0].keys() >= COLUMNS and _all(list(row.values()), numbers) for row in rows)
-        and isinstance(partial, dict)
-        and (not partial or _is_part_of_an_epoch(partial))
-    )
-
-
-COLUMNS = {
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_top1",
-    "test_loss",
-    "test_top1",
-    "sparsity",
-    "images_per_second",
-    "seconds",
-}
-
-
-def _is_part_of_an_epoch(partial: dict) -> bool:
-    sums = partial.get("sums")
-    return (
-        isinstance(sums, Tensor)
-        and sums.dtype == torch.float32
-        and sums.ndim == 2
-        and sums.shape[1] == 2
-        and _is_count(partial.get("images"))
-        and _is_count(partial.get("counted"))
-        and isinstance(partial.get("seconds"), float)
-        and 0 <= partial["seconds"] < math.inf
-        and isinstance(partial.get("meter"), dict)
-        and partial["meter"].keys() == {"counted", "current"}
-    )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**53
-
-
-def _get(holder: object, name: str) -> object:
-    """Of what is no dict, or lacks it, 0: that is refused where it is used, or came before this was kept."""
-    return holder.get(name, 0) if isinstance(holder, dict) else 0
-
-
-def _all(values: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)

@@ -19,13 +19,5 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
         return {str(name).removesuffix(".weight"): float(value) for name, value in ratios.items()}
     except OSError as error:
         raise UsageError(f"cannot read '{path}' ({error.strerror})") from error
-    except (
-        yaml.YAMLError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"'{path}' is not a file of 'prune_ratios: {{layer: sparsity}}' in YAML") from error
