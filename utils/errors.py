@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: the script prints them as one sentence, without a traceback."""
 
+import contextlib
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,21 +31,28 @@ class Preempted(BaseException):
 def run_errors() -> Iterator[None]:
     """Turn into TrainingErrors what is not the program's fault: a full disk, a directory that is gone, a dead worker."""
     try:
-        yield
-    except BrokenPipeError:  # of the output, not of files
-        raise
-    except ConnectionError as error:  # of a worker
-        raise TrainingError(DEAD_WORKER) from error
-    except OSError as error:
-        place = f"'{error.filename}' " if error.filename else ""
-        raise TrainingError(
-            f"cannot read or write {place}any more ({error.strerror or error}): mend that and go on by --resume auto; what was "
-            "written before is whole"
-        ) from error
+        try:
+            yield
+        except BrokenPipeError:  # of the output, not of files
+            raise
+        except ConnectionError as error:  # of a worker
+            raise _dead_worker() from error
+        except OSError as error:
+            place = f"'{error.filename}' " if error.filename else ""
+            raise TrainingError(
+                f"cannot read or write {place}any more ({error.strerror or error}): mend that and go on by --resume auto; what "
+                "was written before is whole"
+            ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # torch raises it wherever the parent is when it learns of it
             raise
-        raise TrainingError(DEAD_WORKER) from error
+        raise _dead_worker() from error
+
+
+def _dead_worker() -> TrainingError:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise again, in the middle of what is said
+    return TrainingError(DEAD_WORKER)
 
 
 DEAD_WORKER = (

