@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from utils.record import git_revision, versions
 
 DYNAMIC = [name for name, method in METHODS.items() if method.update]
 ROOT = Path(__file__).parent.parent
+STEP_FLOPS, STEPS = 3e10, 62_560  # what `auto` is resolved for: ResNet-20, 160 epochs of CIFAR-10
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,17 @@ def whole_steps(report: Report, setting: Setting) -> None:
     mask_updates(report, setting, images, step)
 
 
+def alternatives(setting: Setting) -> list[Execution]:
+    """Each precision, compiled and not, as a run would execute it, and the chosen one without its graph if it has one."""
+    precisions = PRECISIONS if setting.device.type == "cuda" else ("fp32", "bf16")  # fp16 is not for CPUs
+    named = [choose(p, c, setting.device, STEP_FLOPS, STEPS) for p in precisions for c in ("off", "on")]
+    return list(dict.fromkeys([*named, setting.execution, replace(setting.execution, graphed=False)]))
+
+
 def executions(report: Report, setting: Setting) -> None:
-    """Each precision, compiled and not, and whether the one chosen is the fastest in its precision, which accuracy decides."""
+    """The alternatives, and whether the one chosen is the fastest in its precision, which accuracy decides."""
     images = random_images(max(2, setting.steps // 8) * BATCH)
-    choices = [Execution(precision, compiled) for precision in PRECISIONS for compiled in (False, True)]
+    choices = alternatives(setting)
     loops = {choice: Loop(setting.device, choice, images, setting.scratch / str(choice)) for choice in choices}
     seconds = measure(3, {str(choice): loop.run for choice, loop in loops.items()}, setting.device)
     for name, samples in seconds.items():
@@ -337,25 +345,25 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--output: there is no directory '{args.output.parent}'")
     try:
         device = pick_device(args.device)
-        # As for a long run: by what 160 epochs of CIFAR-10 come to.
-        execution = choose(args.precision, args.compile, device, step_flops=3e10, steps=62_560)
+        execution = choose(args.precision, args.compile, device, STEP_FLOPS, STEPS)
     except UsageError as error:
         parser.error(str(error))
     use_deterministic_kernels(False)
     keep_freed_memory()
     steps = args.steps or (400 if device.type == "cuda" else 20)
     report = Report()
+    about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),
+             "execution": str(execution), "versions": versions(), "git": git_revision()}  # fmt: skip
     print(f"ResNet-20, batch {BATCH}, {device_name(device)}, {execution}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(device, execution, steps, args.turns, Path(scratch))
         for name in args.parts:
             PARTS[name](report, setting)
             gc.collect()
+            # After each part, for whoever has not the time for all.
+            result = about | {"figures": report.figures, "targets": report.targets}
+            write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
     report.show_targets()
-    about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),
-             "execution": str(execution), "versions": versions(), "git": git_revision()}  # fmt: skip
-    result = about | {"figures": report.figures, "targets": report.targets}
-    write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
     print(f"\n{args.output}")
     return 0
 

@@ -12,6 +12,7 @@ from utils.checkpoint import TrainState
 from utils.data import Images, channel_statistics
 from utils.engine import Recipe, build_objective, evaluate, train_epoch, update_weights
 from utils.flops import FlopsMeter, count_flops
+from utils.guard import Guard
 from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from utils.optim import build_optimizer, perturbation_of, state_holders
 from utils.precision import Execution
@@ -57,7 +58,8 @@ class Loop:
         augmentation = Augmentation(len(images), BATCH, seed=0, pad=4, flip=True)
         self.loader = TrainLoader(images, augmentation, CLASSES, normalize, device, 0, execution)
         self.sparsity.before_training(self.loader.sample)
-        self.state = TrainState(self.model, self.optimizer, self.sparsity)
+        guard = Guard(self.model, execution.precision == "fp16", device=device.type)
+        self.state = TrainState(self.model, self.optimizer, self.sparsity, guard)
         self.perturbation = perturbation_of(self.optimizer, self.model, self.sparsity)
         self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.sparsity, self.perturbation.passes)
         self.objective, self.execution = build_objective(self.model, execution, BATCH), execution

@@ -2,15 +2,17 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from analysis.baseline import PerTensorSAM
-from analysis.benchmark import main
+from analysis.benchmark import STEP_FLOPS, STEPS, Setting, alternatives, main
 from analysis.report import Report, measure
 from sam import SAM
+from utils import precision
 
 
 def test_the_usual_sam_of_the_baseline_trains_like_ours():
@@ -52,6 +54,22 @@ def test_a_report_has_medians_quartiles_and_whether_targets_are_met(capsys):
     report.show_targets()
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["small: 1.5, not met", "large: 3.2, met"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("named", ["fp32", "bf16"])
+def test_what_is_chosen_is_compared_with_every_other_way(tmp_path, monkeypatch, device, named):
+    monkeypatch.setattr(precision, "what_compilation_lacks", lambda device: None)  # as on a machine with that device
+    device = torch.device(device)
+    chosen = precision.choose(named, "auto", device, STEP_FLOPS, STEPS)
+    compared = alternatives(Setting(device, chosen, 1, 1, tmp_path))
+    assert chosen in compared
+    assert chosen.graphed == (device.type == "cuda")
+    assert replace(chosen, graphed=False) in compared
+    assert any(execution.precision == "fp16" for execution in compared) == (device.type == "cuda")
+    alike = {(e.compiled, e.graphed) for e in compared if e.precision == named}
+    assert alike >= {(False, chosen.graphed), (True, chosen.graphed)}
+    assert len(set(map(str, compared))) == len(compared)  # figures go by name
 
 
 @pytest.mark.parametrize(
