@@ -42,6 +42,10 @@ ROOT = Path(__file__).parent.parent
         ("--adaptive --optmzr adam", "--adaptive has no effect with --optmzr adam"),
         ("--sam-rho 0.1", "--sam-rho has no effect with --optmzr sgd"),
         ("--optmzr sgd-sam --sam-rho -1", "argument --sam-rho: has to be a number at least 0, not '-1'"),
+        (
+            "--optmzr sgd-sam --sam-rho 1e30",
+            "argument --sam-rho: has to be a number at least 0 and below 2^63, not '1e30'",
+        ),
         ("--optmzr sgd-sam --sam-rho inf", "argument --sam-rho"),
         ("--optmzr adam --momentum 0.8", "--momentum has no effect with --optmzr adam"),
         ("--optmzr adamw-sam --nesterov", "--nesterov has no effect with --optmzr adamw-sam"),

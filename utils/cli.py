@@ -473,7 +473,8 @@ def number(
         )
         if not fits:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"has to be {what} {bounds}, not '{text}'")
+            too_large = " and below 2^63" if value == math.inf else ""
+            raise argparse.ArgumentTypeError(f"has to be {what} {bounds}{too_large}, not '{text}'")
         return value
 
     return convert
