@@ -292,7 +292,7 @@ def test_a_signal_while_the_first_process_saves_waits_until_they_ask_each_other_
         def save(path, state, **rest):
             original(path, state=state, **rest)
             if state.progress == 12:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
         main_prune_train.save_checkpoint = save
 
@@ -326,7 +326,7 @@ def ends_after(steps):
 
         def step(state, *rest):
             if state.progress == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return original(state, *rest)
 
         engine.train_step = step
@@ -389,7 +389,7 @@ def test_a_signal_to_one_ends_all_and_they_go_on_in_another_number(tmp_path):
 
         def step(state, *rest):
             if rank and state.progress == 13:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return original(state, *rest)
 
         engine.train_step = step

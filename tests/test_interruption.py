@@ -23,7 +23,7 @@ def send(monkeypatch):
 
         def step(state, *rest):
             if state.progress == at:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return original(state, *rest)
 
         monkeypatch.setattr(engine, "train_step", step)
@@ -73,7 +73,7 @@ def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
 
     def slow(self):
         if self.progress:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return save(self)
 
     monkeypatch.setattr(TrainState, "state_dict", slow)
@@ -86,8 +86,8 @@ def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
 
     def step(state, *rest):
         if state.progress == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return original(state, *rest)
 
     monkeypatch.setattr(engine, "train_step", step)
@@ -102,7 +102,7 @@ def test_a_signal_just_after_an_epoch_has_its_checkpoint_too(train, monkeypatch)
     def row(self, state):
         original(self, state)
         if len(state.rows) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Record, "row", row)
     ended = train("--epochs 8 --checkpoint-every 5")
@@ -113,7 +113,7 @@ def test_a_signal_just_after_an_epoch_has_its_checkpoint_too(train, monkeypatch)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(train, monkeypatch, number):
     def load(*args):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(main_prune_train, "load_dataset", load)
     ended = train("--epochs 2")
@@ -128,7 +128,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_damage(train, monkeypatch):
     original = zipfile.ZipFile.testzip
 
     def test(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return original(self)
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", test)
