@@ -73,7 +73,7 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
         args.precision, "off" if ranks.synchronised else args.compile, device,
-        perturbation.passes * args.batch_size * flops.train(dict.fromkeys(flops.forward, 1.0)), total_steps,
+        perturbation.passes * args.batch_size * flops.dense_training, total_steps,
         args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip" or ranks.world > 1,
     )  # fmt: skip
     if ranks.synchronised:
@@ -149,7 +149,7 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
 
     with interruption.finishing():
         fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
-    result = summarize(state, meter, runs.plain(args))
+    result = summarize(state, meter, runs.plain(args), args.epochs * len(dataset.train))
     result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
     if closer_look(args.recalibrate_bn, args.sharpness) and ranks.any(interruption.signal is not None, device):
         raise Preempted("ended by a signal after the last step: --resume auto looks at the network more closely")

@@ -144,7 +144,7 @@ def share_of_peak(report: Report, setting: Setting, loop: Loop, step: float) -> 
     matrix = torch.randn(size, size, device=device, dtype=dtype[setting.execution.precision])
     seconds = median(measure(50, {"product": lambda: matrix @ matrix}, device)["product"])
     peak = report.add(f"product of two {size} x {size} matrices", 2e-9 * size**3 / seconds, "GFLOP/s")
-    flops = loop.meter.flops.train(dict.fromkeys(loop.meter.flops.forward, 1.0))
+    flops = loop.meter.flops.dense_training
     attained = report.add("a step of SAM.v2", 1e-9 * BATCH * flops / step, "GFLOP/s")
     report.add("a step of SAM.v2 / matrix product", attained / peak, "")
     with torch.profiler.profile(acc_events=True) as profile:

@@ -140,6 +140,20 @@ def test_one_step_sam_is_not_its_base_optimizer(train):
         same(sam.checkpoint()["state"]["model"], plain.checkpoint()["state"]["model"])
 
 
+@pytest.mark.parametrize("method", ["gmp --sparsity 0.98", "lth --sparsity 0.9 --lth-rounds 2"])
+def test_no_epoch_of_a_denser_network_is_the_best(train, method):
+    run = train(f"--epochs 6 --val-split 300 --optmzr sgd --prune-method {method}")
+    table, result = rows(run.directory), run.json("result.json")
+    sparse = [row for row in table if row["sparsity"] == table[-1]["sparsity"]]
+    assert 1 < len(sparse) < len(table)
+    assert max(float(row["val_top1"]) for row in table) > max(float(row["val_top1"]) for row in sparse)  # else no trap
+    best = max(sparse, key=lambda row: float(row["val_top1"]))
+    assert (result["best_epoch"], result["best_test_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
+    assert result["max_over_epochs_test_top1"] == max(float(row["test_top1"]) for row in sparse)
+    kept = run.checkpoint("best.pt")["state"]
+    assert len(kept["rows"]) == result["best_epoch"]
+
+
 def test_the_best_epoch_is_chosen_on_held_out_images(train):
     run = train(f"{SPARSE_SAM} --epochs 5 --val-split 300 --lr 0.02")
     table = rows(run.directory)
@@ -303,6 +317,20 @@ def test_lottery_tickets_run_all_rounds_in_one_command(train):
     assert run.out.count("epoch ") == 6
     assert [round(float(row["sparsity"]), 3) for row in rows(run.directory)] == [0, 0, 0.5, 0.5, 0.75, 0.75]
     assert "epoch 6/6" in run.out
+
+
+def test_training_flops_compare_with_one_dense_training_without_sam(train):
+    flags = {
+        "sgd": "--optmzr sgd",
+        "sam": "--optmzr sgd-sam",
+        "rounds": "--optmzr sgd --prune-method lth --lth-rounds 1 --sparsity 0.5 --sparsity-distribution uniform",
+    }
+    results = {name: train(f"--epochs 1 {flag}", name).json("result.json") for name, flag in flags.items()}
+    dense = {result["dense_training_flops"] for result in results.values()}
+    assert dense == {results["sgd"]["training_flops"]}
+    ratio = {name: result["training_flops"] / result["dense_training_flops"] for name, result in results.items()}
+    assert ratio["sam"] == 2
+    assert ratio["rounds"] == pytest.approx(1.5, abs=0.01)
 
 
 def test_oneshot_prunes_what_was_trained(train):

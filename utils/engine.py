@@ -319,8 +319,14 @@ def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution, ranks: 
 
 
 def is_best(rows: list[dict]) -> bool:
-    """Whether the last epoch is the best so far on held-out images, if there are any."""
-    return "val_top1" in rows[-1] and rows[-1]["val_top1"] > max((row["val_top1"] for row in rows[:-1]), default=-1)
+    """Whether the last epoch is the best so far on held-out images, if there are any.
+
+    A sparser network is better than a denser one, whatever that reached: the target is what a run is for.
+    """
+    if "val_top1" not in rows[-1]:
+        return False
+    *earlier, last = ((row["sparsity"], row["val_top1"]) for row in rows)
+    return all(last > row for row in earlier)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -23,13 +23,17 @@ class Flops:
     Attributes:
         forward: of each prunable layer.
         training: forward and backward of each prunable layer.
-        other_forward, other_training: of everything else, whatever the masks (attention products).
+        other_forward: of everything else, whatever the masks (attention products).
     """
 
     forward: dict[str, int]
     training: dict[str, int]
     other_forward: int
-    other_training: int
+
+    @property
+    def dense_training(self) -> float:
+        """Forward and backward pass of the dense network."""
+        return self.train(dict.fromkeys(self.forward, 1.0))
 
     def inference(self, density: dict[str, float]) -> float:
         """Forward pass with layers at these densities."""
@@ -37,7 +41,8 @@ class Flops:
 
     def train(self, density: dict[str, float], dense_gradients: bool = False) -> float:
         """Forward and backward pass; `dense_gradients`: of dead weights too, as growing by gradient needs them."""
-        total = self.other_training + sum(density[name] * count for name, count in self.training.items())
+        # A product of two activations has two gradients, each as much work as the product.
+        total = 3 * self.other_forward + sum(density[name] * count for name, count in self.training.items())
         if dense_gradients:
             total += sum((1 - density[name]) * count for name, count in self.forward.items())  # as many as forward
         return total
@@ -69,20 +74,13 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int], smallest_ba
         ) from error
     images = torch.zeros(2, *image_shape, device="meta")  # batch norm in training wants more than one value
     with FlopCounterMode(display=False) as counter:
-        out = shadow(images)
+        shadow(images)
         by_module = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        total_forward = counter.get_total_flops()
-        out.sum().backward()
         total = counter.get_total_flops()
-    # Only the forward pass by layer: of the backward pass the counter gives the sum, but not each layer's part.
+    # Only the forward pass is counted: backward the counter takes a grouped convolution for a whole one.
     forward = {name: by_module[name] // len(images) for name in passes}
     training = {name: passes[name] * count for name, count in forward.items()}
-    return Flops(
-        forward,
-        training,
-        total_forward // len(images) - sum(forward.values()),
-        total // len(images) - sum(training.values()),
-    )
+    return Flops(forward, training, total // len(images) - sum(forward.values()))
 
 
 class FlopsMeter:

@@ -172,29 +172,34 @@ def settle_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def summarize(state: TrainState, meter: FlopsMeter, args: dict) -> dict:
+def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
     """What result.json holds.
 
     The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
     held-out images (the last epoch where none are held out); `max_over_epochs_test_top1` was picked on the test images
-    and is no estimate of anything.
+    and is no estimate of anything. Both are of epochs with the sparsity of the last: a denser network is another one.
+
+    Args:
+        schedule_images: images of one schedule. `dense_training_flops` is what it would take to train the dense network on
+            them with one pass a step, without pruning in rounds.
     """
     rows, last = state.rows, state.rows[-1]
-    best = max(rows, key=lambda row: row["val_top1"]) if "val_top1" in last else last
+    alike = [row for row in rows if row["sparsity"] == last["sparsity"]]
+    best = max(alike, key=lambda row: row["val_top1"]) if "val_top1" in last else last
     density = state.sparsity.masks.density()
     return {
         "test_top1": last["test_top1"],
         "test_loss": last["test_loss"],
         "best_test_top1": best["test_top1"],
         "best_epoch": best["epoch"],
-        "max_over_epochs_test_top1": max(row["test_top1"] for row in rows),
+        "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),
         "sparsity": last["sparsity"],
         "ever_alive": state.sparsity.ever_alive_share(),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
         "inference_flops": meter.flops.inference(density),
         "training_flops": state.training_flops,
-        "dense_training_flops": state.images * meter.passes * meter.flops.train(dict.fromkeys(density, 1.0)),
+        "dense_training_flops": schedule_images * meter.flops.dense_training,
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "skipped_steps": state.guard.skipped_steps,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune.masks import Masks, prunable_weights
+from prune.masks import Masks
 from utils.data import Dataset
 from utils.flops import count_flops
 from utils.landscape import Landscape, fixed_images, living
@@ -224,7 +224,7 @@ def _execution(
     if compilation == "auto":
         a_space = 4 * settings.top + settings.trace_samples  # products, at least
         products = len(settings.splits) * len(settings.spaces) * a_space
-        flops = 2 * count_flops(model, dataset.image_shape).train(dict.fromkeys(prunable_weights(model), 1.0))
+        flops = 2 * count_flops(model, dataset.image_shape).dense_training
         saved = SAVED_BY_COMPILATION * products * settings.images * flops
         worthwhile = device.type == "cpu" and saved > COMPILATION["cpu", "fp32"][0]  # on CUDA nobody has measured it
         compilation = "on" if worthwhile and not what_compilation_lacks(device) else "off"

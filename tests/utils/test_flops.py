@@ -38,11 +38,32 @@ def test_counts_by_hand():
     expected = {"0": 2 * 64 * 8 * 27, "3": 2 * 9 * 4 * 72, "5": 2 * 360}
     assert flops.forward == expected
     assert flops.training == {"0": 2 * expected["0"], "3": 3 * expected["3"], "5": 3 * expected["5"]}
-    assert (flops.other_forward, flops.other_training) == (0, 0)
+    assert flops.other_forward == 0
+    assert flops.dense_training == sum(flops.training.values())
     half = {"0": 1.0, "3": 0.5, "5": 0.5}
     assert flops.inference(half) == expected["0"] + (expected["3"] + expected["5"]) / 2
     assert flops.train(half) == 2 * expected["0"] + 1.5 * (expected["3"] + expected["5"])
     assert flops.train(half, dense_gradients=True) == 2 * expected["0"] + 2 * (expected["3"] + expected["5"])
+
+
+def test_depthwise_convolutions_and_attention_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    flops = count_flops(model, (3, 4, 4))
+    assert flops.forward == {"0": 2 * 16 * 8 * 3, "1": 2 * 16 * 8 * 9}
+    assert flops.dense_training == 2 * flops.forward["0"] + 3 * flops.forward["1"]
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, x):  # [batch, 5 tokens, 4 channels]
+            q = self.project(x)[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    flops = count_flops(Attention(), (5, 4))
+    assert flops.other_forward == 2 * (2 * 5 * 5 * 4)
+    assert flops.dense_training == 2 * flops.forward["project"] + 3 * flops.other_forward
 
 
 def test_a_meter_follows_the_masks_and_the_passes():
