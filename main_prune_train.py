@@ -127,7 +127,8 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     record = Record(
         directory, runs.plain(args), device_name(device), state.rows, state.progress,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
-        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch), writes=ranks.first,
+        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch),
+        about={"images": about_data["fingerprint"], "processes": ranks.world}, writes=ranks.first,
     )  # fmt: skip
     record.say(
         f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}, {execution}"

@@ -1,8 +1,8 @@
 """The paper's CIFAR table from the runs of scripts/reproduce_cifar.sh: python -m analysis.paper_table DIR... > RESULTS.md.
 
 A page in Markdown: where the figures come from, then for each network and data set a row for every sparsity and optimizer
-and a column for every method. A cell is the mean of the last epoch's test accuracy ± its standard deviation over the
-finished runs, with their number; it is empty where nothing has finished.
+and a column for every method: the paper's, and what else there is. A cell is the mean of the last epoch's test accuracy ±
+its standard deviation over the finished runs, with their number; it is empty where nothing has finished.
 """
 
 import argparse
@@ -11,36 +11,48 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.results import METRIC, read_runs
+from analysis.results import METRIC, read_runs, varying
 
 METHODS = ("snip", "grasp", "synflow", "random", "set", "rigl", "mest", "lth")
 OPTIMIZERS = ("sgd", "sgd SAM", "sgd SAM.v2")
 SPARSITIES = (0.9, 0.95, 0.98)
 
 
-def cell(accuracy: pd.Series) -> str:
-    if accuracy.empty:
+def cell(runs: pd.DataFrame) -> str:
+    """Raises ValueError where runs differ in more than the seed."""
+    if runs.empty:
         return ""
+    if differing := varying(runs):
+        raise ValueError(
+            f"runs of one cell ({', '.join(str(d) for d in runs['directory'][:2])}) differ in {', '.join(differing)}: name "
+            "directories with one value"
+        )
+    accuracy = runs[METRIC]
     deviation = f" ± {accuracy.std():.2f}" if len(accuracy) > 1 else ""
     return f"{accuracy.mean():.2f}{deviation} ({len(accuracy)})"
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
     """Of the finished runs of one network on one data set."""
+    methods = _with_others(METHODS, runs["--prune_method"])
     rows = []
-    for sparsity in SPARSITIES:
-        for optimizer in OPTIMIZERS:
-            chosen = runs[(runs["--sparsity"] == sparsity) & (runs["optimizer"] == optimizer)]
-            cells = {method: cell(chosen.loc[chosen["--prune_method"] == method, METRIC]) for method in METHODS}
+    for sparsity in sorted(_with_others(SPARSITIES, runs["--sparsity"].fillna(0.0))):
+        for optimizer in _with_others(OPTIMIZERS, runs["optimizer"]):
+            chosen = runs[(runs["--sparsity"].fillna(0.0) == sparsity) & (runs["optimizer"] == optimizer)]
+            cells = {method: cell(chosen[chosen["--prune_method"] == method]) for method in methods}
             rows.append({"sparsity": f"{sparsity:g}", "optimizer": optimizer.removeprefix("sgd ")} | cells)
     return pd.DataFrame(rows)
+
+
+def _with_others(known: tuple, found: pd.Series) -> list:
+    return [*known, *sorted(set(found) - set(known))]
 
 
 def page(runs: pd.DataFrame) -> str:
     """The whole page.
 
     Raises:
-        ValueError: runs of several lengths, which no cell may mix.
+        ValueError: runs of several lengths, or of one cell that differ in more than the seed.
     """
     known = runs[runs["optimizer"].notna()]
     lengths = sorted(known["--epochs"].unique())

@@ -100,7 +100,7 @@ def run(args: Namespace) -> None:
 def table_rows(name: str, trained: Trained, results: dict) -> list[dict]:
     """A row for each split and space: what the printed tables show."""
     rows, args = [], trained.args
-    studied = {k: v for k, v in plain(args).items() if k not in FREE | {"seed", "compile"}}
+    studied = {k: v for k, v in plain(args).items() if k not in FREE | {"seed", "compile"}} | {"images": trained.images}
     for split in results["settings"]["splits"]:
         for space in results["settings"]["spaces"]:
             figures = results[split][space]

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from analysis import plots
-from analysis.results import METRIC, read_runs, varying_flags
+from analysis.results import METRIC, read_runs, varying
 from utils.files import write_text_atomically
 
 RHO = "--sam_rho"
@@ -24,14 +24,14 @@ def summary(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     """A row for each combination of optimizer and settings.
 
     Returns:
-        The settings' columns, `mean` and `std` (percent; of one run there is no std), `runs` in them, `unfinished` ones
-        beside them, and `best`: whether no other optimizer or rho with the same other settings has a higher mean.
+        The settings' columns, `mean` and `std` (percent; of one run there is no std), `runs` in them, incomplete and
+        failed ones beside them as `unfinished`, and `best`: whether no other optimizer or rho with the same other settings has a higher mean.
     """
     finished = runs["state"] == "finished"
     columns = ["optimizer", *settings]
     groups = runs.assign(value=runs[METRIC].where(finished)).groupby(columns, dropna=False, sort=True)
     table = groups["value"].agg(["mean", "std", "count"]).rename(columns={"count": "runs"})
-    table["unfinished"] = groups["state"].agg(lambda states: int((states != "finished").sum()))
+    table["unfinished"] = groups["state"].agg(lambda states: int(states.isin(["incomplete", "failed"]).sum()))
     table = table.reset_index()
     rivals = [name for name in settings if name != RHO]
     highest = table.groupby(rivals, dropna=False)["mean"].transform("max") if rivals else table["mean"].max()
@@ -117,6 +117,8 @@ def markdown(runs: pd.DataFrame, settings: list[str]) -> str:
     )
     parts = [f"{len(runs)} runs: {counts}."]
     parts.append(readable(summary(known, settings)).to_markdown(index=False, disable_numparse=True))
+    if RHO in settings:
+        parts.append("In bold the highest mean of a setting; a rho that it chooses is chosen on the test images.")
     pairs = paired(known, settings)
     if not pairs.empty:
         parts.append("In pairs of the same seed and settings, minus the base optimizer without SAM:")
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if METRIC not in runs:
         parser.error(f"none of the {len(runs)} runs has finished: launch the sweep again to finish it")
-    settings = varying_flags(runs)
+    settings = varying(runs)
     output = args.output or args.directories[0] / "summary"
     try:
         output.mkdir(parents=True, exist_ok=True)

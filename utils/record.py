@@ -39,6 +39,7 @@ class Record:
         progress: steps that are finished already; later events of an earlier process are void.
         loss_label: what the training loss is, where that is shown.
         total_epochs: of all rounds.
+        about: what args.json is to hold beside the flags.
         writes: False in all processes but the first, where nothing is written or shown.
     """
 
@@ -51,6 +52,7 @@ class Record:
         progress: int,
         loss_label: str,
         total_epochs: int,
+        about: dict | None = None,
         writes: bool = True,
     ):
         self.writes = writes
@@ -61,8 +63,8 @@ class Record:
         self._awaits_first_step = True
         if not writes:
             return
-        about = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
-        write_text_atomically(directory / "args.json", json.dumps(about, indent=2) + "\n")
+        known = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
+        write_text_atomically(directory / "args.json", json.dumps(known | (about or {}), indent=2) + "\n")
         threading.excepthook = _quiet_writer
         self.writer = SummaryWriter(directory, purge_step=progress + 1)
         if rows:

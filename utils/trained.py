@@ -27,7 +27,8 @@ class Trained:
         dataset: training images split as the run split them.
         normalize: with the figures of the run's training images, whatever `dataset` holds.
         epochs: finished ones.
-        same_images: whether `dataset` is what the run was trained on, by content.
+        images: fingerprint of what the run was trained on.
+        same_images: whether `dataset` is that.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Trained:
     dataset: Dataset
     normalize: Normalize
     epochs: int
+    images: str
     same_images: bool
 
     def training_inputs(self, device: torch.device) -> Iterator[Tensor]:
@@ -64,7 +66,8 @@ def open_trained(args: Namespace, given: set[str], device: torch.device) -> Trai
     data = checkpoint["data"]
     return Trained(
         model, sparsity, args, dataset, Normalize(data["mean"], data["deviation"], device),
-        epochs=len(checkpoint["state"]["rows"]), same_images=fingerprint(dataset) == data["fingerprint"],
+        epochs=len(checkpoint["state"]["rows"]), images=data["fingerprint"],
+        same_images=fingerprint(dataset) == data["fingerprint"],
     )  # fmt: skip
 
 

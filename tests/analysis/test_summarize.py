@@ -23,11 +23,12 @@ SAM = {"optmzr": "sgd-sam", "sam_v2": True, "sam_rho": 0.05}
 def study(tmp_path):
     """study(accuracy, flag=value, ...) leaves a run; without an accuracy one that did not finish."""
 
-    def add(accuracy, **flags):
+    def add(accuracy, images=None, processes=1, **flags):
         directory = tmp_path / "study" / f"run{len(list(tmp_path.glob('study/*')))}"
         directory.mkdir(parents=True)
         args = FLAGS | flags | {"output_dir": str(directory)}
-        (directory / "args.json").write_text(json.dumps({"args": args, "git": "abc123", "device": "cuda:0"}))
+        about = {"args": args, "git": "abc123", "device": "cuda:0", "images": images, "processes": processes}
+        (directory / "args.json").write_text(json.dumps(about))
         rows = [accuracy / 2, accuracy] if accuracy else [50.0]
         lines = "".join(f"{epoch},{value}\n" for epoch, value in enumerate(rows, 1))
         (directory / "metrics.csv").write_text("epoch,test_top1\n" + lines)
@@ -97,6 +98,33 @@ def test_adaptive_and_two_step_arms_are_lines_of_their_own(study, capsys):
             study(81.0, **SAM | {"sam_v2": v2, "adaptive": adaptive})
     names = {row["optimizer"] for row in summarize(study.root, capsys)[1]["summary"]}
     assert names == {"sgd", "sgd SAM", "sgd SAM.v2", "sgd ASAM", "sgd ASAM.v2"}
+
+
+def test_local_perturbations_are_an_optimizer_of_their_own(study, capsys):
+    for seed in range(2):
+        study(80.0 + seed, seed=seed)
+        study(81.0 + seed, seed=seed, **SAM | {"sam_v2": False})
+        study(82.0 + seed, seed=seed, **SAM | {"sam_v2": False, "sam_local": True})
+    _, tables = summarize(study.root, capsys)
+    assert {row["optimizer"]: row["pairs"] for row in tables["paired"]} == {"sgd SAM": "2", "sgd SAM local": "2"}
+    assert [row["best"] for row in tables["summary"]] == ["False", "False", "True"]
+
+
+def test_runs_on_other_images_or_in_other_processes_are_never_mixed(study, capsys):
+    folder = {"dataset": "folder", "data_dir": "/data"}
+    study(90.0, images="a" * 40, **folder)
+    study(10.0, images="b" * 40, **folder)  # the folder was filled anew
+    study(90.0, images="a" * 40, dataset="folder", data_dir="/moved")  # the same run once more
+    study(80.0, images="a" * 40, processes=4, **folder)
+    out, tables = summarize(study.root, capsys)
+    assert "4 runs: 3 finished, 1 repeated." in out
+    lines = {(row["data"], row["processes"]): float(row["mean"]) for row in tables["summary"]}
+    assert lines == {
+        ("folder (/data)", "1"): 90.0,
+        ("folder (/data) bbbbbbbb", "1"): 10.0,
+        ("folder (/data)", "4"): 80.0,
+    }
+    assert all(row["unfinished"] == "0" for row in tables["summary"])
 
 
 def test_what_did_not_finish_is_shown_and_in_no_mean(study, capsys):
@@ -174,7 +202,18 @@ def test_the_papers_table_names_its_source_and_leaves_cells_empty(study, capsys)
     assert "91.00 ± 1.41 (2)" in cells
     assert not any("70.00" in text for text in cells)
     assert second.count("(1)") == second.count("70.00") == 1
-    study(80.0, epochs=10)
+    study(60.0, prune_method="gmp", sparsity=0.8)
+    assert paper_table.main([str(study.root)]) == 0
+    assert capsys.readouterr().out.count("60.00 (1)") == 1  # beyond the paper's methods and sparsities
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"epochs": 10}, "one length"), ({"sam_rho": 0.5}, "differ in --sam_rho"), ({"lr": 9.0}, "differ in --lr")],
+)
+def test_no_cell_of_the_papers_table_mixes_runs(study, flags, words, capsys):
+    study(90.0, **SAM)
+    study(80.0, seed=1, **SAM | flags)
     with pytest.raises(SystemExit):
         paper_table.main([str(study.root)])
-    assert "one length" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
