@@ -97,6 +97,11 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         check_fits(checkpoint, dataset)
         if checkpoint["data"]["fingerprint"] != about_data["fingerprint"]:
             raise UsageError("the images are not those that the run began with: give it its own --data-dir")
+        processes = checkpoint["data"].get("processes", ranks.world)
+        if args.sam_local and processes != ranks.world:
+            raise UsageError(
+                f"--sam-local perturbs along the gradient of each process's share: go on in {processes} processes as before"
+            )
         state.load_state_dict(checkpoint["state"])
         if state.step > total_steps or len(state.partial.get("sums", ())) > loader.steps_per_epoch:
             raise UsageError("the checkpoint is beyond the end of its own run or epoch: it is not one of this program")
@@ -143,7 +148,9 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     def save(state: TrainState) -> None:
         if not ranks.first:
             return
-        write = partial(save_checkpoint, state=state, args=runs.plain(args), data=about_data)
+        write = partial(
+            save_checkpoint, state=state, args=runs.plain(args), data=about_data | {"processes": ranks.world}
+        )
         if not state.partial and is_best(state.rows):
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
@@ -240,7 +247,7 @@ def out_of_memory(args: Namespace) -> str:
     smaller = f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --width"
     if 2 * args.accumulate > args.batch_size:
         return smaller
-    return f"--accumulate {2 * args.accumulate}, which computes the same step in smaller parts, or {smaller}"
+    return f"--accumulate {2 * args.accumulate}, where batch norm then normalises smaller parts, or {smaller}"
 
 
 def main(argv: list[str] | None = None) -> int:

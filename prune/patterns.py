@@ -120,8 +120,8 @@ def refuse_empty(layers: list[str]) -> None:
     """Raise EmptyLayerError if any layer has no weight left."""
     if layers:
         raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk, "
-            "take a finer pattern, or keep layers dense by name"
+            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
+            "method can, take a finer pattern, or keep layers dense by name"
         )
 
 

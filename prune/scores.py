@@ -95,7 +95,12 @@ def synflow(scored: Scored) -> Scores:
     """|w dR/dw| with R the sum of the outputs of the network of |w| for an input of ones (Tanaka et al. 2020, eq. 4).
 
     In float64, with normalisation in eval mode, or the product over many layers over- or underflows.
+
+    Raises:
+        ValueError: layer normalisation, as beside attention: flow is conserved where outputs scale with their inputs.
     """
+    if any(isinstance(module, nn.LayerNorm) for module in scored.model.modules()):
+        raise ValueError("synflow has no meaning for a network with layer normalisation: take another pruning method")
     model, weights = _copy(scored)
     model.double().eval()
     with torch.no_grad():

@@ -311,9 +311,17 @@ def test_processes_do_not_outlive_torchrun(tmp_path):
     assert state_of(tmp_path / "run")["progress"] == steps > 12
 
 
-@pytest.mark.parametrize("flag", ["--sync-bn --compile off", "--sam-local"])
-def test_a_run_of_several_processes_goes_on_in_one(tmp_path, flag):
-    flags = f"{CONV} --optmzr sgd-sam --epochs 2 {flag}"
+def test_a_run_of_several_processes_goes_on_in_one_but_for_local_perturbations(tmp_path):
+    local = f"{CONV} --optmzr sgd-sam --epochs 2 --sam-local"
+    both = launch(f"{local} --log-interval 1", 2, tmp_path / "local", ends_after(5))
+    assert [code for code, _ in both] == [75, 75], both
+    alone = launch(f"{local} --resume auto", 1, tmp_path / "local")
+    assert alone[0][0] == 2
+    assert "go on in 2 processes as before" in alone[0][1]
+    assert [code for code, _ in launch(f"{local} --resume auto", 2, tmp_path / "local")] == [0, 0]
+    assert json.loads((tmp_path / "local" / "args.json").read_text())["processes"] == 2
+
+    flags = f"{CONV} --optmzr sgd-sam --epochs 2 --sync-bn --compile off"
     both = launch(f"{flags} --log-interval 1", 2, tmp_path / "run", ends_after(5))
     assert [code for code, _ in both] == [75, 75], both
     assert [code for code, _ in launch(f"{flags} --resume auto", 1, tmp_path / "run")] == [0]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import build_model
 from prune import METHODS, Options, Sparsity, Timing
 from sam import SAM
 
@@ -16,7 +17,7 @@ CLASSES = 4
 
 
 class Tiny(nn.Module):
-    """A convolution, batch norm, a linear layer, layer norm and a classifier; scores in float64."""
+    """A convolution, a linear layer, batch norm after each, and a classifier; scores in float64."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -24,7 +25,7 @@ class Tiny(nn.Module):
         self.conv = nn.Conv2d(4, 8, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.linear = nn.Linear(8, 16)
-        self.norm = nn.LayerNorm(16)
+        self.norm = nn.BatchNorm1d(16)
         self.classifier = nn.Linear(16, CLASSES)
         self.double()
 
@@ -188,6 +189,12 @@ def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
     total = sum(s.numel() for s in scores)
     highest = global_reference(scores, total - round(0.4 * total))
     assert torch.equal(kept(mask), ~highest)
+
+
+def test_synflow_is_refused_where_flow_is_not_conserved():
+    mask = Sparsity(build_model("vit", 1, 10), "synflow", 0.5)
+    with pytest.raises(ValueError, match="synflow has no meaning for a network with layer normalisation"):
+        mask.before_training(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
 
 
 def test_synflow_conserves_flow_and_prunes_in_a_hundred_rounds():

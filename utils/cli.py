@@ -75,7 +75,7 @@ def build_parser() -> Parser:
         type=number(int, above=0),
         default=1,
         metavar="K",
-        help="compute a batch in K parts to save memory (%(default)s)",
+        help="compute a batch in K parts to save memory, each batch-normalised by itself (%(default)s)",
     )
     group.add_argument("--mixup", action="store_true", help="train on mixtures of two images")
     group.add_argument("--alpha", type=number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")

@@ -31,7 +31,8 @@ class Recipe:
         update: update_weights, as it is or from CUDA graphs.
         lr_at: the learning rate of a step.
         total_steps: steps of the whole schedule.
-        accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss.
+        accumulate: micro-batches that a batch is cut into; the gradient is that of the whole batch's mean loss, with
+            batch norm in each by itself.
         clip_grad: largest norm of the gradient, or None.
         log_interval: steps from one logged step to the next.
         ranks: the processes that share each batch.
