@@ -9,7 +9,6 @@ import argparse
 import shlex
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +17,11 @@ from statistics import median
 import torch
 
 from analysis.loop import BATCH, Loop, random_images
+from analysis.report import measure
 from prune import METHODS, Options
 from utils import cli
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
-from utils.errors import UsageError
+from utils.errors import UsageError, usage_errors
 from utils.precision import choose
 
 IMAGES, STEPS, TURNS = 50_000, 3, 2
@@ -29,17 +29,10 @@ IMAGES, STEPS, TURNS = 50_000, 3, 2
 
 def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device) -> float:
     """Median seconds of a training step at batch 128, precision as --precision auto takes it, not compiled."""
-    images, seconds = random_images(STEPS * BATCH), []
-    with tempfile.TemporaryDirectory() as scratch:
-        execution = choose("auto", "off", device)
+    images, execution = random_images(STEPS * BATCH), choose("auto", "off", device)
+    with tempfile.TemporaryDirectory() as scratch, usage_errors():
         loop = Loop(device, execution, images, Path(scratch) / "run", optimizer, v2, network=network)
-        for _ in range(TURNS + 1):
-            began = time.perf_counter()
-            loop.run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append((time.perf_counter() - began) / STEPS)
-    return median(seconds[1:])
+        return median(measure(TURNS, {"steps": loop.run}, device)["steps"]) / STEPS
 
 
 def epochs_of(lines: Iterable[str]) -> Counter:
@@ -53,7 +46,10 @@ def epochs_of(lines: Iterable[str]) -> Counter:
         command = shlex.split(line)
         if "main_prune_train.py" not in command:
             continue
-        args, _ = cli.parse(command[command.index("main_prune_train.py") + 1 :])
+        args, given = cli.parse(command[command.index("main_prune_train.py") + 1 :])
+        cli.check(args, given)
+        if args.batch_size != BATCH:
+            raise UsageError(f"steps are measured at --batch-size {BATCH}, and a command has {args.batch_size}")
         trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
         epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
     return epochs
@@ -62,7 +58,10 @@ def epochs_of(lines: Iterable[str]) -> Counter:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.estimate", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--gpus", type=int, default=1, help="that share the runs; runs on one slow each other (%(default)s)"
+        "--gpus",
+        type=cli.number(int, above=0),
+        default=1,
+        help="that share the runs; runs on one slow each other (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="(%(default)s)")
     options = parser.parse_args(argv)
@@ -78,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     total = 0.0
     print(f"a training step on {device_name(device)}:")
     for (network, optimizer, v2), count in epochs.items():
-        seconds = step_seconds(network, optimizer, v2, device)
+        try:
+            seconds = step_seconds(network, optimizer, v2, device)
+        except UsageError as error:
+            parser.error(str(error))
         total += count * seconds * IMAGES / BATCH
         arch, depth, width = network
         text = f"{arch}-{depth}, width {width:g}, {optimizer}{' v2' if v2 else ''}"

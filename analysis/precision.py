@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if len(set(args.seeds)) < 2:
         parser.error("--seeds has to name two or more: an interval needs a spread")
-    accuracy = {"fp32": [], "bf16": []}
-    for seed in args.seeds:
+    accuracy, seeds = {"fp32": [], "bf16": []}, sorted(set(args.seeds))
+    for seed in seeds:
         for precision, values in accuracy.items():
             directory = args.output_dir / f"{precision}-seed{seed}"
             command = [*flags, "--device", args.device, "--precision", precision, "--seed", str(seed)]
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     differences = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
     centre, half = interval(differences)
     print()
-    for seed, *pair in zip(args.seeds, *accuracy.values(), differences, strict=True):
+    for seed, *pair in zip(seeds, *accuracy.values(), differences, strict=True):
         print(f"seed {seed}: fp32 {pair[0]:.2f}%, bf16 {pair[1]:.2f}%, difference {pair[2]:+.2f}")
     how = "bf16, rounded in software" if simulated else "bf16"
     print(f"{how}, minus fp32: {centre:+.2f} points, 95% interval {centre - half:+.2f} to {centre + half:+.2f}")

@@ -33,6 +33,11 @@ class Method:
     pretrained: bool = False
     reads_images: bool = False
 
+    @property
+    def moves(self) -> bool:
+        """Whether weights move at a constant budget."""
+        return isinstance(self.update, Regrow)
+
 
 ANY = ("global", "erk", "uniform")
 

@@ -69,6 +69,9 @@ def magnitude_gradient(scored: Scored) -> Scores:
     }
 
 
+READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; a score of one's own that does joins them
+
+
 def snip(scored: Scored) -> Scores:
     """|g * w| of the loss on a few images of each class (Lee et al. 2019, equation 6, without its common denominator)."""
     model, weights = _copy(scored)

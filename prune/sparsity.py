@@ -95,11 +95,11 @@ class Sparsity:
         self._layer_sparsity = self._fixed_layers(layer_sparsity)
         self.target = self._target(method, sparsity, pattern)
         self.distribution = self._distribution(method, distribution, pattern)
-        if isinstance(self.pattern, NofM) and self.method.update and self.method.update.needs_gradients:
+        if isinstance(self.pattern, NofM) and self.method.moves:
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {pattern}: take {pattern} with gmp")
         if self.method.update and timing is None:
             raise ValueError(f"pruning method '{method}' changes masks during training and needs a timing")
-        if self.method.update and self.method.update.needs_gradients and timing.interval >= timing.last:
+        if self.method.moves and timing.interval >= timing.last:
             raise ValueError(
                 f"masks would never move: they stay from step {timing.last} of {timing.total_steps} on and the first change "
                 f"would come after {timing.interval}; shorten the update interval, or train for longer"
@@ -132,7 +132,7 @@ class Sparsity:
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self.scored(-1)), self.counts(0.0)))
         self.refuse_empty_layers()
-        if self.method.update and self.method.update.needs_gradients:
+        if self.method.moves:
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
             self.targets = {name: int(units.sum()) for name, units in alive.items()}
             self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
@@ -156,7 +156,7 @@ class Sparsity:
 
     def after_backward(self, step: int) -> None:
         """With the unscaled gradients of a step: let only those of living weights through."""
-        if self.due(step) and self.method.update.needs_gradients:
+        if self.due(step) and self.method.update.reads_gradients:
             if not self._gradients:  # they stay where they are, as a CUDA graph wants it
                 self._gradients = {name: torch.zeros_like(mask) for name, mask in self.masks.masks.items()}
             for name, kept in self._gradients.items():
@@ -323,12 +323,13 @@ class Sparsity:
             sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
             dead = sum(value * sizes[name] for name, value in self._layer_sparsity.items())
             fixed = dead / sum(sizes[name] for name in self._layer_sparsity) if self._layer_sparsity else 0.0
+            if sparsity is not None and not self.pattern.density:
+                raise ValueError(f"the sparsity by layer leaves no choice of another: leave out {sparsity:g}")
             if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-                source = f"pattern {pattern}" if self.pattern.density else "the sparsity by layer"
                 raise ValueError(
-                    f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them"
+                    f"pattern {pattern} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them"
                 )
-            return fixed
+            return fixed  # of the layers that are not dense: what schedules count the way by
         if sparsity is None:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         if not 0 <= sparsity < 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune.schedules import cubic
-from prune.scores import Score, gradient, magnitude
+from prune.scores import READ_GRADIENTS, Score, magnitude
 
 if TYPE_CHECKING:
     from prune.sparsity import Sparsity
@@ -26,18 +26,21 @@ class Regrow:
 
     Attributes:
         drop: score of living weights; the lowest go.
-        grow: score of all others; the highest come, at zero.
+        grow: score of all others; the highest come, at zero unless they were dropped just now.
         decay: share of the drop fraction, as a function of the progress to the last change.
     """
 
     drop: Score
     grow: Score
     decay: Callable[[float], float]
-    needs_gradients = True
+
+    @property
+    def reads_gradients(self) -> bool:
+        return bool(READ_GRADIENTS & {self.drop, self.grow})
 
     @property
     def reads_dead_gradients(self) -> bool:
-        return self.grow is gradient
+        return self.grow in READ_GRADIENTS
 
     def __call__(self, sparsity: Sparsity, step: int) -> dict[str, Tensor]:
         """The masks after a step. With the option `soft` a layer grows above its target and drops back the next time."""
@@ -66,8 +69,7 @@ class Regrow:
 class Shrink:
     """Keep the largest weights, fewer each time, down to the target (Zhu and Gupta 2018)."""
 
-    needs_gradients = False
-    reads_dead_gradients = False
+    reads_gradients = reads_dead_gradients = False
 
     def __call__(self, sparsity: Sparsity, step: int) -> dict[str, Tensor]:
         wanted = cubic(sparsity.timing.progress(step), sparsity.target)

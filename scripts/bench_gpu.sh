@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For whoever has a GPU for ten minutes: the tests that need one, a short real training with SGD and with SAM.v2, and the
 # benchmark, of which what fits into the ten minutes counts. Everything ends in one JSON file. Without a network it takes
-# any Python that has torch and torchvision.
+# any Python that has what is named below.
 #
 # usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [flags of analysis.benchmark]
 #   --data-dir DIR   an image folder to train on (DIR/train/<class>/*, DIR/test/<class>/*); the digits without it
@@ -23,7 +23,7 @@ done
 [ -d "$(dirname "$output")" ] || { echo "error: --output: there is no directory '$(dirname "$output")'" >&2; exit 2; }
 cd "$here"
 PYTHON=python3
-if ! python3 -c 'import torch, torchvision, tensorboard, tqdm' 2>/dev/null; then
+if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, pytest' 2>/dev/null; then
     set -- requirements.txt requirements-dev.txt
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh

@@ -20,7 +20,7 @@ settings, in the environment; lists are separated by spaces:
   OUTPUT_DIR   (runs/ and the name of the sweep)
 
 options: --dry-run prints the commands and their number; --help; every other argument goes to main_prune_train.py
-(a relative --data-dir, --pretrained or --sparsity-config made absolute).
+(a relative --data-dir or --pretrained made absolute).
 Needs bash 4.4, GNU coreutils and findutils, and flock.
 EOF2
 }
@@ -35,9 +35,11 @@ begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environ
             --dry-run) dry_run=yes ;;
             --prune-method | --sparsity | --optmzr | --sam-rho | --seed | --epochs | --output-dir | --resume)
                 stop "${1%%=*} is the sweep's to set: say it by a setting of the environment (--help lists them)" ;;
+            --sparsity-config)
+                stop "a sweep goes over SPARSITIES, of which --sparsity-config leaves no choice: leave it out" ;;
             *) case $previous=$1 in # paths are the caller's, and runs start in another directory
-                    --data-dir=* | --pretrained=* | --sparsity-config=*) extra+=("$(realpath -m -- "$1")") ;;
-                    *=--data-dir=* | *=--pretrained=* | *=--sparsity-config=*)
+                    --data-dir=* | --pretrained=*) extra+=("$(realpath -m -- "$1")") ;;
+                    *=--data-dir=* | *=--pretrained=*)
                         extra+=("${1%%=*}=$(realpath -m -- "${1#*=}")") ;;
                     *) extra+=("$1") ;;
                 esac ;;

@@ -382,7 +382,7 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
     [
         ({"layer_sparsity": {"clasifier": 0.5}}, "the nearest name is 'classifier'"),
         ({"layer_sparsity": {"conv": 1.5}}, "sparsity of layer 'conv' has to be"),
-        ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.9}, "fixes the sparsity at 0.5"),
+        ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.5}, "the sparsity by layer leaves no choice of another"),
         ({"layer_sparsity": {"conv": 0.5}, "distribution": "erk"}, "leaves nothing to distribute"),
         ({"pattern": "2:4", "sparsity": 0.9}, "pattern 2:4 fixes the sparsity at 0.5"),
         ({"pattern": "2:4", "distribution": "erk"}, "leaves nothing to distribute"),

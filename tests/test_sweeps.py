@@ -222,7 +222,9 @@ def test_after_a_wrong_flag_the_right_one_is_taken(sweep, tmp_path):
     assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0
 
 
-@pytest.mark.parametrize("flags", [["--seed", "3"], ["--sam-rho=1"], ["--output-dir", "x"], ["--epochs", "2"]])
+@pytest.mark.parametrize(
+    "flags", [["--seed", "3"], ["--sam-rho=1"], ["--output-dir", "x"], ["--epochs", "2"], ["--sparsity-config=f.yaml"]]
+)
 def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
     process = sweep("sweep_rho.sh", "--dry-run", *flags)
     assert process.returncode == 2
@@ -230,9 +232,9 @@ def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
 
 
 def test_paths_are_the_callers(sweep, tmp_path):
-    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images", "--sparsity-config=a=b.yaml"))
+    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images", "--pretrained=a=b.pt"))
     assert command[command.index("--data-dir") + 1] == str(tmp_path / "images")
-    assert f"--sparsity-config={tmp_path / 'a=b.yaml'}" in command
+    assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
 
 
 @pytest.mark.parametrize("settings", [{"JOBS": "0"}, {"JOBS": "two"}, {"SEEDS": "0 x"}, {"EPOCHS": "1.5"}])

@@ -396,7 +396,7 @@ def _useless_for_method(name: str) -> dict[str, str]:
         useless += ["sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"]
     if not method.update:
         useless += ["update_interval", "stop_update"]
-    if not (method.update and method.update.needs_gradients):
+    if not method.moves:
         useless += ["drop_fraction"]
     if not method.reads_images:
         useless += ["score_images"]
@@ -421,7 +421,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults["sparsity_distribution"] = method.distributions[0]
     if method.update:
         defaults |= {"update_interval": Timing(1).interval, "stop_update": Timing(1).stop}
-        if method.update.needs_gradients:
+        if method.moves:
             defaults["drop_fraction"] = options.drop_fraction
     if method.reads_images:
         defaults["score_images"] = options.images_per_class

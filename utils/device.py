@@ -53,7 +53,7 @@ def use_deterministic_kernels(wanted: bool) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = not wanted, 0  # 0: try all there are
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(wanted)
 
 
 def memory_size() -> int:

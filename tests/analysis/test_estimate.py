@@ -27,9 +27,20 @@ def test_it_is_the_epochs_of_all_runs_times_the_measured_step(monkeypatch, capsy
     assert float(hours.replace(",", "")) == pytest.approx(seconds / 3600, abs=1)
 
 
-@pytest.mark.parametrize("lines", [[], ["5 runs"], [f"{PLAIN} --no-such-flag"]])
-def test_bad_input_ends_in_a_sentence(lines, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("lines", "flags"),
+    [
+        ([], ""),
+        (["5 runs"], ""),
+        ([f"{PLAIN} --no-such-flag"], ""),
+        ([f"{PLAIN} --adaptive"], ""),
+        ([PLAIN.replace("8", "9")], ""),
+        ([f"{PLAIN} --batch-size 64"], ""),
+        ([PLAIN], "--gpus 0"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(lines, flags, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(lines, monkeypatch)
+        run(lines, monkeypatch, *flags.split())
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
