@@ -161,14 +161,3 @@ def test_no_shell_reads_a_number_as_code(tmp_path, name):
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ")
     assert not (tmp_path / "it-ran").exists()
-
-
-def test_nothing_is_unpickled_or_run_by_a_shell_from_python():
-    for path in [
-        *ROOT.glob("*.py"),
-        *(p for name in ("analysis", "models", "prune", "utils") for p in ROOT.glob(f"{name}/*.py")),
-    ]:
-        text = path.read_text()
-        for call in ("pickle.load", "yaml.load(", "shell=True", "os.system", "eval(", "exec("):
-            assert call not in text.replace("model.eval(", "").replace(".eval()", ""), (path, call)
-        assert text.count("torch.load(") == text.count("weights_only=True"), path

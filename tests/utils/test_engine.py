@@ -24,7 +24,7 @@ def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)).double()
     mask = Sparsity(model, "random" if sparsity else "none", sparsity)
-    mask.before_training(torch.Generator().manual_seed(seed))
+    mask.before_training()
     momentum = 0.9 if name.startswith("sgd") else None
     optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
     state = TrainState(model, optimizer, mask)
