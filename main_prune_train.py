@@ -13,7 +13,7 @@ from torch import nn
 from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
 from utils import cli, distributed, runs, sharpness
-from utils.batch_norm import recalibrated, refuse_without_batch_norm
+from utils.batch_norm import recalibrated, refuse_single_values, refuse_without_batch_norm
 from utils.checkpoint import TrainState, save_checkpoint
 from utils.cli import flag
 from utils.data import channel_statistics, fingerprint, hold_out
@@ -67,15 +67,19 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
     perturbation = perturbation_of(optimizer, model, sparsity, args.sam_local)
     with usage_errors():
-        flops = count_flops(
-            model, dataset.image_shape, smallest_batch=augmentation.smallest_part(args.accumulate, ranks)
-        )
+        refuse_single_values(model, dataset.image_shape, augmentation.smallest_part(args.accumulate, ranks))
+    flops = count_flops(model, dataset.image_shape)
     meter = FlopsMeter(flops, sparsity, perturbation.passes)
     execution = choose(
-        args.precision, "off" if ranks.synchronised else args.compile, device,
-        perturbation.passes * args.batch_size * flops.dense_training, total_steps,
-        args.deterministic, strides_over_points(model, dataset.image_shape), watched=args.nonfinite == "skip" or ranks.world > 1,
-    )  # fmt: skip
+        args.precision,
+        "off" if ranks.synchronised else args.compile,
+        device,
+        step_flops=perturbation.passes * args.batch_size * flops.dense_training,
+        steps=total_steps,
+        deterministic=args.deterministic,
+        strided_points=strides_over_points(model, dataset.image_shape),
+        watched=args.nonfinite == "skip" or ranks.world > 1,
+    )
     if ranks.synchronised:
         synchronise(model)
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
@@ -241,7 +245,7 @@ def build_sparsity(
 
 
 def out_of_memory(args: Namespace) -> str:
-    """What to try where a GPU's memory does not suffice."""
+    """What to try where a GPU is out of memory."""
     if args.evaluate:
         return f"--test-batch-size {max(1, args.test_batch_size // 2)}"
     smaller = f"--batch-size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --width"
@@ -277,9 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed.complain(str(notice), alike=True)
         return 75
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python's own last words are another traceback
+        # Or Python's own last words are another traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         distributed.complain("error: nobody reads the output any more: a training goes on by --resume auto")
         return 1
     except RuntimeError as error:

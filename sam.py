@@ -98,9 +98,8 @@ class SAM(torch.optim.Optimizer):
         self._remembers = False  # buffers hold the gradient to perturb along
         super().__init__(params, {"rho": rho, "adaptive": adaptive})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        self.param_groups = (
-            self.base_optimizer.param_groups
-        )  # one list: what a scheduler sets reaches the base optimizer
+        # One list: what a scheduler sets reaches the base optimizer.
+        self.param_groups = self.base_optimizer.param_groups
         self.defaults.update(self.base_optimizer.defaults)
 
     @torch.no_grad()
@@ -114,14 +113,14 @@ class SAM(torch.optim.Optimizer):
         """
         self.restore()
         self._cover_new_groups()
-        if zero_grad and self.v2:
-            self.zero_grad()  # before the perturbation is made, so that it takes no memory beside the gradients
         if not self.v2:
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 raise RuntimeError(
                     "two-step SAM found no gradient to perturb along: run backward() before first_step()"
                 )
             self._remember_gradients()
+        if zero_grad:
+            self.zero_grad()  # before the perturbation is made, so that it takes no memory beside the gradients
         if self._remembers:
             directions = [block.direction() for block in self._blocks]
             norm = _global_norm([scaled for _, scaled in directions])
@@ -129,8 +128,6 @@ class SAM(torch.optim.Optimizer):
                 block.perturb(direction, norm)
             self._perturbed, self._remembers = True, False
         self._begun = True
-        if zero_grad:
-            self.zero_grad()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:

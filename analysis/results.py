@@ -55,7 +55,7 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
         for path in sorted(root.rglob("args.json")):
             rows.setdefault(path.parent.resolve(), _read_run(path.parent))
         for command in sorted(root.rglob(".sweep/*.command")):  # one that failed may have left no directory
-            directory = command.parent.parent / command.stem.removesuffix(".command")
+            directory = command.parent.parent / command.stem
             if directory.resolve() not in rows:
                 rows[directory.resolve()] = {"directory": directory, "state": _broken(directory), "epochs_done": 0}
     if not rows:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ONEDNN_BLOCK = 16  # channels that oneDNN's kernels take at once with AVX-512, 8 with AVX2
+
 
 def scale(channels: Sequence[int], width: float) -> list[int]:
     """Multiply channel counts by the width and round them.
@@ -42,9 +44,6 @@ class Projection(nn.Conv2d):
             height, width = self.stride
             return F.conv2d(inputs[:, :, ::height, ::width], self.weight)
         return super().forward(inputs)
-
-
-ONEDNN_BLOCK = 16  # channels that its kernels take at once with AVX-512, 8 with AVX2
 
 
 def stage(

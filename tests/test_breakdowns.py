@@ -108,7 +108,7 @@ def test_a_worker_that_dies_ends_a_run_with_a_sentence(tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert "a process that cuts batches died" in err
+    assert "a data worker died" in err
     assert "Traceback" not in err
 
 
@@ -140,7 +140,7 @@ def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):
     monkeypatch.setattr(main_prune_train, "recalibrated", die)
     failed = train("--epochs 1 --recalibrate-bn --workers 1")
     assert (failed.code, failed.err.count("\n")) == (1, 1)
-    assert "a process that cuts batches died" in failed.err
+    assert "a data worker died" in failed.err
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ ROOT = Path(__file__).parent.parent
         ("--optmzr adam --momentum 0.8", "--momentum has no effect with --optmzr adam"),
         ("--optmzr adamw-sam --nesterov", "--nesterov has no effect with --optmzr adamw-sam"),
         ("--nesterov --momentum 0", "--nesterov needs a --momentum above 0"),
-        ("--alpha 0.2", "--alpha has no effect with no --mixup"),
+        ("--alpha 0.2", "--alpha has no effect without --mixup"),
         ("--lr 0", "argument --lr"),
         (f"--epochs 1{'0' * 400}", "argument --epochs"),
         ("--seed 99999999999999999999999", "argument --seed"),

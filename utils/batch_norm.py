@@ -1,4 +1,4 @@
-"""Batch norm's running statistics, estimated anew at the weights as they are.
+"""Batch norm's running statistics, estimated anew at the weights as they are, and networks that batch norm cannot train.
 
 SAM.v2's statistics come from perturbed weights, and every optimizer's lag behind by some ten steps.
 """
@@ -41,6 +41,18 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], smallest_batch: int) -> None:
+    """Raise ValueError where a batch of so many images [C, H, W] leaves batch norm one value a channel."""
+    shadow = copy.deepcopy(model).to("meta").train()
+    try:
+        shadow(torch.zeros(smallest_batch, *image_shape, device="meta"))
+    except ValueError as error:
+        raise ValueError(
+            f"{smallest_batch} image of this size cannot be batch-normalised, and a step comes down to that: "
+            "change --batch-size or --accumulate, or take larger images"
+        ) from error
 
 
 def refuse_without_batch_norm(model: nn.Module, flag: str = "--recalibrate-bn") -> None:

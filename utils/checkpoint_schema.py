@@ -7,6 +7,9 @@ from torch import Tensor
 
 FORMAT = "sam-sparse-training/2"
 
+# Of every row; a held-out split adds two.
+COLUMNS = set("epoch lr train_loss train_top1 test_loss test_top1 sparsity images_per_second seconds".split())
+
 
 def is_checkpoint(checkpoint: object) -> bool:
     """Whether a loaded file is one: flags are for cli.refuse_impossible, tensors for what loads them."""
@@ -31,11 +34,6 @@ def is_checkpoint(checkpoint: object) -> bool:
         and isinstance(partial, dict)
         and (not partial or _is_part_of_an_epoch(partial))
     )
-
-
-COLUMNS = set(
-    "epoch lr train_loss train_top1 test_loss test_top1 sparsity images_per_second seconds".split()
-)  # of every row; a held-out split adds two
 
 
 def _is_part_of_an_epoch(partial: dict) -> bool:

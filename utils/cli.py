@@ -353,12 +353,13 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         **dict.fromkeys(() if kind.momentum is not None else ("momentum", "nesterov"), f"--optmzr {args.optmzr}"),
         **dict.fromkeys(("sam_local",) if args.sam_v2 else (), "--sam-v2"),
         **dict.fromkeys(() if kind.sam else ("sam_v2", "sam_rho", "adaptive", "sam_local"), f"--optmzr {args.optmzr}"),
-        **dict.fromkeys(() if args.mixup else ("alpha",), "no --mixup"),
+        **dict.fromkeys(() if args.mixup else ("alpha",), "without --mixup"),
         **dict.fromkeys(() if args.dataset == "folder" else ("image_size",), f"--dataset {args.dataset}"),
         **dict.fromkeys(() if args.dataset != "digits" else ("data_dir",), "--dataset digits"),
     }
     for name in sorted(given & useless.keys()):
-        raise UsageError(f"{flag(name)} has no effect with {useless[name]}: leave it out, or change that")
+        reason = useless[name] if useless[name].startswith("without") else f"with {useless[name]}"
+        raise UsageError(f"{flag(name)} has no effect {reason}: leave it out, or change that")
     if args.nesterov and args.momentum == 0:
         raise UsageError("--nesterov needs a --momentum above 0")
     if (

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from utils.errors import UsageError
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+
 
 def pick_device(name: str, no_cuda: bool = False) -> torch.device:
     """`auto`, or what torch.device takes. Raises UsageError for a device that is not there."""
@@ -43,9 +45,6 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL("libc.so.6")
         for option, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             library.mallopt(option, value)
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def use_deterministic_kernels(wanted: bool) -> None:

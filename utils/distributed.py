@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from utils.data import Images
 from utils.errors import TrainingError, UsageError
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+CLOCKS = ("seconds", "images_per_second")  # each process has its own
 PATIENCE = timedelta(minutes=30)  # while the first process decodes images or writes; nccl's own is ten
 
 
@@ -208,15 +210,9 @@ def _end_with_the_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-
 def lost_another(error: RuntimeError) -> bool:
     """Whether it tells of a process that is gone, in the words of nccl or gloo; that one has told why."""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-CLOCKS = ("seconds", "images_per_second")  # each process has its own
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

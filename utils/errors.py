@@ -41,7 +41,7 @@ def run_errors() -> Iterator[None]:
             place = f"'{error.filename}' " if error.filename else ""
             raise TrainingError(
                 f"cannot read or write {place}any more ({error.strerror or error}): mend that and go on by --resume auto; what "
-                "was written before is whole"
+                "was written before is intact"
             ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # torch raises it wherever the parent is when it learns of it
@@ -52,21 +52,16 @@ def run_errors() -> Iterator[None]:
 def _dead_worker() -> TrainingError:
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise again, in the middle of what is said
-    return TrainingError(DEAD_WORKER)
-
-
-DEAD_WORKER = (
-    "a process that cuts batches died, perhaps for want of memory: go on by --resume auto, with fewer --workers"
-)
+    return TrainingError("a data worker died, perhaps out of memory: go on by --resume auto, with fewer --workers")
 
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn into a TrainingError, with what to try, that a GPU's memory does not suffice."""
+    """Turn into a TrainingError, with what to try, that a GPU is out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"the GPU's memory does not suffice: try {advice}") from error
+        raise TrainingError(f"out of GPU memory: try {advice}") from error
 
 
 @contextmanager

@@ -48,16 +48,8 @@ class Flops:
         return total
 
 
-def count_flops(model: nn.Module, image_shape: tuple[int, int, int], smallest_batch: int = 2) -> Flops:
-    """Count on a copy without data.
-
-    Args:
-        image_shape: [C, H, W].
-        smallest_batch: that the network will be trained on.
-
-    Raises:
-        ValueError: batch normalisation of the smallest batch is impossible.
-    """
+def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
+    """Count on a copy without data, for images [C, H, W]."""
     shadow = copy.deepcopy(model).to("meta").train()
     modules = dict(shadow.named_modules())
     passes = {}  # forward, weight gradient and, but for a layer that sees the images, input gradient: as many each
@@ -65,13 +57,6 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int], smallest_ba
         modules[name].register_forward_pre_hook(
             lambda module, inputs, name=name: passes.__setitem__(name, 3 if inputs[0].requires_grad else 2)
         )
-    try:
-        shadow(torch.zeros(smallest_batch, *image_shape, device="meta"))
-    except ValueError as error:
-        raise ValueError(
-            f"{smallest_batch} image of this size cannot be batch-normalised, and a step comes down to that: "
-            "change --batch-size or --accumulate, or take larger images"
-        ) from error
     images = torch.zeros(2, *image_shape, device="meta")  # batch norm in training wants more than one value
     with FlopCounterMode(display=False) as counter:
         shadow(images)

@@ -11,6 +11,7 @@ from types import FrameType
 from utils.errors import Preempted, UsageError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEATED = 1.0  # seconds after which a signal is another one
 
 
 @contextmanager
@@ -68,9 +69,6 @@ class Interruption:
         elif time.monotonic() - self._came >= REPEATED and "TORCHELASTIC_RUN_ID" not in os.environ:
             self.__exit__()
             signal.raise_signal(number)
-
-
-REPEATED = 1.0  # seconds after which a signal is another one
 
 
 class CheckpointSchedule:

@@ -34,7 +34,7 @@ FREE = {
     "nonfinite",  # this one does, where a run without it would have ended
 }
 
-# Of those what each process of a run may have for itself.
+# Flags that may differ between the processes of a run.
 OWN = {"data_dir", "output_dir", "device", "no_cuda", "workers", "remark", "resume", "pretrained", "sparsity_config"}
 
 # Flags whose `auto` is resolved when a run begins; resumed, it means what the run began with.
@@ -254,13 +254,7 @@ def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.N
     for name in ("data_dir", "sparsity_config", "pretrained"):
         if merged[name]:
             merged[name] = Path(merged[name])
-    for name in (
-        "resume",
-        "evaluate",
-        "output_dir",
-        "device",
-        "no_cuda",
-    ):  # of this command, not of the first
+    for name in ("resume", "evaluate", "output_dir", "device", "no_cuda"):  # of this command, not of the first
         merged[name] = getattr(args, name)
     return argparse.Namespace(**merged)
 

@@ -36,9 +36,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         centred = x - mean[:, None, None]
         variance = AddUp.apply(centred.square().sum((0, 2, 3))) / total
         with torch.no_grad():
-            weight = self.momentum * (sums[-1] > 0).to(
-                self.running_mean.dtype
-            )  # none for a part of a batch that is empty everywhere
+            # None for a part of a batch that is empty everywhere.
+            weight = self.momentum * (sums[-1] > 0).to(self.running_mean.dtype)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
             unbiased = variance * (total / (total - 1).clamp_min(1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
