@@ -196,18 +196,15 @@ class SAM(torch.optim.Optimizer):
         To be called between backward and second_step. The cosine says how well the gradient that perturbed (one step
         old in one-step SAM) points along the gradient found where it led.
         """
-        device = next(p.device for group in self.param_groups for p in group["params"])
-        dot = e_square = g_square = torch.zeros((), device=device)
-        for block in self._blocks if self._perturbed else []:
-            for p, w in zip(block.params, block.views, strict=True):
-                e = (p - w).float()
-                e_square = e_square + e.square().sum().to(device)
-                if p.grad is not None:
-                    g = p.grad.float()
-                    dot = dot + (e * g).sum().to(device)
-                    g_square = g_square + g.square().sum().to(device)
-        tiny = torch.finfo(torch.float32).tiny
-        return e_square.sqrt(), dot / (e_square.sqrt() * g_square.sqrt()).clamp_min(tiny)
+        if not self._perturbed:
+            zero = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+            return zero, zero
+        pairs = [
+            (block.weights() - block.buffer, block.gather([p.grad for p in block.params])) for block in self._blocks
+        ]
+        e_norm, g_norm = (_global_norm(list(tensors)) for tensors in zip(*pairs, strict=True))
+        dot = sum((e.to(e_norm.dtype) * g).sum().to(e_norm.device) for e, g in pairs)
+        return e_norm, dot / (e_norm * g_norm).clamp_min(torch.finfo(torch.float32).tiny)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with options of their own; they are perturbed from their second step on.
@@ -342,6 +339,19 @@ class _Block:
             self._flat = None
         return self._flat
 
+    def weights(self) -> Tensor:
+        """The parameters as one tensor: their own memory if that is one, or a copy."""
+        flat = self.flat()
+        return self.gather(self.params) if flat is None else flat
+
+    def gather(self, tensors: list[Tensor | None]) -> Tensor:
+        """A flat copy of tensors, one a parameter; zeros for those that are not there."""
+        flat = torch.zeros_like(self.buffer)
+        present = [(v, t) for v, t in zip(self.views_of(flat), tensors, strict=True) if t is not None]
+        if present:
+            torch._foreach_copy_([v for v, _ in present], [t for _, t in present])
+        return flat
+
     def remember_gradients(self) -> None:
         grads = [p.grad for p in self.params]
         views = self.views
@@ -358,10 +368,7 @@ class _Block:
         """T^2 g and T g as flat tensors, g being what the buffer holds; both g itself if not adaptive."""
         if not self.group["adaptive"]:
             return self.buffer, self.buffer
-        weights = self.flat()
-        if weights is None:
-            weights = torch.zeros_like(self.buffer)
-            torch._foreach_copy_(self.views_of(weights), self.params)
+        weights = self.weights()
         scaled = self.buffer * weights  # w in the place of T = |w|: the norm and the square are the same
         return scaled * weights, scaled
 

@@ -146,6 +146,10 @@ class Sparsity:
         """Whether masks change after a step."""
         return self.method.update is not None and (self._postponed or self.timing.due(step))
 
+    def keeps_gradients(self, step: int) -> bool:
+        """Whether `after_backward` keeps a step's gradients for the change of masks after it."""
+        return self.due(step) and self.method.update.reads_gradients
+
     def mask_gradients(self) -> None:
         """Zero the gradients of dead weights, for whoever needs gradients before the pass that counts."""
         self.masks.apply_to_gradients()
@@ -156,7 +160,7 @@ class Sparsity:
 
     def after_backward(self, step: int) -> None:
         """With the unscaled gradients of a step: let only those of living weights through."""
-        if self.due(step) and self.method.update.reads_gradients:
+        if self.keeps_gradients(step):
             if not self._gradients:  # they stay where they are, as a CUDA graph wants it
                 self._gradients = {name: torch.zeros_like(mask) for name, mask in self.masks.masks.items()}
             for name, kept in self._gradients.items():
@@ -234,7 +238,10 @@ class Sparsity:
         """Share of all prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
         if self.method.score is None:
             return 1.0  # it begins dense
-        alive = self.masks.alive() | {name: int(mask.count_nonzero()) for name, mask in self.ever_alive.items()}
+        alive = self.masks.alive()
+        if self.ever_alive:
+            counts = torch.stack([mask.count_nonzero() for mask in self.ever_alive.values()]).tolist()
+            alive |= dict(zip(self.ever_alive, counts, strict=True))
         return sum(alive.values()) / sum(weight.numel() for weight in self.masks.weights.values())
 
     def describe(self) -> str:

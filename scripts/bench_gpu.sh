@@ -13,13 +13,14 @@ data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json
 flags=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --data-dir) data=(--dataset folder --data-dir "$(realpath "${2:?--data-dir needs a directory}")"); shift 2 ;;
+        --data-dir) data=(--dataset folder --data-dir "$(realpath -m "${2:?--data-dir needs a directory}")"); shift 2 ;;
         --device) device=${2:?--device needs a name}; shift 2 ;;
         --output) output=$(realpath -m "${2:?--output needs a file}"); shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac
 done
+[ "${data[1]}" = digits ] || [ -d "${data[3]}/train" ] || { echo "error: --data-dir: there is no '${data[3]}/train'" >&2; exit 2; }
 [ -d "$(dirname "$output")" ] || { echo "error: --output: there is no directory '$(dirname "$output")'" >&2; exit 2; }
 cd "$here"
 PYTHON=python3
@@ -28,9 +29,35 @@ if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, p
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh
 fi
+"$PYTHON" -c 'import sys; from analysis.benchmark import build_parser; build_parser().parse_args(sys.argv[1:])' \
+    --device "$device" ${flags[@]+"${flags[@]}"} # a wrong flag is known now
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 failed=0
+
+# shellcheck disable=SC2317,SC2329 # the trap calls it
+collect() { # what there is, into one file
+    "$PYTHON" - "$scratch" "$output" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+scratch, output = map(Path, sys.argv[1:])
+result = {"parts": {}}
+for text in sorted(scratch.glob("*.txt")):
+    name = text.stem
+    ended = scratch / f"{name}.code"
+    part = {"exit_code": int(ended.read_text()) if ended.exists() else None, "output": text.read_text()}
+    for file in (scratch / f"{name}.json", scratch / f"{name}-run" / "result.json"):
+        if file.exists():
+            part["result"] = json.loads(file.read_text())
+    result["parts"][name] = part
+output.write_text(json.dumps(result, indent=1) + "\n")
+print(output)
+PYTHON
+    rm -rf "$scratch"
+}
+trap collect EXIT
+trap 'exit 130' INT TERM
 
 part() { # part NAME COMMAND...: run it, show its output, keep that and how it ended
     local name=$1 left=$((590 - SECONDS)) code=0
@@ -52,22 +79,4 @@ for optimizer in sgd sgd-sam; do
 done
 part benchmark "$PYTHON" -m analysis.benchmark --device "$device" --turns 5 --output "$scratch/benchmark.json" \
     ${flags[@]+"${flags[@]}"}
-
-"$PYTHON" - "$scratch" "$output" <<'EOF'
-import json
-import sys
-from pathlib import Path
-
-scratch, output = map(Path, sys.argv[1:])
-result = {"parts": {}}
-for text in sorted(scratch.glob("*.txt")):
-    name = text.stem
-    part = {"exit_code": int((scratch / f"{name}.code").read_text()), "output": text.read_text()}
-    for file in (scratch / f"{name}.json", scratch / f"{name}-run" / "result.json"):
-        if file.exists():
-            part["result"] = json.loads(file.read_text())
-    result["parts"][name] = part
-output.write_text(json.dumps(result, indent=1) + "\n")
-print(output)
-EOF
 exit $failed

@@ -10,7 +10,7 @@ from torch import Tensor
 class GraphedUpdate:
     """engine.update_weights, replayed from a graph.
 
-    Each kind of step (with a batch of another size, measured, at a change of masks) has a graph of its own. A graph knows
+    Each kind of step (with a batch of another size, measured, before masks change by gradients) has a graph of its own. A graph knows
     addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they are. Batch and
     learning rate (the same for all parameter groups) come in by tensors of the graph's own. What is returned lasts until the next call.
     """
@@ -25,7 +25,7 @@ class GraphedUpdate:
     def __call__(
         self, state, perturbation, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        kind = (inputs.shape, measure, state.sparsity.due(state.step))
+        kind = (inputs.shape, measure, state.sparsity.keeps_gradients(state.step))
         self._seen[kind] += 1
         if self._seen[kind] <= self.WARM_UP:
             return self.update(state, perturbation, recipe, inputs, targets, measure, batch_size)
@@ -45,6 +45,7 @@ class GraphedUpdate:
         inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
         groups = state.optimizer.param_groups
         rates = [group["lr"] for group in groups]
+        assert len(set(rates)) == 1, "a graph has one learning rate"
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, *_ in self._graphs.values()), None)  # they never run at the same time
         try:

@@ -182,7 +182,7 @@ class TrainLoader:
     ):
         self.augmentation, self.normalize, self.device, self.ranks = augmentation, normalize, device, ranks
         self.steps_per_epoch = augmentation.steps_per_epoch
-        self.targets = F.one_hot(images.labels, num_classes).float().to(device)
+        self.labels, self.one_hot = images.labels.to(device), torch.eye(num_classes, device=device)
         self.pixels = images.pixels if workers else images.pixels.to(device)
         self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", ranks) if workers else None
         self._cut = lambda *lines: normalize(cut(self.pixels, *lines, augmentation.pad))
@@ -205,7 +205,7 @@ class TrainLoader:
             inputs = self.normalize(self._stream(step).to(self.device, non_blocking=True))
         else:
             inputs = self._cut(*lines)
-        targets = self.targets[lines[0]]
+        targets = self.one_hot[self.labels[lines[0]]]
         if self._weights:
             # The partner of an image is its mirror place in the batch: the order is random already.
             weight = self._weights[position]
@@ -224,11 +224,11 @@ class TrainLoader:
 
     def sample(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of the first images of each class in an order of its own, all classes mixed, not augmented."""
-        order = torch.from_numpy(np.random.default_rng([self.augmentation.seed, 2]).permutation(len(self.targets)))
+        order = torch.from_numpy(np.random.default_rng([self.augmentation.seed, 2]).permutation(len(self.labels)))
         order = order.to(self.device)
-        labels = self.targets[order].argmax(1)
+        labels = self.labels[order]
         rank = torch.zeros_like(labels)  # how many of the same class came before
-        for label in range(self.targets.shape[1]):
+        for label in range(len(self.one_hot)):
             of_class = labels == label
             rank[of_class] = torch.arange(int(of_class.sum()), device=self.device)
         chosen = order[rank < per_class].to(self.pixels.device)

@@ -1,6 +1,7 @@
 """The benchmark measures what it says it measures."""
 
 import json
+import multiprocessing
 import time
 from dataclasses import replace
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from analysis.baseline import PerTensorSAM
-from analysis.benchmark import STEP_FLOPS, STEPS, Setting, alternatives, main
-from analysis.report import Report, measure
+from analysis.benchmark import STEP_FLOPS, STEPS, Setting, alternatives, main, usual_loop
+from analysis.report import Report, interval_of_median, measure
 from sam import SAM
 from utils import precision
 
@@ -40,7 +41,7 @@ def test_tasks_are_measured_in_turns_after_one_that_does_not_count():
     called = []
     tasks = {"quick": lambda: called.append("q"), "slow": lambda: (called.append("s"), time.sleep(0.02))}
     seconds = measure(3, tasks, torch.device("cpu"))
-    assert called == ["q", "s"] * 4
+    assert called == ["q", "s", "s", "q"] * 2  # none always after the same one
     assert [len(samples) for samples in seconds.values()] == [3, 3]
     assert min(seconds["slow"]) >= 0.02 > max(seconds["quick"])
 
@@ -49,11 +50,22 @@ def test_a_report_has_medians_quartiles_and_whether_targets_are_met(capsys):
     report = Report()
     assert report.add("a", [4.0, 1.0, 2.0, 3.0, 100.0], "ms") == 3.0
     assert report.figures["a"]["quartiles"] == [2.0, 4.0]
-    report.target("small", 1.5, most=1.02)
-    report.target("large", 3.2, least=3.0)
+    report.add("b", [3.1, 3.2, 3.3], "")
+    report.add("c", 1.5, "")
+    report.target("small", "a", most=1.02)
+    report.target("large", "b", least=3.0)
+    report.target("one", "c", most=2.0)
     report.show_targets()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ["small: 1.5, not met", "large: 3.2, met"]
+    assert lines[-3:] == [
+        "small: 3 (1 to 100, which leaves it open), not met", "large: 3.2 (3.1 to 3.3), met", "one: 1.5, met"
+    ]  # fmt: skip
+
+
+def test_the_interval_of_a_median_is_that_of_order_statistics():
+    """From tables of the sign test: 95% between the 6th and the 15th of 20."""
+    assert interval_of_median([float(n) for n in range(20, 0, -1)]) == (6.0, 15.0)
+    assert interval_of_median([2.0, 1.0]) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -70,6 +82,16 @@ def test_what_is_chosen_is_compared_with_every_other_way(tmp_path, monkeypatch, 
     alike = {(e.compiled, e.graphed) for e in compared if e.precision == named}
     assert alike >= {(False, chosen.graphed), (True, chosen.graphed)}
     assert len(set(map(str, compared))) == len(compared)  # figures go by name
+
+
+def test_the_usual_loop_ends_with_whoever_asks_and_its_end_is_noticed():
+    with pytest.raises(ZeroDivisionError), usual_loop(torch.device("cpu"), 128) as run:
+        run(False, 1 // 0)
+    assert not multiprocessing.active_children()
+    with usual_loop(torch.device("cpu"), 128) as run:
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises((EOFError, OSError)):
+            run(False, 1)
 
 
 @pytest.mark.parametrize(
