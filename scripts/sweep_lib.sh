@@ -64,8 +64,14 @@ begin_sweep() { # begin_sweep ARGUMENT...: read the command line and the environ
 stop() { echo "error: $1" >&2; exit 2; }
 
 add_arm() { # add_arm NAME FLAG...: runs with these flags for every method, sparsity and seed
-    local arm=$1 method sparsity seed run
+    local arm=$1 method sparsity seed run flag given
     shift
+    for flag in "$@"; do
+        for given in "${extra[@]}"; do
+            [[ $flag != --* || ${given%%=*} != "$flag" ]] ||
+                stop "$flag is what an arm of this sweep sets, and others may not: leave it out"
+        done
+    done
     for method in "${methods[@]}"; do
         for sparsity in "${sparsities[@]}"; do
             local sparse=(--prune-method "$method" --sparsity "$sparsity") where=$method-$sparsity

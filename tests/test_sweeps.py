@@ -231,6 +231,14 @@ def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
     assert flags[0].split("=")[0] in process.stderr
 
 
+@pytest.mark.parametrize("flags", [["--sam-v2"], ["--weight-decay", "0", "--sam-v2"]])
+def test_what_arms_differ_in_is_not_for_all_of_them(sweep, flags):
+    process = sweep("sweep_v2.sh", "--dry-run", *flags)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: --sam-v2 is what an arm of this sweep sets")
+    assert len(process.stderr.splitlines()) == 1
+
+
 def test_paths_are_the_callers(sweep, tmp_path):
     (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images", "--pretrained=a=b.pt"))
     assert command[command.index("--data-dir") + 1] == str(tmp_path / "images")
