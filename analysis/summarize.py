@@ -24,8 +24,9 @@ def summary(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     """A row for each combination of optimizer and settings.
 
     Returns:
-        The settings' columns, `mean` and `std` (percent; of one run there is no std), `runs` in them, incomplete and
-        failed ones beside them as `unfinished`, and `best`: whether no other optimizer or rho with the same other settings has a higher mean.
+        The settings' columns, `mean` and `std` (percent; of one run there is no std), `runs` in them, `unfinished` ones
+        (incomplete or failed), and `best`: whether no other optimizer or rho with the same other settings has a higher
+        mean.
     """
     finished = runs["state"] == "finished"
     columns = ["optimizer", *settings]
