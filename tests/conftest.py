@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported, and for child processes too: on cores that others use, threads wait for each other for minutes.
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from main_prune_train import main
+
+# A shell that launches tests in the background has them, and all that they launch, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Outcome:

@@ -146,7 +146,7 @@ def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--accumulate 2", "try --accumulate 4, which"),
+        ("--accumulate 2", "try --accumulate 4, where"),
         ("", "or --batch-size 128\n"),
         ("--accumulate 256", "try --batch-size 128\n"),
         ("--arch vit --depth 1 --width 0.34 --batch-size 1", "try a smaller --width\n"),
