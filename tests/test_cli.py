@@ -91,8 +91,12 @@ ROOT = Path(__file__).parent.parent
         ("--resume missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--evaluate missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--resume auto --evaluate missing.pt", "give one of them"),
-        ("--lr-schedule cosine", "unrecognized arguments"),
+        (
+            "--lr-schedule cosine",
+            "unrecognized arguments: --lr-schedule cosine (did you mean --lr-scheduler? see --help)",
+        ),
         ("--learning-rate 1", "unrecognized arguments"),
+        ("--xyzzy 1", "unrecognized arguments: --xyzzy 1 (see --help)"),
         ("--epochs", "expected one argument"),
     ],
 )

@@ -1,7 +1,9 @@
 """The flags of main_prune_train.py, their defaults and their checks."""
 
 import argparse
+import difflib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,9 @@ SCHEDULES = ("cosine", "step", "constant")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UsageError(f"{message} (see --help)")
+        found = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message, re.DOTALL)
+        near = difflib.get_close_matches(found[1], self._option_string_actions, 1) if found else []
+        raise UsageError(f"{message} ({f'did you mean {near[0]}? ' if near else ''}see --help)")
 
 
 def build_parser() -> Parser:
