@@ -10,9 +10,10 @@ from torch import Tensor
 class GraphedUpdate:
     """engine.update_weights, replayed from a graph.
 
-    Each kind of step (with a batch of another size, measured, before masks change by gradients) has a graph of its own. A graph knows
-    addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they are. Batch and
-    learning rate (the same for all parameter groups) come in by tensors of the graph's own. What is returned lasts until the next call.
+    Each kind of step (with a batch of another size, measured, before masks change by gradients) has a graph of its own.
+    A graph knows addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they
+    are. Batch and learning rate (the same for all parameter groups) come in by tensors of the graph's own. What is
+    returned lasts until the next call.
     """
 
     WARM_UP = 2  # steps of a kind before it is captured: they compile, pick kernels, and make the optimizer's state
