@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 
 from utils.data import Dataset, Images
@@ -36,11 +35,13 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
     return DATASETS[name](data_dir, image_size)
 
 
-def cifar(cls: type, name: str) -> Callable[[Path | None, int | None], Dataset]:
+def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
     """CIFAR-10/100 by torchvision, which downloads it on first use and verifies checksums before it opens anything."""
 
     def load(data_dir: Path | None, image_size: int | None) -> Dataset:
-        root = data_dir or Path("data")
+        from torchvision import datasets  # here: two seconds, for whoever asks for --help or has mistyped a flag
+
+        cls, root = getattr(datasets, f"CIFAR{classes}"), data_dir or Path("data")
         if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on
             tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
         splits = []
@@ -50,7 +51,7 @@ def cifar(cls: type, name: str) -> Callable[[Path | None, int | None], Dataset]:
                     split = cls(root, train=train, download=True)
             except (OSError, RuntimeError, tarfile.TarError) as error:
                 raise UsageError(
-                    f"{name} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
+                    f"CIFAR-{classes} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
                     f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
                 ) from error
             splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
@@ -107,16 +108,19 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
 
 
 DATASETS = {
-    "cifar10": cifar(torchvision.datasets.CIFAR10, "CIFAR-10"),
-    "cifar100": cifar(torchvision.datasets.CIFAR100, "CIFAR-100"),
+    "cifar10": cifar(10),
+    "cifar100": cifar(100),
     "folder": folder,
     "digits": digits,
 }
 
 
-def _list_images(directory: Path) -> torchvision.datasets.ImageFolder:
+def _list_images(directory: Path) -> torch.utils.data.Dataset:
+    """torchvision's ImageFolder of a directory."""
+    from torchvision.datasets import ImageFolder
+
     try:
-        return torchvision.datasets.ImageFolder(directory)
+        return ImageFolder(directory)
     except OSError as error:
         if not directory.is_dir():
             reason = "is not a directory" if os.path.lexists(directory) else "does not exist"
@@ -129,9 +133,10 @@ def _list_images(directory: Path) -> torchvision.datasets.ImageFolder:
 
 def _missing(directory: Path) -> str:
     """What a directory lacks to be an image folder."""
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     for path in sorted(directory.iterdir()):
-        if path.is_dir() and not any(file.suffix.lower() in extensions for file in path.rglob("*")):
+        if path.is_dir() and not any(file.suffix.lower() in IMG_EXTENSIONS for file in path.rglob("*")):
             return f"has a class without an image, '{path.name}'"
     return "has no folder for each class"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from utils.errors import TrainingError, UsageError
 from utils.graphs import GraphedUpdate
@@ -61,6 +60,8 @@ class Execution:
         """
         if not self.compiled:
             return function
+        from torch._dynamo.exc import TorchDynamoException  # here: a second of start-up
+
         fast = None
 
         def run(first: torch.Tensor, *others: object) -> object:
