@@ -26,7 +26,7 @@ from utils.guard import Guard
 from utils.interruption import CheckpointSchedule, Interruption
 from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
-from utils.precision import choose, strides_over_points
+from utils.precision import bf16_on_cpu, choose
 from utils.record import Record, settle_output, summarize
 from utils.sparsity_config import load_layer_sparsity
 from utils.sync_batch_norm import synchronise
@@ -77,7 +77,7 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         step_flops=perturbation.passes * args.batch_size * flops.dense_training,
         steps=total_steps,
         deterministic=args.deterministic,
-        strided_points=strides_over_points(model, dataset.image_shape),
+        cpu_kernels=bf16_on_cpu(model, dataset.image_shape),
         watched=args.nonfinite == "skip" or ranks.world > 1,
     )
     if ranks.synchronised:

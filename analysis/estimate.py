@@ -16,13 +16,14 @@ from statistics import median
 
 import torch
 
-from analysis.loop import BATCH, Loop, random_images
+from analysis.loop import BATCH, CLASSES, Loop, random_images
 from analysis.report import measure
+from models import build_model
 from prune import METHODS, Options
 from utils import cli
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError, usage_errors
-from utils.precision import choose
+from utils.precision import bf16_on_cpu, choose
 
 IMAGES, TURNS = 50_000, 2
 
@@ -30,8 +31,10 @@ IMAGES, TURNS = 50_000, 2
 def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device) -> float:
     """Median seconds of a training step at batch 128, precision as --precision auto takes it, not compiled."""
     steps = 100 if device.type == "cuda" else 3  # so that what an epoch ends in is little beside them
-    images, execution = random_images(steps * BATCH), choose("auto", "off", device)
+    images, (arch, depth, width) = random_images(steps * BATCH), network
     with tempfile.TemporaryDirectory() as scratch, usage_errors():
+        kernels = bf16_on_cpu(build_model(arch, depth, CLASSES, width), (3, 32, 32))
+        execution = choose("auto", "off", device, cpu_kernels=kernels)
         loop = Loop(device, execution, images, Path(scratch) / "run", optimizer, v2, network=network)
         return median(measure(TURNS, {"steps": loop.run}, device)["steps"]) / steps
 

@@ -94,13 +94,12 @@ def choose(
     step_flops: float = 0.0,
     steps: int = 0,
     deterministic: bool = False,
-    strided_points: bool = False,
+    cpu_kernels: str = "fast",
     watched: bool = False,
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
-    `auto` is bf16 on a GPU that computes in it, and compilation where it earns back what it takes. On a CPU it is fp32: bf16
-    costs half a point of accuracy there, and is faster on some CPUs and slower on others (BENCHMARKS.md).
+    `auto` is bf16 where it is faster, and compilation where it earns back what it takes.
 
     Args:
         precision: auto, or one of PRECISIONS.
@@ -108,21 +107,21 @@ def choose(
         step_flops: of a training step.
         steps: of the run.
         deterministic: bits may not depend on what was tuned when.
-        strided_points: see strides_over_points.
+        cpu_kernels: those in bf16, by bf16_on_cpu.
         watched: the host looks at every step's gradient, which no graph can hold (in fp16 it does in any case), or other
             processes take part.
 
     Raises:
         UsageError: what is asked for by name is not possible here.
     """
-    untrusted = device.type == "cpu" and strided_points
-    if precision == "bf16" and untrusted:
+    kernels = cpu_kernels if device.type == "cpu" else "fast"
+    if precision == "bf16" and kernels == "wrong":
         raise UsageError(
             "bf16 on a CPU gives wrong gradients where a convolution with a stride meets a map of one pixel, as in this "
             "network with images of this size: give --precision fp32, or larger images"
         )
     if precision == "auto":
-        precision = "bf16" if has_bf16(device) and device.type == "cuda" else "fp32"
+        precision = "bf16" if gains_from_bf16(device) and kernels == "fast" else "fp32"
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: it is not what fp32 says
     missing = what_compilation_lacks(device)
@@ -139,30 +138,44 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies in bf16; one that only emulates it is ten times slower than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        features = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in features or "amx_bf16" in features
+    return bool(_processor() & {"avx512_bf16", "amx_bf16"})
 
 
-def strides_over_points(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether a convolution with a stride meets a map of one pixel, of images [C, H, W].
+def gains_from_bf16(device: torch.device) -> bool:
+    """Whether training is faster in bf16 there, by what was measured (BENCHMARKS.md): on GPUs, and on AMD's CPUs.
 
-    There torch's bf16 kernels for CPUs read memory that nobody wrote (seen with 2.14.1): now and then a weight's gradient
-    is of any size.
+    An Intel CPU with AVX512-BF16 was slower in it than in float32; nobody has measured one with AMX.
     """
-    found = []
+    return has_bf16(device) and (device.type == "cuda" or "AuthenticAMD" in _processor())
+
+
+def _processor() -> set[str]:
+    """The words that Linux has about the processor; none elsewhere."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """What torch's bf16 kernels for CPUs are for a network on images [C, H, W]: "wrong", "slow" or "fast".
+
+    Wrong where a convolution with a stride meets a map of one pixel: there they read memory that nobody wrote, and now and
+    then a weight's gradient is of any size. Slow where a depthwise convolution has a stride: its backward pass takes fifteen
+    times as long as in float32. (Both seen with torch 2.14.1.)
+    """
+    found = set()
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        found.append(max(module.stride) > 1 and max(inputs[0].shape[2:]) == 1)
+        if max(module.stride) > 1:
+            found.add("wrong" if max(inputs[0].shape[2:]) == 1 else "slow" if module.groups > 1 else "fast")
 
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(look)
     shadow(torch.zeros(1, *image_shape, device="meta"))
-    return any(found)
+    return next((kind for kind in ("wrong", "slow") if kind in found), "fast")
 
 
 def what_compilation_lacks(device: torch.device) -> str | None:

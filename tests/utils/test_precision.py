@@ -1,14 +1,18 @@
 """Precision and compilation: what `auto` comes to, and that neither changes what is computed."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from analysis.precision import Rounding
 from models import build_model
 from utils import precision
 from utils.engine import build_objective
 from utils.errors import UsageError
-from utils.precision import Execution, choose, strides_over_points
+from utils.precision import Execution, bf16_on_cpu, choose
 
 CPU = torch.device("cpu")
 
@@ -18,17 +22,17 @@ def able(monkeypatch):
     """able(bf16, compiler): what the device can do."""
 
     def set_to(bf16: bool, missing: str | None) -> None:
-        monkeypatch.setattr(precision, "has_bf16", lambda device: bf16)
+        monkeypatch.setattr(precision, "gains_from_bf16", lambda device: bf16)
         monkeypatch.setattr(precision, "what_compilation_lacks", lambda device: missing)
 
     return set_to
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_auto_takes_bf16_only_on_a_gpu_that_computes_in_it(able, bf16):
+def test_auto_takes_bf16_only_where_it_is_faster(able, bf16):
     able(bf16, None)
-    assert choose("auto", "off", CPU).precision == "fp32"
-    assert choose("auto", "off", torch.device("cuda")).precision == ("bf16" if bf16 else "fp32")
+    for device in (CPU, torch.device("cuda")):
+        assert choose("auto", "off", device).precision == ("bf16" if bf16 else "fp32")
     assert choose("fp32", "off", CPU).precision == "fp32"
     assert choose("bf16", "off", CPU).precision == "bf16"
 
@@ -51,11 +55,40 @@ def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
         choose("auto", "on", CPU)
 
 
-def test_bf16_reads_the_features_of_the_processor(monkeypatch, tmp_path):
-    for flags, expected in (("fpu avx2", False), ("avx512f avx512_bf16", True), ("amx_tile amx_bf16", True)):
-        (tmp_path / "cpuinfo").write_text(f"flags\t: {flags}\n")
-        monkeypatch.setattr(precision, "Path", lambda _: tmp_path / "cpuinfo")
-        assert precision.has_bf16(CPU) is expected
+@pytest.mark.parametrize(
+    ("vendor", "flags", "has", "gains"),
+    [
+        ("AuthenticAMD", "fpu avx2", False, False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True, True),
+        ("GenuineIntel", "avx512f avx512_bf16", True, False),
+        ("GenuineIntel", "amx_tile amx_bf16", True, False),
+    ],
+)
+def test_bf16_on_a_cpu_depends_on_its_maker_and_its_features(monkeypatch, tmp_path, vendor, flags, has, gains):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(precision, "Path", lambda _: tmp_path / "cpuinfo")
+    assert (precision.has_bf16(CPU), precision.gains_from_bf16(CPU)) == (has, gains)
+
+
+def test_a_cpu_rounds_to_bf16_like_a_gpu():
+    """Its kernels stray from float64 as far as float32 sums of rounded operands do, and no further."""
+    torch.manual_seed(0)
+    model = build_model("resnet", 8, 10, 0.5).to(memory_format=torch.channels_last)
+    inputs = torch.randn(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (64,))
+
+    def gradient(rounding: object, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        network = copy.deepcopy(model).to(dtype)
+        with rounding:
+            logits = network(inputs.to(dtype))
+        nn.functional.cross_entropy(logits.to(dtype), labels).backward()
+        return torch.cat([p.grad.flatten().double() for p in network.parameters()])
+
+    exact = gradient(contextlib.nullcontext(), torch.float64)
+    in_software, in_hardware = (gradient(how) - exact for how in (Rounding(), Execution("bf16").autocast(CPU)))
+    assert in_software.norm() > 1e-3 * exact.norm()
+    assert in_hardware.norm() < 1.1 * in_software.norm()
+    assert torch.cosine_similarity(in_hardware, in_software, dim=0) > 0.9
 
 
 def network() -> nn.Module:
@@ -92,12 +125,17 @@ def test_bf16_rounds_the_forward_pass_and_nothing_else():
             assert torch.cosine_similarity(e.flatten(), r.flatten(), dim=0) > 0.99
 
 
-def test_bf16_on_a_cpu_is_left_alone_where_its_gradients_are_wrong(able):
+@pytest.mark.parametrize(
+    ("arch", "size", "kernels"), [("mobilenet", 8, "wrong"), ("mobilenet", 32, "slow"), ("resnet", 32, "fast")]
+)
+def test_auto_leaves_bf16_alone_on_a_cpu_with_wrong_or_slow_kernels_for_it(able, arch, size, kernels):
     able(True, None)
-    model = build_model("mobilenet", 28, 10, 0.25)
-    assert strides_over_points(model, (3, 8, 8))
-    assert not strides_over_points(model, (3, 32, 32))
-    assert choose("auto", "off", CPU, strided_points=True).precision == "fp32"
-    assert choose("bf16", "off", CPU, strided_points=False).precision == "bf16"
+    assert bf16_on_cpu(build_model(arch, {"mobilenet": 28, "resnet": 8}[arch], 10, 0.25), (3, size, size)) == kernels
+    expected = "bf16" if kernels == "fast" else "fp32"
+    assert choose("auto", "off", CPU, cpu_kernels=kernels).precision == expected
+    assert choose("auto", "off", torch.device("cuda"), cpu_kernels=kernels).precision == "bf16"
+    if kernels != "wrong":
+        assert choose("bf16", "off", CPU, cpu_kernels=kernels).precision == "bf16"
+        return
     with pytest.raises(UsageError, match="larger images"):
-        choose("bf16", "off", CPU, strided_points=True)
+        choose("bf16", "off", CPU, cpu_kernels=kernels)
