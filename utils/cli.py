@@ -237,7 +237,7 @@ def build_parser() -> Parser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="by torch.compile; auto: where the run is long enough to earn it back (%(default)s)",
+        help="by torch.compile; auto: on a GPU, where the run is long enough to earn it back (%(default)s)",
     )
     group.add_argument(
         "--workers",

@@ -16,15 +16,9 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# For a step of so many FLOPs: seconds that compilation takes with nothing cached, and seconds a step that it then saves, as
-# measured with ResNet-20 (BENCHMARKS.md): 1 to 4% of a step on a CPU in fp32, 1.5% in bf16; a fifth of one on an H100 in
-# bf16, a tenth in fp32.
-COMPILATION = {
-    ("cpu", "fp32"): (40.0, lambda flops: 1e-13 * flops),
-    ("cpu", "bf16"): (40.0, lambda flops: 6e-14 * flops),
-    ("cuda", "fp32"): (25.0, lambda flops: 1.5e-14 * flops),
-    ("cuda", "bf16"): (25.0, lambda flops: 1.5e-14 * flops),
-}
+# On a GPU, as measured with ResNet-20 on an H100 (BENCHMARKS.md): seconds that compilation takes with nothing cached, and
+# seconds a step that it then saves for each FLOP of the step. On CPUs it saves nothing that can be told from noise.
+COMPILATION_TAKES, COMPILATION_SAVES = 25.0, 1.5e-14
 
 # FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
 # memory of its own.
@@ -99,7 +93,7 @@ def choose(
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
-    `auto` is bf16 where it is faster, and compilation where it earns back what it takes.
+    `auto` is bf16 where that is faster, and compilation on a GPU where it earns back what it takes.
 
     Args:
         precision: auto, or one of PRECISIONS.
@@ -128,8 +122,8 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        cost, saved = COMPILATION[device.type, "fp32" if precision == "fp32" else "bf16"]
-        compilation = "on" if not (missing or deterministic) and steps * saved(step_flops) > cost else "off"
+        earned = device.type == "cuda" and steps * step_flops * COMPILATION_SAVES > COMPILATION_TAKES
+        compilation = "on" if earned and not (missing or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
     return Execution(precision, compilation == "on", graphed)
 

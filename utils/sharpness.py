@@ -13,7 +13,7 @@ from utils.data import Dataset
 from utils.flops import count_flops
 from utils.landscape import Landscape, fixed_images, living
 from utils.loaders import Normalize
-from utils.precision import COMPILATION, Execution, choose, what_compilation_lacks
+from utils.precision import Execution, choose, what_compilation_lacks
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Settings:
 
 SPLITS, SPACES = Settings.splits, Settings.spaces
 
-# Seconds saved for each FLOP of a Hessian product: 250 images of ResNet-20 took 2.5 s on a core, and 1.5 s compiled.
-SAVED_BY_COMPILATION = 7.5e-12
+# On a CPU: seconds that compilation takes, and seconds that it saves for each FLOP of a Hessian product, of which 250
+# images of ResNet-20 took 2.5 s on a core, and 1.5 s compiled.
+COMPILATION_TAKES, COMPILATION_SAVES = 40.0, 7.5e-12
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,8 @@ def _execution(
         a_space = 4 * settings.top + settings.trace_samples  # products, at least
         products = len(settings.splits) * len(settings.spaces) * a_space
         flops = 2 * count_flops(model, dataset.image_shape).dense_training
-        saved = SAVED_BY_COMPILATION * products * settings.images * flops
-        worthwhile = device.type == "cpu" and saved > COMPILATION["cpu", "fp32"][0]  # on CUDA nobody has measured it
+        saved = COMPILATION_SAVES * products * settings.images * flops
+        worthwhile = device.type == "cpu" and saved > COMPILATION_TAKES  # on CUDA nobody has measured it
         compilation = "on" if worthwhile and not what_compilation_lacks(device) else "off"
     return choose("fp32", compilation, device)
 

@@ -39,18 +39,19 @@ def test_auto_takes_bf16_only_where_it_is_faster(able, bf16):
 
 def test_auto_compiles_only_what_earns_it_back(able):
     able(True, None)
-    resnet20 = 128 * 244e6  # FLOPs of a step
-    assert not choose("bf16", "auto", CPU, resnet20, steps=391).compiled
-    assert choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
-    assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391, deterministic=True).compiled
-    assert choose("auto", "on", CPU, resnet20, steps=1, deterministic=True).compiled
-    assert not choose("auto", "off", CPU, resnet20, steps=160 * 391).compiled
-    assert not choose("fp32", "auto", CPU, resnet20, steps=10 * 391).compiled  # it saves a hundredth of a step
+    resnet20, cuda = 128 * 244e6, torch.device("cuda")  # FLOPs of a step
+    assert choose("auto", "auto", cuda, resnet20, steps=160 * 391).compiled
+    assert not choose("auto", "auto", cuda, resnet20, steps=391).compiled
+    assert not choose("auto", "auto", cuda, resnet20, steps=160 * 391, deterministic=True).compiled
+    assert not choose("auto", "off", cuda, resnet20, steps=160 * 391).compiled
+    assert choose("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
+    assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled  # nothing is saved there
+    assert choose("auto", "on", CPU, resnet20, steps=1).compiled
 
 
 def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
     able(False, "a C++ compiler")
-    assert not choose("auto", "auto", CPU, 1e12, steps=10**6).compiled
+    assert not choose("auto", "auto", torch.device("cuda"), 1e12, steps=10**6).compiled
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
         choose("auto", "on", CPU)
 
