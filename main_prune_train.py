@@ -114,8 +114,8 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
             sparsity.before_training(loader.sample)
 
     recipe = Recipe(
-        build_objective(model, execution, -(-args.batch_size // (args.accumulate * ranks.world)), args.smooth_eps), execution,
-        execution.graph(update_weights),
+        build_objective(model, execution, -(-args.batch_size // (args.accumulate * ranks.world)), args.smooth_eps),
+        execution, perturbation, execution.graph(update_weights),
         lr_at=partial(
             learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
             warmup_steps=round(args.warmup_epochs * loader.steps_per_epoch),
@@ -160,7 +160,7 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         write(directory / "checkpoint.pt")
 
     with interruption.finishing():
-        fit(state, perturbation, recipe, loader, evaluators, meter, record, save, schedule, interruption)
+        fit(state, recipe, loader, evaluators, meter, record, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args), args.epochs * len(dataset.train))
     result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
     if closer_look(args.recalibrate_bn, args.sharpness) and ranks.any(interruption.signal is not None, device):

@@ -69,9 +69,12 @@ class Loop:
         self.testing = EvalLoader(images, 500, normalize, device)
 
     def run(self, log_interval: int = LOG_INTERVAL) -> None:
-        recipe = Recipe(self.objective, self.execution, self.update, lambda step: 0.1, 10**9, log_interval=log_interval)
+        recipe = Recipe(
+            self.objective, self.execution, self.perturbation, self.update, lambda step: 0.1, 10**9,
+            log_interval=log_interval,
+        )  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
-            train_epoch(self.state, self.perturbation, recipe, self.loader, self.meter, self.record)
+            train_epoch(self.state, recipe, self.loader, self.meter, self.record)
 
     def evaluate(self) -> None:
         evaluate(self.model, self.testing, self.execution)

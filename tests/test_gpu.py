@@ -38,15 +38,14 @@ class Run:
         self.loader = TrainLoader(images, augmentation, 5, normalize, device, workers, execution)
         self.sparsity.before_training(self.loader.sample)
         self.state = TrainState(self.model, optimizer, self.sparsity)
-        self.perturbation = perturbation_of(optimizer, self.model, self.sparsity)
         self.recipe = Recipe(
-            build_objective(self.model, execution, 32), execution, execution.graph(update_weights),
-            lambda step: 0.05, 64,
+            build_objective(self.model, execution, 32), execution,
+            perturbation_of(optimizer, self.model, self.sparsity), execution.graph(update_weights), lambda step: 0.05, 64,
         )  # fmt: skip
 
     def step(self) -> torch.Tensor:
         batch = self.loader.batch(self.state.step)
-        sums, _ = train_step(self.state, self.perturbation, self.recipe, *batch, measure=False)
+        sums, _ = train_step(self.state, self.recipe, *batch, measure=False)
         return sums.clone()
 
 

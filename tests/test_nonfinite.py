@@ -34,10 +34,10 @@ class Training:
         )
         sparsity.before_training()
         self.state = TrainState(self.model, optimizer, sparsity, guard(self.model))
-        self.perturbation = perturbation_of(optimizer, self.model, sparsity)
         self.recipe = Recipe(
-            build_objective(self.model, Execution(), 8 // accumulate), Execution(), update_weights, lambda step: 0.05, 99,
-            accumulate, clip_grad=1.0,
+            build_objective(self.model, Execution(), 8 // accumulate), Execution(),
+            perturbation_of(optimizer, self.model, sparsity), update_weights, lambda step: 0.05, 99, accumulate,
+            clip_grad=1.0,
         )  # fmt: skip
 
     def step(self, seed, spoilt=False, measure=False):
@@ -46,9 +46,7 @@ class Training:
         targets = torch.rand(8, 5, generator=g)
         if spoilt:
             inputs[3, 1, 2, 2] = float("nan")
-        return train_step(
-            self.state, self.perturbation, self.recipe, inputs, targets / targets.sum(1, keepdim=True), measure
-        )
+        return train_step(self.state, self.recipe, inputs, targets / targets.sum(1, keepdim=True), measure)
 
     def everything(self):
         """All that a step may change, the SAM memory of one-step SAM apart."""

@@ -28,6 +28,7 @@ class Recipe:
     Attributes:
         objective: see build_objective.
         execution: how evaluation computes.
+        perturbation: what the optimizer does to the weights around the backward pass that counts.
         update: update_weights, as it is or from CUDA graphs.
         lr_at: the learning rate of a step.
         total_steps: steps of the whole schedule.
@@ -40,6 +41,7 @@ class Recipe:
 
     objective: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     execution: Execution
+    perturbation: Perturbation
     update: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     lr_at: Callable[[int], float]
     total_steps: int
@@ -74,7 +76,6 @@ def build_objective(
 
 def train_step(
     state: TrainState,
-    perturbation: Perturbation,
     recipe: Recipe,
     inputs: Tensor,
     targets: Tensor,
@@ -95,20 +96,14 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.lr_at(state.step)
     batch_size = len(inputs) if batch_size is None else batch_size
-    results = recipe.update(state, perturbation, recipe, inputs, targets, measure, batch_size)
+    results = recipe.update(state, recipe, inputs, targets, measure, batch_size)
     state.step = state.sparsity.after_step(state.step, state.guard.skipped)
     state.progress += 1
     return results
 
 
 def update_weights(
-    state: TrainState,
-    perturbation: Perturbation,
-    recipe: Recipe,
-    inputs: Tensor,
-    targets: Tensor,
-    measure: bool,
-    batch_size: int,
+    state: TrainState, recipe: Recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a step does on the device, from a batch to the moved weights: always the same, so that a graph can hold it."""
     model, optimizer, guard = state.model, state.optimizer, state.guard
@@ -125,22 +120,21 @@ def update_weights(
         return recipe.ranks.reduce(model, sums, share_gradients)
 
     guard.begin()
-    perturbation.perturb(backward)
+    recipe.perturbation.perturb(backward)
     sums = backward()
     guard.unscale(optimizer)
     state.sparsity.after_backward(state.step)
-    measured = {"gradient_norm": gradient_norm(model), **perturbation.measure()} if measure else {}
+    measured = {"gradient_norm": gradient_norm(model), **recipe.perturbation.measure()} if measure else {}
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
     guard.step(optimizer, sums)
-    perturbation.restore()
+    recipe.perturbation.restore()
     state.sparsity.mask_weights()
     return guard.end(sums), measured
 
 
 def fit(
     state: TrainState,
-    perturbation: Perturbation,
     recipe: Recipe,
     loader: TrainLoader,
     evaluators: dict[str, EvalLoader],
@@ -176,7 +170,7 @@ def fit(
                     schedule.saved()
                     _leave(told, state, recipe)
 
-            row = train_epoch(state, perturbation, recipe, loader, meter, record, pause)
+            row = train_epoch(state, recipe, loader, meter, record, pause)
             for name, evaluator in evaluators.items():
                 row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(
                     state.model, evaluator, recipe.execution, recipe.ranks
@@ -207,7 +201,6 @@ def fit(
 
 def train_epoch(
     state: TrainState,
-    perturbation: Perturbation,
     recipe: Recipe,
     loader: TrainLoader,
     meter: FlopsMeter,
@@ -242,7 +235,7 @@ def train_epoch(
             images += size
             meter.step(size, state.sparsity.grows_by_gradient(state.step))
             measure = (state.progress + 1) % recipe.log_interval == 0
-            sums[position], measured = train_step(state, perturbation, recipe, inputs, targets, measure, size)
+            sums[position], measured = train_step(state, recipe, inputs, targets, measure, size)
             counted += 0 if state.guard.skipped else size
             lrs.append(state.optimizer.param_groups[0]["lr"])
             if record.first_step_of_process(sums[position], began) and steps - done > 1:

@@ -24,14 +24,14 @@ class GraphedUpdate:
         self._graphs: dict[Hashable, tuple] = {}
 
     def __call__(
-        self, state, perturbation, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
+        self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         kind = (inputs.shape, measure, state.sparsity.keeps_gradients(state.step))
         self._seen[kind] += 1
         if self._seen[kind] <= self.WARM_UP:
-            return self.update(state, perturbation, recipe, inputs, targets, measure, batch_size)
+            return self.update(state, recipe, inputs, targets, measure, batch_size)
         if kind not in self._graphs:
-            self._graphs[kind] = self._capture(state, perturbation, recipe, inputs, targets, measure, batch_size)
+            self._graphs[kind] = self._capture(state, recipe, inputs, targets, measure, batch_size)
         graph, static_inputs, static_targets, static_lr, results = self._graphs[kind]
         static_inputs.copy_(inputs)
         static_targets.copy_(targets)
@@ -39,9 +39,7 @@ class GraphedUpdate:
         graph.replay()
         return results
 
-    def _capture(
-        self, state, perturbation, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
-    ) -> tuple:
+    def _capture(self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int) -> tuple:
         """Record a step without running it."""
         inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
         groups = state.optimizer.param_groups
@@ -54,7 +52,7 @@ class GraphedUpdate:
                 group["lr"] = lr
             # Other threads, as one that pins the memory of batches to come, may go on with what a capture forbids.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                results = self.update(state, perturbation, recipe, inputs, targets, measure, batch_size)
+                results = self.update(state, recipe, inputs, targets, measure, batch_size)
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate

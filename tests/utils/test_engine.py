@@ -28,15 +28,12 @@ def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
     momentum = 0.9 if name.startswith("sgd") else None
     optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
     state = TrainState(model, optimizer, mask)
-    return (
-        state,
+    return state, Recipe(
+        build_objective(model, Execution(), 8 // recipe.get("accumulate", 1), recipe.pop("smooth_eps", 0.0)),
+        Execution(),
         perturbation_of(optimizer, model, mask),
-        Recipe(
-            build_objective(model, Execution(), 8 // recipe.get("accumulate", 1), recipe.pop("smooth_eps", 0.0)),
-            Execution(),
-            update_weights,
-            **{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe,
-        ),
+        update_weights,
+        **{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe,
     )
 
 
@@ -47,8 +44,8 @@ def batch(seed=1, count=8):
 
 
 def run(steps=3, **kwargs):
-    state, perturbation, recipe = build(**kwargs)
-    out = [train_step(state, perturbation, recipe, *batch(seed), measure=True) for seed in range(steps)]
+    state, recipe = build(**kwargs)
+    out = [train_step(state, recipe, *batch(seed), measure=True) for seed in range(steps)]
     return state, out
 
 
@@ -62,7 +59,7 @@ def same(left, right, exact=False):
 
 def test_plain_sgd_is_the_loop_everyone_writes():
     state, out = run()
-    reference, _, _ = build()
+    reference, _ = build()
     optimizer = torch.optim.SGD(reference.model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for seed in range(3):
         x, y = batch(seed)
@@ -88,14 +85,14 @@ def test_a_batch_in_parts_gives_the_same_step(name, v2):
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, v2):
-    state, perturbation, recipe = build(name=name, v2=v2, sparsity=0.7)
+    state, recipe = build(name=name, v2=v2, sparsity=0.7)
     layer = state.model[0]
     dead = layer.weight == 0
     assert dead.any()
     seen = []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.weight.detach().clone()))
     for seed in range(4):
-        train_step(state, perturbation, recipe, *batch(seed), measure=False)
+        train_step(state, recipe, *batch(seed), measure=False)
         assert (layer.weight[dead] == 0).all()
     assert len(seen) == (8 if name.endswith("-sam") and not v2 else 4)
     assert all((w[dead] == 0).all() for w in seen)
@@ -105,10 +102,10 @@ def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, 
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_after_a_step_the_weights_are_not_perturbed(name, v2):
-    state, perturbation, recipe = build(name=name, v2=v2, lr_at=lambda step: 0.0)
+    state, recipe = build(name=name, v2=v2, lr_at=lambda step: 0.0)
     start = [p.detach().clone() for p in state.model.parameters()]
     for seed in range(3):
-        train_step(state, perturbation, recipe, *batch(seed), measure=False)
+        train_step(state, recipe, *batch(seed), measure=False)
         assert all(torch.equal(p, w) for p, w in zip(state.model.parameters(), start, strict=True))
 
 
@@ -144,26 +141,32 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     augmentation = Augmentation(40, 20, seed=0, pad=1, flip=True)
     loader = TrainLoader(images, augmentation, 5, normalize, torch.device("cpu"), 0, Execution())
     sparsity.before_training(loader.sample)
-    state, perturbation = TrainState(model, optimizer, sparsity), perturbation_of(optimizer, model, sparsity)
+    state = TrainState(model, optimizer, sparsity)
     meter = FlopsMeter(count_flops(model, (3, 8, 8)), sparsity, passes=1)
     recipe = Recipe(
-        build_objective(model, Execution(), 20), Execution(), update_weights, lambda step: 0.05, 16, clip_grad=1.0
+        build_objective(model, Execution(), 20),
+        Execution(),
+        perturbation_of(optimizer, model, sparsity),
+        update_weights,
+        lambda step: 0.05,
+        16,
+        clip_grad=1.0,
     )
     versions = set()
     with Waits() as waits:
         for step in range(12):
             meter.step(20, sparsity.grows_by_gradient(step))
-            train_step(state, perturbation, recipe, *loader.batch(step), measure=step % 3 == 0)
+            train_step(state, recipe, *loader.batch(step), measure=step % 3 == 0)
             versions.add(sparsity.masks.version)
     assert waits.seen == []
     assert len(versions) == (7 if METHODS[method].update else 1)
 
 
 def test_clipping_bounds_the_gradient_after_the_mask():
-    state, perturbation, recipe = build(sparsity=0.7, clip_grad=1e-3, lr_at=lambda step: 1.0)
+    state, recipe = build(sparsity=0.7, clip_grad=1e-3, lr_at=lambda step: 1.0)
     state.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
     before = [p.detach().clone() for p in state.model.parameters()]
-    train_step(state, perturbation, recipe, *batch(), measure=False)
+    train_step(state, recipe, *batch(), measure=False)
     moved = sum((p - w).square().sum() for p, w in zip(state.model.parameters(), before, strict=True)).sqrt()
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -173,16 +176,16 @@ def test_what_is_measured_is_of_this_step():
     assert [m["perturbation_norm"].item() for _, m in out] == pytest.approx([0, 0.3, 0.3], rel=1e-5)
     assert out[0][1]["alignment"].item() == 0
     assert all(-1 <= m["alignment"].item() <= 1 for _, m in out)
-    state, perturbation, recipe = build()
-    assert train_step(state, perturbation, recipe, *batch(), measure=False)[1] == {}
+    state, recipe = build()
+    assert train_step(state, recipe, *batch(), measure=False)[1] == {}
 
 
 def test_label_smoothing_mixes_in_the_uniform_distribution():
     smoothed, _ = run(smooth_eps=0.2)
-    reference, perturbation, recipe = build()
+    reference, recipe = build()
     for seed in range(3):
         x, y = batch(seed)
-        train_step(reference, perturbation, recipe, x, 0.8 * y + 0.2 / 5, measure=False)
+        train_step(reference, recipe, x, 0.8 * y + 0.2 / 5, measure=False)
     same(smoothed, reference)
 
 
