@@ -1,6 +1,7 @@
 """How a network computes: in which precision, and compiled or not. Every `auto` is resolved here, once a run."""
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# On a GPU, as measured with ResNet-20 on an H100 (BENCHMARKS.md): seconds that compilation takes with nothing cached, and
-# seconds a step that it then saves for each FLOP of the step. On CPUs it saves nothing that can be told from noise.
-COMPILATION_TAKES, COMPILATION_SAVES = 25.0, 1.5e-14
+# As measured with ResNet-20 (BENCHMARKS.md) on an H100, and on a CPU with AMX, which multiplies so fast that the rest of a
+# step counts: seconds that compilation takes with nothing cached, and seconds a step that it then saves for each FLOP of the
+# step. On other CPUs it saves nothing that can be told from noise.
+COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 4e-13)}
+
+# For torch.compile. On CUDA launching counts: small kernels that do not depend on each other, as conversions of weights, go
+# into one. On CPUs a kernel that writes what it reads waits for its own stores, half a vector wide, in every load.
+OPTIONS = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
 
 # FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
 # memory of its own.
@@ -63,11 +69,7 @@ class Execution:
             if len(first) != rows:
                 return function(first, *others)
             if fast is None:
-                # Launching counts on CUDA: small kernels there that do not depend on each other, as conversions of
-                # weights, go into one.
-                fast = torch.compile(
-                    function, dynamic=False, options={"combo_kernels": True} if first.is_cuda else None
-                )
+                fast = torch.compile(function, dynamic=False, options=OPTIONS.get(first.device.type))
             try:
                 return fast(first, *others)
             except TorchDynamoException as error:
@@ -93,7 +95,7 @@ def choose(
 ) -> Execution:
     """Resolve the flags for a device and a run.
 
-    `auto` is bf16 where that is faster, and compilation on a GPU where it earns back what it takes.
+    `auto` is bf16 where that is faster, and compilation where it earns back what it takes.
 
     Args:
         precision: auto, or one of PRECISIONS.
@@ -122,7 +124,8 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        earned = device.type == "cuda" and steps * step_flops * COMPILATION_SAVES > COMPILATION_TAKES
+        takes, saves = COMPILATION.get("amx" if has_amx(device) else device.type, (math.inf, 0.0))
+        earned = steps * step_flops * saves > takes
         compilation = "on" if earned and not (missing or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
     return Execution(precision, compilation == "on", graphed)
@@ -135,12 +138,17 @@ def has_bf16(device: torch.device) -> bool:
     return bool(_processor() & {"avx512_bf16", "amx_bf16"})
 
 
-def gains_from_bf16(device: torch.device) -> bool:
-    """Whether training is faster in bf16 there, by what was measured (BENCHMARKS.md): on GPUs, and on AMD's CPUs.
+def has_amx(device: torch.device) -> bool:
+    """Whether the device is a CPU that multiplies matrices in bf16 as such (Intel's from Sapphire Rapids on)."""
+    return device.type == "cpu" and "amx_bf16" in _processor()
 
-    An Intel CPU with AVX512-BF16 was slower in it than in float32; nobody has measured one with AMX.
+
+def gains_from_bf16(device: torch.device) -> bool:
+    """Whether training is faster in bf16 there, by what was measured (BENCHMARKS.md): on GPUs, AMD's CPUs, and with AMX.
+
+    Intel's CPUs are slower in it than in float32 by AVX512-BF16 alone.
     """
-    return has_bf16(device) and (device.type == "cuda" or "AuthenticAMD" in _processor())
+    return has_bf16(device) and (device.type == "cuda" or has_amx(device) or "AuthenticAMD" in _processor())
 
 
 def _processor() -> set[str]:

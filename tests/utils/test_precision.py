@@ -19,10 +19,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def able(monkeypatch):
-    """able(bf16, compiler): what the device can do."""
+    """able(bf16, missing, amx): what the device can do."""
 
-    def set_to(bf16: bool, missing: str | None) -> None:
+    def set_to(bf16: bool, missing: str | None, amx: bool = False) -> None:
         monkeypatch.setattr(precision, "gains_from_bf16", lambda device: bf16)
+        monkeypatch.setattr(precision, "has_amx", lambda device: amx and device.type == "cpu")
         monkeypatch.setattr(precision, "what_compilation_lacks", lambda device: missing)
 
     return set_to
@@ -47,6 +48,10 @@ def test_auto_compiles_only_what_earns_it_back(able):
     assert choose("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
     assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled  # nothing is saved there
     assert choose("auto", "on", CPU, resnet20, steps=1).compiled
+    able(True, None, amx=True)
+    assert choose("auto", "auto", CPU, resnet20, steps=10 * 391).compiled
+    assert not choose("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
+    assert not choose("auto", "auto", cuda, resnet20, steps=10 * 391).compiled
 
 
 def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
@@ -62,7 +67,7 @@ def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
         ("AuthenticAMD", "fpu avx2", False, False),
         ("AuthenticAMD", "avx512f avx512_bf16", True, True),
         ("GenuineIntel", "avx512f avx512_bf16", True, False),
-        ("GenuineIntel", "amx_tile amx_bf16", True, False),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True, True),
     ],
 )
 def test_bf16_on_a_cpu_depends_on_its_maker_and_its_features(monkeypatch, tmp_path, vendor, flags, has, gains):
