@@ -62,6 +62,12 @@ class Execution:
             return function
         from torch._dynamo.exc import TorchDynamoException  # here: a second of start-up
 
+        def own(*arguments: object) -> object:
+            return function(*arguments)
+
+        # Torch keeps what it compiled with the code of a function, eight times at most, and runs what comes after as it is,
+        # without a word: each gets a copy of its own.
+        own.__code__ = own.__code__.replace()
         fast = None
 
         def run(first: torch.Tensor, *others: object) -> object:
@@ -69,7 +75,7 @@ class Execution:
             if len(first) != rows:
                 return function(first, *others)
             if fast is None:
-                fast = torch.compile(function, dynamic=False, options=OPTIONS.get(first.device.type))
+                fast = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS.get(first.device.type))
             try:
                 return fast(first, *others)
             except TorchDynamoException as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,6 +119,15 @@ def test_a_compiled_objective_is_the_same_function(rows):
     plain, compiled = gradients(Execution(), rows), gradients(Execution(compiled=True), rows)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     assert plain[0].item() == pytest.approx(plain[1][0].item() / 12)
+
+
+def test_however_many_functions_a_process_compiles_none_runs_as_it_is():
+    """Torch by itself stops after eight of the same code, and says nothing."""
+
+    def build(number: int) -> Callable:
+        return Execution(compiled=True).compile(lambda x: x + number * torch.compiler.is_compiling(), 3)
+
+    assert [build(number)(torch.zeros(3)).tolist() for number in range(12)] == [[float(n)] * 3 for n in range(12)]
 
 
 def test_bf16_rounds_the_forward_pass_and_nothing_else():
