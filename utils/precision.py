@@ -17,10 +17,10 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# As measured with ResNet-20 (BENCHMARKS.md) on an H100, and on a CPU with AMX, which multiplies so fast that the rest of a
-# step counts: seconds that compilation takes with nothing cached, and seconds a step that it then saves for each FLOP of the
-# step. On other CPUs it saves nothing that can be told from noise.
-COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 4e-13)}
+# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with several networks in bf16 on a CPU with AMX, which multiplies
+# so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a step that it then
+# saves, at least, for each FLOP of the step. Elsewhere it saves nothing that can be told from noise.
+COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 2e-13)}
 
 # For torch.compile. On CUDA launching counts: small kernels that do not depend on each other, as conversions of weights, go
 # into one. On CPUs a kernel that writes what it reads waits for its own stores, half a vector wide, in every load.
@@ -130,7 +130,8 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        takes, saves = COMPILATION.get("amx" if has_amx(device) else device.type, (math.inf, 0.0))
+        kind = "amx" if has_amx(device) and precision == "bf16" else device.type
+        takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
         earned = steps * step_flops * saves > takes
         compilation = "on" if earned and not (missing or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched

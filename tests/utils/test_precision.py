@@ -50,9 +50,10 @@ def test_auto_compiles_only_what_earns_it_back(able):
     assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled  # nothing is saved there
     assert choose("auto", "on", CPU, resnet20, steps=1).compiled
     able(True, None, amx=True)
-    assert choose("auto", "auto", CPU, resnet20, steps=10 * 391).compiled
+    assert choose("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not choose("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
-    assert not choose("auto", "auto", cuda, resnet20, steps=10 * 391).compiled
+    assert not choose("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
+    assert not choose("auto", "auto", cuda, resnet20, steps=30 * 391).compiled
 
 
 def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
