@@ -289,3 +289,13 @@ def test_transformers_are_as_wide_as_their_heads():
 def test_unknown_architectures_are_refused_with_the_list_of_known_ones():
     with pytest.raises(ValueError, match="choose one of mobilenet, resnet, vgg, vit, wideresnet$"):
         build_model("alexnet", 20, 10)
+
+
+@small
+def test_every_architecture_compiles_as_one_graph(arch, depth, width):
+    """Where tracing would break off, --compile on is refused."""
+    torch._dynamo.reset()
+    model = build_model(arch, depth, 7, width)
+    inputs = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(inputs)
+    torch.testing.assert_close(compiled, model(inputs))

@@ -5,7 +5,7 @@ import torch
 
 from utils import loaders
 from utils.data import Images, channel_statistics
-from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
+from utils.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, cut
 from utils.precision import Execution
 
 CPU = torch.device("cpu")
@@ -140,3 +140,15 @@ def test_test_batches_are_in_order_and_not_augmented():
     assert np.abs(inputs - normalized(data)).max() < 1e-5
     assert torch.cat([y for _, y in feed]).tolist() == data.labels.tolist()
     assert len(feed) == 50
+
+
+def test_cutting_compiles_as_one_graph_as_it_has_to_on_a_gpu():
+    data = images()
+    lines = Augmentation(50, 16, seed=0, pad=2, flip=True).plan(0)[0]
+    norm = normalize(data)
+
+    def batch(*lines: torch.Tensor) -> torch.Tensor:
+        return norm(cut(data.pixels, *lines, 2))
+
+    first = tuple(line[:16] for line in lines)
+    torch.testing.assert_close(Execution(compiled=True).compile(batch, 16)(*first), batch(*first))
