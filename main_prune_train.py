@@ -74,7 +74,7 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         args.precision,
         "off" if ranks.synchronised else args.compile,
         device,
-        step_flops=perturbation.passes * args.batch_size * flops.dense_training,
+        step_flops=perturbation.passes * args.batch_size / ranks.world * flops.dense_training,
         steps=total_steps,
         deterministic=args.deterministic,
         cpu_kernels=bf16_on_cpu(model, dataset.image_shape),

@@ -293,7 +293,7 @@ def test_unknown_architectures_are_refused_with_the_list_of_known_ones():
 
 @small
 def test_every_architecture_compiles_as_one_graph(arch, depth, width):
-    """Where tracing would break off, --compile on is refused."""
+    """Where tracing breaks off, nothing is fused across."""
     torch._dynamo.reset()
     model = build_model(arch, depth, 7, width)
     inputs = torch.randn(2, 3, 8, 8)

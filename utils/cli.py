@@ -231,13 +231,13 @@ def build_parser() -> Parser:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="of the forward pass; auto: bf16 where that is faster; fp16 scales the loss (%(default)s)",
+        help="of the forward pass; auto: bf16 on GPUs and CPUs where it is faster; fp16 scales the loss (%(default)s)",
     )
     group.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="by torch.compile; auto: where the run is long enough to earn it back (%(default)s)",
+        help="by torch.compile; auto: on GPUs, and in bf16 on CPUs with AMX, where a run is long enough to earn it back (%(default)s)",
     )
     group.add_argument(
         "--workers",

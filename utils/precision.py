@@ -17,13 +17,14 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with several networks in bf16 on a CPU with AMX, which multiplies
-# so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a step that it then
-# saves, at least, for each FLOP of the step. Elsewhere it saves nothing that can be told from noise.
-COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 2e-13)}
+# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with ResNets in bf16 on two cores of a CPU with AMX, which
+# multiplies so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a step
+# that it then saves for each FLOP of the step. Elsewhere it saves nothing that can be told from noise.
+COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 1.4e-13)}
 
 # For torch.compile. On CUDA launching counts: small kernels that do not depend on each other, as conversions of weights, go
-# into one. On CPUs a kernel that writes what it reads waits for its own stores, half a vector wide, in every load.
+# into one. On CPUs a kernel in bf16 that writes into the buffer it reads is slow: each load waits for the store before it,
+# which overlaps.
 OPTIONS = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
 
 # FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
@@ -65,8 +66,8 @@ class Execution:
         def own(*arguments: object) -> object:
             return function(*arguments)
 
-        # Torch keeps what it compiled with the code of a function, eight times at most, and runs what comes after as it is,
-        # without a word: each gets a copy of its own.
+        # Torch keeps what it compiled with a function's code, eight times at most, and runs what comes after as it is: each
+        # function gets a copy of its own.
         own.__code__ = own.__code__.replace()
         fast = None
 
@@ -75,7 +76,7 @@ class Execution:
             if len(first) != rows:
                 return function(first, *others)
             if fast is None:
-                fast = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS.get(first.device.type))
+                fast = torch.compile(own, dynamic=False, options=OPTIONS.get(first.device.type))
             try:
                 return fast(first, *others)
             except TorchDynamoException as error:
@@ -109,7 +110,7 @@ def choose(
         step_flops: of a training step.
         steps: of the run.
         deterministic: bits may not depend on what was tuned when.
-        cpu_kernels: those in bf16, by bf16_on_cpu.
+        cpu_kernels: what bf16_on_cpu says of the network; counts on a CPU alone.
         watched: the host looks at every step's gradient, which no graph can hold (in fp16 it does in any case), or other
             processes take part.
 
@@ -176,8 +177,10 @@ def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     found = set()
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if max(module.stride) > 1:
-            found.add("wrong" if max(inputs[0].shape[2:]) == 1 else "slow" if module.groups > 1 else "fast")
+        if max(module.stride) > 1 and max(inputs[0].shape[2:]) == 1:
+            found.add("wrong")
+        if max(module.stride) > 1 and module.groups > 1:
+            found.add("slow")
 
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():

@@ -46,8 +46,8 @@ class Settings:
 
 SPLITS, SPACES = Settings.splits, Settings.spaces
 
-# On a CPU: seconds that compilation takes, and seconds that it saves for each FLOP of a Hessian product, of which 250
-# images of ResNet-20 took 2.5 s on a core, and 1.5 s compiled.
+# On a CPU: seconds that compilation takes, and seconds that it saves for each FLOP of a Hessian product. One over 250 images
+# took ResNet-20 2.5 s on a core, and 1.5 s compiled.
 COMPILATION_TAKES, COMPILATION_SAVES = 40.0, 7.5e-12
 
 
