@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a run in a process of its own, and what is the same in two of them."""
+"""What tests of whole runs share: a run in a process of its own, what it needs, and what is the same in two of them."""
 
 import csv
 import subprocess
@@ -6,13 +6,17 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.precision import what_compilation_lacks
 
 ROOT = Path(__file__).parent.parent
 SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
 TIMES = ("seconds", "images_per_second")
 DIGITS = "--dataset digits --depth 8 --width 0.5 --batch-size 256"
+NEEDS_COMPILER = pytest.mark.skipif(bool(what_compilation_lacks(torch.device("cpu"))), reason="no C++ compiler")
 
 
 def same(left, right):

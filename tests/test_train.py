@@ -13,7 +13,7 @@ import termios
 
 import pytest
 import torch
-from running import ROOT, SPARSE_SAM, rows, same, scalars
+from running import NEEDS_COMPILER, ROOT, SPARSE_SAM, rows, same, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -50,6 +50,7 @@ def test_a_run_leaves_everything_it_promises(train):
     assert f"{total - alive:,} of {total:,} convolution and linear weights are zero" in run.out
 
 
+@NEEDS_COMPILER
 def test_a_compiled_run_trains_resumes_bit_for_bit_and_says_so(train):
     flags = f"{SPARSE_SAM} --epochs 2 --precision fp32 --compile on"  # the last batch of an epoch is a smaller one
     whole = train(flags, "whole")

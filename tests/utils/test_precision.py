@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from running import NEEDS_COMPILER
 from torch import nn
 
 from models import build_model
@@ -91,6 +92,7 @@ def gradients(execution: Execution, rows: int, smooth_eps: float = 0.1) -> tuple
     return loss, sums, [p.grad for p in model.parameters()], model[1].running_var
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("rows", [6, 4], ids=["whole", "rest"])
 def test_a_compiled_objective_is_the_same_function(rows):
     plain, compiled = gradients(Execution(), rows), gradients(Execution(compiled=True), rows)
@@ -98,6 +100,7 @@ def test_a_compiled_objective_is_the_same_function(rows):
     assert plain[0].item() == pytest.approx(plain[1][0].item() / 12)
 
 
+@NEEDS_COMPILER
 def test_however_many_functions_a_process_compiles_none_runs_as_it_is():
     """Torch by itself stops after eight of the same code."""
 

@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from running import NEEDS_COMPILER
 from torch import nn
 
 from models import build_model
 from prune import Sparsity
 from utils.landscape import Landscape, living
-from utils.precision import Execution, what_compilation_lacks
+from utils.precision import Execution
 from utils.sharpness import sam_sharpness, top_eigenvalues, trace
-
-NEEDS_COMPILER = pytest.mark.skipif(bool(what_compilation_lacks(torch.device("cpu"))), reason="no C++ compiler")
 
 
 def softmax_regression(features=4, classes=3, count=30):
