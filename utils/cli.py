@@ -237,7 +237,7 @@ def build_parser() -> Parser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="by torch.compile; auto: on GPUs, and in bf16 on CPUs with AMX, where a run is long enough to earn it back (%(default)s)",
+        help="by torch.compile; auto: on GPUs, and on CPUs with AMX, where a run earns it back and is not --deterministic (%(default)s)",
     )
     group.add_argument(
         "--workers",

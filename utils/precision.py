@@ -17,13 +17,13 @@ from utils.graphs import GraphedUpdate
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with ResNets in bf16 on two cores of a CPU with AMX, which
-# multiplies so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a step
-# that it then saves for each FLOP of the step. Elsewhere it saves nothing that can be told from noise.
-COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 1.4e-13)}
+# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with four ResNets on two cores of a CPU with AMX (their median),
+# which multiplies so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a
+# step that it then saves for each FLOP of the step. On other CPUs it saved nothing that could be told from noise.
+COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 2.8e-13)}
 
 # For torch.compile. On CUDA launching counts: small kernels that do not depend on each other, as conversions of weights, go
-# into one. On CPUs a kernel in bf16 that writes into the buffer it reads is slow: each load waits for the store before it,
+# into one. On CPUs a kernel that writes in bf16 into the buffer it reads is slow: each load waits for the store before it,
 # which overlaps.
 OPTIONS = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
 
@@ -131,7 +131,7 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        kind = "amx" if has_amx(device) and precision == "bf16" else device.type
+        kind = "amx" if has_amx(device) and kernels == "fast" else device.type
         takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
         earned = steps * step_flops * saves > takes
         compilation = "on" if earned and not (missing or deterministic) else "off"
@@ -154,7 +154,7 @@ def has_amx(device: torch.device) -> bool:
 def gains_from_bf16(device: torch.device) -> bool:
     """Whether training is faster in bf16 there, by what was measured (BENCHMARKS.md): on GPUs, AMD's CPUs, and with AMX.
 
-    Intel's CPUs are slower in it than in float32 by AVX512-BF16 alone.
+    Intel's CPUs are slower in it than in float32 by AVX512-BF16 alone. What ONEDNN_MAX_CPU_ISA forbids is not looked at.
     """
     return has_bf16(device) and (device.type == "cuda" or has_amx(device) or "AuthenticAMD" in _processor())
 

@@ -45,12 +45,13 @@ def test_auto_compiles_only_what_earns_it_back(able):
     assert not choose("auto", "auto", cuda, resnet20, steps=160 * 391, deterministic=True).compiled
     assert not choose("auto", "off", cuda, resnet20, steps=160 * 391).compiled
     assert choose("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
-    assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled  # nothing is saved there
+    assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
     assert choose("auto", "on", CPU, resnet20, steps=1).compiled
     able(True, None, amx=True)
     assert choose("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not choose("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
-    assert not choose("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
+    assert choose("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
+    assert not choose("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels="slow").compiled
     assert not choose("auto", "auto", cuda, resnet20, steps=30 * 391).compiled
 
 
