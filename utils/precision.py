@@ -131,6 +131,7 @@ def choose(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
+        # MobileNet, whose depthwise kernels are slow in bf16, loses by compilation in fp32 as well.
         kind = "amx" if has_amx(device) and kernels == "fast" else device.type
         takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
         earned = steps * step_flops * saves > takes
