@@ -42,7 +42,7 @@ def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
         from torchvision import datasets  # here: two seconds, for whoever asks for --help or has mistyped a flag
 
         cls, root = getattr(datasets, f"CIFAR{classes}"), data_dir or Path("data")
-        if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on
+        if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on; before, the checksum alone guards
             tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
         splits = []
         for train in (True, False):
