@@ -10,27 +10,30 @@ from functools import partial
 import torch
 from torch import nn
 
+from analysis import hessian as sharpness
+from experiment import flags as cli
+from experiment import run_directory as runs
+from experiment.build import build_augmentation, build_network, check_fits, load_weights, open_trained
+from experiment.flags import flag
+from experiment.sparsity_config import load_layer_sparsity
+from imagedata.images import channel_statistics, fingerprint, hold_out
+from imagedata.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
+from imagedata.sources import load_dataset
 from models import build_model
 from prune import EmptyLayerError, Options, Sparsity, Timing
-from utils import cli, distributed, runs, sharpness
-from utils.batch_norm import recalibrated, refuse_single_values, refuse_without_batch_norm
-from utils.checkpoint import TrainState, save_checkpoint
-from utils.cli import flag
-from utils.data import channel_statistics, fingerprint, hold_out
-from utils.datasets import load_dataset
+from prune.flops import FlopsMeter, count_flops, summary_table
+from training.batch_norm import recalibrated, refuse_single_values, refuse_without_batch_norm
+from training.checkpoint import TrainState, save_checkpoint
+from training.logger import Record, settle_output, summarize
+from training.loop import Recipe, build_objective, evaluate, fit, is_best, update_weights
+from training.nonfinite import Guard
+from training.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
+from training.sync_batch_norm import synchronise
+from utils import distributed
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
-from utils.engine import Recipe, build_objective, evaluate, fit, is_best, update_weights
 from utils.errors import Preempted, TrainingError, UsageError, memory_errors, run_errors, usage_errors
-from utils.flops import FlopsMeter, count_flops, summary_table
-from utils.guard import Guard
-from utils.interruption import CheckpointSchedule, Interruption
-from utils.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
-from utils.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from utils.precision import bf16_on_cpu, choose
-from utils.record import Record, settle_output, summarize
-from utils.sparsity_config import load_layer_sparsity
-from utils.sync_batch_norm import synchronise
-from utils.trained import build_augmentation, build_network, check_fits, load_weights, open_trained
+from utils.signals import CheckpointSchedule, Interruption
 
 
 def train(args: Namespace, given: set[str], interruption: Interruption) -> None:

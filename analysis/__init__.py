@@ -1,1 +1,1 @@
-"""What to look at when a run is over, or before it starts: python -m analysis.NAME."""
+"""Commands that look at finished runs: python -m analysis.NAME."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from utils import cli
-from utils.batch_norm import recalibrated
-from utils.cli import number
+from experiment import flags as cli
+from experiment.build import Trained, open_trained
+from experiment.flags import number
+from training.batch_norm import recalibrated
 from utils.device import pick_device
 from utils.errors import TrainingError, UsageError, memory_errors, usage_errors
-from utils.trained import Trained, open_trained
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:

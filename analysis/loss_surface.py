@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from analysis import surface_plots
 from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
+from analysis.hessian import SPLITS
+from analysis.landscape import Landscape, fixed_images, living
 from analysis.results import label
-from utils.cli import number
+from experiment.flags import number
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.files import write_atomically
-from utils.landscape import Landscape, fixed_images, living
 from utils.precision import choose, what_compilation_lacks
-from utils.sharpness import SPLITS
 
 
 def filter_normalized(landscape: Landscape, free: Tensor, generator: torch.Generator) -> Tensor:

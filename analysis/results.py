@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.runs import FREE
+from experiment.run_directory import FREE
 
 # What tells runs of a study apart, but is not a setting that is studied.
 REPETITION = "seed"

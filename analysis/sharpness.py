@@ -18,16 +18,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import hessian as sharpness
 from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
+from analysis.hessian import SPACES, SPLITS, Settings
 from analysis.results import label
-from utils import sharpness
-from utils.cli import number
+from experiment.build import Trained
+from experiment.flags import number
+from experiment.run_directory import FREE, plain
 from utils.device import pick_device
 from utils.errors import UsageError, usage_errors
 from utils.files import write_text_atomically
-from utils.runs import FREE, plain
-from utils.sharpness import SPACES, SPLITS, Settings
-from utils.trained import Trained
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 from prune.methods import METHODS
 from prune.patterns import EmptyLayerError
+from prune.pruner import Options, Sparsity
 from prune.schedules import Timing
-from prune.sparsity import Options, Sparsity
 
 __all__ = ["METHODS", "EmptyLayerError", "Options", "Sparsity", "Timing"]

@@ -13,7 +13,7 @@ from prune.schedules import cubic
 from prune.scores import READ_GRADIENTS, Score, magnitude
 
 if TYPE_CHECKING:
-    from prune.sparsity import Sparsity
+    from prune.pruner import Sparsity
 
 
 @dataclass(frozen=True)

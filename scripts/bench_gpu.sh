@@ -3,7 +3,7 @@
 # benchmark, of which what fits into the ten minutes counts. Everything ends in one JSON file. Without a network it takes
 # any Python that has what is named below.
 #
-# usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [flags of analysis.benchmark]
+# usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [flags of benchmarks.benchmark]
 #   --data-dir DIR   an image folder to train on (DIR/train/<class>/*, DIR/test/<class>/*); the digits without it
 #   --device DEVICE  cuda; cpu tries the script where there is no GPU
 #   --output FILE    bench_gpu.json
@@ -29,7 +29,7 @@ if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, p
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh
 fi
-"$PYTHON" -c 'import sys; from analysis.benchmark import build_parser; build_parser().parse_args(sys.argv[1:])' \
+"$PYTHON" -c 'import sys; from benchmarks.benchmark import build_parser; build_parser().parse_args(sys.argv[1:])' \
     --device "$device" ${flags[@]+"${flags[@]}"} # a wrong flag is known now
 scratch=$(mktemp -d)
 failed=0
@@ -77,6 +77,6 @@ for optimizer in sgd sgd-sam; do
         ${sam[@]+"${sam[@]}"} --prune-method random --sparsity 0.9 --epochs 10 --compile on \
         --output-dir "$scratch/train-$optimizer-run"
 done
-part benchmark "$PYTHON" -m analysis.benchmark --device "$device" --turns 5 --output "$scratch/benchmark.json" \
+part benchmark "$PYTHON" -m benchmarks.benchmark --device "$device" --turns 5 --output "$scratch/benchmark.json" \
     ${flags[@]+"${flags[@]}"}
 exit $failed

@@ -32,7 +32,7 @@ if [ -n "$dry_run" ]; then
     set -- requirements.txt
     # shellcheck source=scripts/setup.sh
     source "$(dirname "$0")/setup.sh"
-    "$PYTHON" -m analysis.estimate --gpus "$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))" <<<"$listed"
+    "$PYTHON" -m benchmarks.estimate --gpus "$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))" <<<"$listed"
 elif [ -z "${SWEEP_SLURM:-}" ]; then
     page=$("$PYTHON" -m analysis.paper_table "$output") && echo "$page" >"$output/RESULTS.md" && echo "$output/RESULTS.md"
 fi

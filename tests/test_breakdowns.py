@@ -15,7 +15,8 @@ import torch
 from running import DIGITS, child, wait_for
 
 import main_prune_train
-from utils import engine, sharpness
+from analysis import hessian as sharpness
+from training import loop as engine
 
 
 def test_output_that_nobody_reads_ends_a_run_with_a_sentence(tmp_path):
@@ -87,7 +88,7 @@ def test_a_file_that_vanishes_while_images_are_read_is_named(train, tmp_path, mo
             (tmp_path / "data" / split / label).mkdir(parents=True)
             for number in range(3):
                 Image.new("RGB", (8, 8), (number, 1, 2)).save(tmp_path / "data" / split / label / f"{number}.png")
-    from utils import datasets
+    from imagedata import sources as datasets
 
     original = datasets._decode_all
 

@@ -4,7 +4,7 @@ import pytest
 from running import same
 
 from prune import METHODS
-from utils.optim import OPTIMIZERS
+from training.optim import OPTIMIZERS
 
 OPTIMIZER_FLAGS = [f"--optmzr {name}" for name in OPTIMIZERS]
 OPTIMIZER_FLAGS += [

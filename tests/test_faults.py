@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from running import same
 
 import main_prune_train
-from utils import cli, runs
-from utils.checkpoint import load_checkpoint
+from experiment import flags as cli
+from experiment import run_directory as runs
+from training.checkpoint import load_checkpoint
 from utils.errors import UsageError
 
 DIGITS = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --epochs 3 --log-interval 3 --precision fp32 --compile off"

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
+from imagedata.images import Images, channel_statistics
+from imagedata.loaders import Augmentation, Normalize, TrainLoader
 from main_prune_train import main
 from models import build_model
 from prune import METHODS, Sparsity, Timing
-from utils.checkpoint import TrainState
-from utils.data import Images, channel_statistics
-from utils.engine import Recipe, build_objective, train_step, update_weights
-from utils.loaders import Augmentation, Normalize, TrainLoader
-from utils.optim import build_optimizer, perturbation_of, state_holders
+from training.checkpoint import TrainState
+from training.loop import Recipe, build_objective, train_step, update_weights
+from training.optim import build_optimizer, perturbation_of, state_holders
 from utils.precision import Execution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

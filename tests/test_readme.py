@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from utils.cli import build_parser
+from experiment.flags import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ def test_every_flag_is_named_and_every_named_flag_exists():
 
 
 def test_the_research_command_parses():
-    from utils.cli import check, parse
+    from experiment.flags import check, parse
 
     (command,) = re.findall(r"python main_prune_train.py (--arch.*)", README)
     check(*parse(command.split()))

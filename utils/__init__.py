@@ -1,1 +1,1 @@
-"""What a training script needs around the optimizer and the masks, one concern a file."""
+"""What any program would want. Knows nothing of the project."""

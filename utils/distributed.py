@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.data import Images
+from imagedata.images import Images
 from utils.errors import TrainingError, UsageError
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

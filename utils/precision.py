@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.cuda_graph import GraphedUpdate
 from utils.errors import TrainingError, UsageError
-from utils.graphs import GraphedUpdate
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

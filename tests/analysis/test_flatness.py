@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from analysis import loss_surface, sharpness
+from analysis.landscape import Landscape, living
 from analysis.loss_surface import filter_normalized
 from models import build_model
 from prune import Sparsity
-from utils.landscape import Landscape, living
 
 FOLDER = "--dataset folder --depth 8 --width 0.25 --batch-size 8 --epochs 1"
 QUICK = "--images 100 --top 1 --trace-samples 2 --rhos 0.1 --adaptive-rhos --steps 2"

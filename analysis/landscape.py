@@ -1,0 +1,116 @@
+"""The loss of a trained network over fixed images, as a function of its weights."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imagedata.images import Images
+from prune.masks import Masks, prunable_weights
+from utils.precision import Execution
+
+
+class Landscape:
+    """Mean cross-entropy (nats, no label smoothing) over fixed images, its gradient and its Hessian's products.
+
+    Weights are one flat vector of all parameters in the model's order. The network is in evaluation mode: batch norm by
+    its running statistics, which do not change, so that the loss is the same function at all weights. Computes in the
+    dtype of the model, a copy of which is taken.
+
+    Args:
+        model: from images to logits.
+        inputs: [N, C, H, W], or whatever the model takes.
+        labels: int64 [N].
+        batch_size: images at once.
+        execution: whether losses and products are compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: int = 250,
+        execution: Execution = Execution(),
+    ):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.inputs, self.labels, self.batch_size = inputs, labels, batch_size
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.weights = torch.cat([p.flatten() for p in self.model.parameters()])
+        self._logits = execution.compile(self._logits_of, batch_size)
+        self._product = execution.compile(self._product_of, batch_size)
+
+    @torch.no_grad()
+    def loss(self, weights: Tensor | None = None) -> tuple[float, float]:
+        """Mean loss and top-1 accuracy (percent) at these weights, [P], or at the model's."""
+        weights = self.weights if weights is None else weights
+        sums = torch.zeros(2, dtype=torch.float64, device=self.labels.device)
+        for inputs, labels in self._batches():
+            logits = self._logits(inputs, weights)
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
+        loss, correct = (sums / len(self.labels)).tolist()
+        return loss, 100 * correct
+
+    @torch.no_grad()
+    def gradient(self, weights: Tensor | None = None) -> tuple[float, Tensor]:
+        """Mean loss, and its gradient [P], at these weights or at the model's."""
+        weights = self.weights if weights is None else weights
+        total, loss = torch.zeros_like(weights), 0.0
+        for inputs, labels in self._batches():
+            gradient, part = self._gradient_of(inputs, labels, weights)  # too seldom to be worth a compilation
+            total += gradient
+            loss += part.double()
+        return float(loss) / len(self.labels), total / len(self.labels)
+
+    @torch.no_grad()
+    def hessian_product(self, vector: Tensor) -> Tensor:
+        """The Hessian at the model's weights times a vector, [P]: the derivative of the gradient along it (Pearlmutter 1994)."""
+        total = torch.zeros_like(vector)
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the only attention with a second derivative
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # by torch, which uses it here
+            for inputs, labels in self._batches():
+                total += self._product(inputs, labels, self.weights, vector)
+        return total / len(self.labels)
+
+    def parameters_of(self, weights: Tensor) -> dict[str, Tensor]:
+        """The parameters by name that a flat vector stands for."""
+        parts = weights.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.inputs.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+
+    def _logits_of(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        return functional_call(self.model, self.parameters_of(weights), (inputs,))
+
+    def _loss_of(self, inputs: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda weights: F.cross_entropy(self._logits_of(inputs, weights), labels, reduction="sum")
+
+    def _gradient_of(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_and_value(self._loss_of(inputs, labels))(weights)
+
+    def _product_of(self, inputs: Tensor, labels: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
+        return jvp(lambda at: self._gradient_of(inputs, labels, at)[0], (weights,), (vector,))[1]
+
+
+def living(model: nn.Module, masks: Masks) -> Tensor:
+    """Which entries of the flat vector of all parameters are not pruned: bool [P].
+
+    Args:
+        masks: of this model, or of the one it is a copy of: layers are known by their names.
+    """
+    weights = prunable_weights(model)
+    alive = {id(weights[name]): mask.bool() for name, mask in masks.masks.items()}
+    return torch.cat([alive.get(id(p), torch.ones_like(p, dtype=torch.bool)).flatten() for p in model.parameters()])
+
+
+def fixed_images(images: Images, count: int) -> Images:
+    """The same `count` images (all, if there are fewer) whoever asks, in a random order."""
+    order = np.random.default_rng(0).permutation(len(images))[:count]
+    return images[torch.from_numpy(order)]

@@ -1,0 +1,1 @@
+"""Measurements of speed and numerical cost: python -m benchmarks.NAME."""

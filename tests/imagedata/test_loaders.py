@@ -1,0 +1,155 @@
+"""Batches against naive loops over images."""
+
+import numpy as np
+import torch
+
+from imagedata import loaders
+from imagedata.images import Images, channel_statistics
+from imagedata.loaders import Augmentation, EvalLoader, Normalize, TrainLoader, cut
+from utils.precision import Execution
+
+CPU = torch.device("cpu")
+
+
+def images(count: int = 50, size: int = 6, channels: int = 3, seed: int = 0) -> Images:
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, size, size, channels), generator=g, dtype=torch.uint8)
+    return Images(pixels, torch.arange(count) % 5)
+
+
+def normalize(data: Images) -> Normalize:
+    return Normalize(**channel_statistics(data), device=CPU)
+
+
+def loader(data: Images, **kwargs) -> TrainLoader:
+    names = ("batch_size", "seed", "pad", "flip", "mixup")
+    augmentation = {"batch_size": 16, "seed": 0} | {name: kwargs.pop(name) for name in names if name in kwargs}
+    return TrainLoader(
+        data, Augmentation(len(data), **augmentation), 5, normalize(data), CPU, kwargs.pop("workers", 0), Execution()
+    )
+
+
+def normalized(data: Images) -> np.ndarray:
+    """[N, C, H, W] in float64 by the definition."""
+    x = data.pixels.numpy().astype(np.float64)
+    return ((x - x.mean((0, 1, 2))) / x.std((0, 1, 2))).transpose(0, 3, 1, 2)
+
+
+def test_an_epoch_is_a_permutation_of_the_normalized_images():
+    data = images()
+    feed = loader(data)
+    assert feed.steps_per_epoch == 4
+    for epoch in (0, 1):
+        batches = [feed.batch(4 * epoch + position) for position in range(4)]
+        assert [len(inputs) for inputs, _ in batches] == [16, 16, 16, 2]
+        inputs = torch.cat([inputs for inputs, _ in batches])
+        labels = torch.cat([targets for _, targets in batches]).argmax(1)
+        assert inputs.dtype == torch.float32
+        expected = normalized(data)
+        found = [int(np.abs(expected - x.numpy()).max((1, 2, 3)).argmin()) for x in inputs]
+        assert sorted(found) == list(range(50))
+        assert found != list(range(50))
+        assert max(np.abs(expected[i] - x.numpy()).max() for i, x in zip(found, inputs, strict=True)) < 1e-5
+        assert labels.tolist() == [i % 5 for i in found]
+
+
+def test_order_and_augmentation_are_functions_of_seed_and_step():
+    straight, jumping = (loader(images(), pad=2, flip=True, mixup=0.4) for _ in range(2))
+    expected = [straight.batch(step) for step in range(12)]
+    for step in (11, 3, 7, 3, 0, 10):
+        for a, b in zip(jumping.batch(step), expected[step], strict=True):
+            assert torch.equal(a, b)
+    other = loader(images(), pad=2, flip=True, seed=1).batch(0)[0]
+    assert not torch.equal(other, loader(images(), pad=2, flip=True).batch(0)[0])
+
+
+def test_every_image_is_a_shifted_and_perhaps_mirrored_original():
+    data, pad, size = images(200), 2, 6
+    feed = loader(data, pad=pad, flip=True, batch_size=200)
+    black = (0 - data.pixels.numpy().astype(np.float64).mean((0, 1, 2))) / data.pixels.numpy().std((0, 1, 2))
+    padded = np.broadcast_to(black[None, :, None, None], (200, 3, size + 2 * pad, size + 2 * pad)).copy()
+    padded[:, :, pad:-pad, pad:-pad] = normalized(data)
+    inputs, targets = feed.batch(0)
+    seen, taken = set(), []
+    windows = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            window = padded[:, :, top : top + size, left : left + size]
+            windows[top, left, False], windows[top, left, True] = window, window[..., ::-1]
+    for x, label in zip(inputs.numpy(), targets.argmax(1).tolist(), strict=True):
+        matches = [
+            (key, index)
+            for key, window in windows.items()
+            for index in np.flatnonzero(np.abs(window - x).max((1, 2, 3)) < 1e-5)
+        ]
+        assert len(matches) == 1
+        assert matches[0][1] % 5 == label
+        seen.add(matches[0][0])
+        taken.append(matches[0][1])
+    assert sorted(taken) == list(range(200))
+    assert len(seen) > 40  # of 25 shifts times 2: all are drawn
+
+
+def test_workers_cut_the_same_batches_in_whatever_order_they_are_asked_for():
+    resident, streamed = (loader(images(), pad=2, flip=True, mixup=0.4, workers=workers) for workers in (0, 2))
+    for step in (0, 1, 2, 3, 4, 9, 10, 2, 3):
+        for a, b in zip(streamed.batch(step), resident.batch(step), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(streamed.sample(2), resident.sample(2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_images_that_would_fill_the_memory_are_for_workers(monkeypatch):
+    data = images()  # 5,400 bytes
+    for size, resident in ((10_800, True), (10_799, False)):
+        monkeypatch.setattr(loaders, "memory_size", lambda size=size: size)
+        assert (loaders.pick_workers(data, CPU) == 0) is resident
+
+
+def test_mixup_is_a_convex_mixture_of_two_images_and_of_their_labels():
+    data = images()
+    plain, mixed = loader(data), loader(data, mixup=0.5)
+    weights = []
+    for step in range(8):
+        (x, t), (mx, mt) = plain.batch(step), mixed.batch(step)
+        d = (x - x.flip(0)).double()
+        weight = float((d * (mx - x.flip(0)).double()).sum() / d.square().sum())  # least squares
+        torch.testing.assert_close(mx, weight * x + (1 - weight) * x.flip(0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(mt, weight * t + (1 - weight) * t.flip(0), rtol=0, atol=1e-4)
+        assert -1e-4 <= weight <= 1 + 1e-4
+        weights.append(round(weight, 5))
+    assert len(set(weights)) == 8
+
+
+def test_grey_images_and_constant_channels_stay_finite():
+    data = Images(torch.full((4, 2, 2, 1), 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    inputs, _ = loader(data).batch(0)
+    assert inputs.shape == (4, 1, 2, 2)
+    assert inputs.abs().max() < 1e-6
+
+
+def test_batches_are_channels_last():
+    inputs, _ = loader(images(), pad=1).batch(0)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_test_batches_are_in_order_and_not_augmented():
+    data = images()
+    feed = EvalLoader(data, 16, normalize(data), CPU)
+    inputs = torch.cat([x for x, _ in feed]).numpy()
+    assert np.abs(inputs - normalized(data)).max() < 1e-5
+    assert torch.cat([y for _, y in feed]).tolist() == data.labels.tolist()
+    assert len(feed) == 50
+
+
+def test_a_batch_is_cut_by_one_graph_where_that_is_compiled():
+    data = images()
+    lines = Augmentation(50, 16, seed=0, pad=2, flip=True).plan(0)[0]
+    norm = normalize(data)
+
+    def batch(*lines: torch.Tensor) -> torch.Tensor:
+        return norm(cut(data.pixels, *lines, 2))
+
+    first = tuple(line[:16] for line in lines)
+    compiled = torch.compile(batch, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*first), batch(*first))

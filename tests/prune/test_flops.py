@@ -1,0 +1,93 @@
+"""FLOPs against published figures and the arithmetic of convolutions."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from prune import Sparsity, Timing
+from prune.flops import FlopsMeter, count_flops, summary_table
+
+
+def densities(model, sparsity):
+    mask = Sparsity(model, "random", sparsity, "erk")
+    return {layer: count / mask.masks.weights[layer].numel() for (layer,), count in mask.counts(sparsity).items()}
+
+
+def test_erk_on_resnet50_has_the_published_flops():
+    """Evci et al. 2020, table in figure 2: 0.42 of the dense network's at 80% and 0.24 at 90% sparsity."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    flops = count_flops(model, (3, 224, 224))
+    dense = flops.inference(dict.fromkeys(flops.forward, 1.0))
+    assert dense / 2 == pytest.approx(4.09e9, rel=2e-3)  # multiply-adds, as torchvision gives them
+    for sparsity, published in ((0.8, 0.42), (0.9, 0.24)):
+        assert flops.inference(densities(model, sparsity)) / dense == pytest.approx(published, abs=0.01)
+
+
+def test_counts_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(36, 10),
+    )
+    flops = count_flops(model, (3, 8, 8))
+    expected = {"0": 2 * 64 * 8 * 27, "3": 2 * 9 * 4 * 72, "5": 2 * 360}
+    assert flops.forward == expected
+    assert flops.training == {"0": 2 * expected["0"], "3": 3 * expected["3"], "5": 3 * expected["5"]}
+    assert flops.other_forward == 0
+    assert flops.dense_training == sum(flops.training.values())
+    half = {"0": 1.0, "3": 0.5, "5": 0.5}
+    assert flops.inference(half) == expected["0"] + (expected["3"] + expected["5"]) / 2
+    assert flops.train(half) == 2 * expected["0"] + 1.5 * (expected["3"] + expected["5"])
+    assert flops.train(half, dense_gradients=True) == 2 * expected["0"] + 2 * (expected["3"] + expected["5"])
+
+
+def test_depthwise_convolutions_and_attention_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    flops = count_flops(model, (3, 4, 4))
+    assert flops.forward == {"0": 2 * 16 * 8 * 3, "1": 2 * 16 * 8 * 9}
+    assert flops.dense_training == 2 * flops.forward["0"] + 3 * flops.forward["1"]
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, x):  # [batch, 5 tokens, 4 channels]
+            q = self.project(x)[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    flops = count_flops(Attention(), (5, 4))
+    assert flops.other_forward == 2 * (2 * 5 * 5 * 4)
+    assert flops.dense_training == 2 * flops.forward["project"] + 3 * flops.other_forward
+
+
+def test_a_meter_follows_the_masks_and_the_passes():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    mask = Sparsity(model, "gmp", 0.5, "uniform", timing=Timing(4, 1, 1.0))
+    mask.before_training()
+    meter = FlopsMeter(count_flops(model, (10,)), mask, passes=2)
+    dense = 200 * (2 + 3)
+    for step, alive in enumerate((1.0, 1 - 0.5 * (1 - 0.75**3), 1 - 0.5 * (1 - 0.5**3), 1 - 0.5 * (1 - 0.25**3))):
+        share = round(200 * alive) / 200
+        meter.step(7, dense_gradients=False)
+        assert meter.read() == pytest.approx(7 * 2 * dense * share, rel=0.02)
+        mask.after_step(step)
+    meter.step(1, False)
+    meter.step(1, False)
+    assert meter.read() == pytest.approx(2 * 2 * dense * 0.5)
+    assert meter.read() == 0
+
+
+def test_the_summary_adds_up():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    mask = Sparsity(model, "random", 0.5, "uniform")
+    mask.before_training()
+    lines = summary_table(count_flops(model, (10,)), mask).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "0", "1", "all"]
+    assert lines[1].split()[1:4] == ["10x10", "100", "0.5000"]
+    assert lines[3].split()[1:3] == ["200", "0.5000"]

@@ -1,0 +1,83 @@
+"""Checkpoints are whole, or refused in one sentence."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from prune import Sparsity
+from training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from utils.errors import UsageError
+from utils.files import save_atomically
+
+DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0], "fingerprint": "f00d"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = nn.Linear(3, 2)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Sparsity(model), step=3)
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, state, {"arch": "resnet"}, DATA)
+    return path, state
+
+
+def test_a_checkpoint_holds_what_was_saved(saved):
+    path, state = saved
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["args"] == {"arch": "resnet"}
+    assert checkpoint["data"] == DATA
+    assert torch.equal(checkpoint["state"]["model"]["weight"], state.model.weight)
+    assert checkpoint["state"]["step"] == 3
+
+
+def test_every_truncation_is_refused(saved):
+    path, _ = saved
+    content = path.read_bytes()
+    for length in range(0, len(content), max(1, len(content) // 150)):
+        path.write_bytes(content[:length])
+        with pytest.raises(UsageError, match="not a whole checkpoint") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("text.pt", "other.pt", "list.pt"):
+        with pytest.raises(UsageError, match=f"{name}' is not a"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(UsageError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(UsageError, match="is a directory"):
+        load_checkpoint(tmp_path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    mark = tmp_path / "it-ran"
+    torch.save({"format": Payload(mark)}, tmp_path / "zip.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Payload(mark)))
+    for name in ("zip.pt", "raw.pt"):
+        with pytest.raises(UsageError):
+            load_checkpoint(tmp_path / name)
+    assert not mark.exists()
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(saved):
+    path, _ = saved
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        save_atomically(path, {"state": lambda: None})  # cannot be pickled, found out half-way
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["checkpoint.pt"]

@@ -1,0 +1,214 @@
+"""Steps whose loss or gradient is not finite, and fp16 with its scaled loss."""
+
+import math
+
+import pytest
+import torch
+from running import rows
+from torch import nn
+
+from imagedata.loaders import TrainLoader
+from prune import Sparsity, Timing
+from training.checkpoint import TrainState
+from training.loop import Recipe, build_objective, train_step, update_weights
+from training.nonfinite import Guard
+from training.optim import build_optimizer, perturbation_of, state_holders
+from utils.precision import Execution
+
+ARMS = [("sgd", False), ("sgd-sam", False), ("sgd-sam", True), ("adam-sam", True)]
+
+
+class Training:
+    """A small convolutional network with batch norm, and batches by seed."""
+
+    def __init__(self, name, v2, guard, accumulate=1, method="none", **sparse):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)]
+        self.model = nn.Sequential(*layers)
+        self.model[1].num_batches_tracked = None
+        nn.init.constant_(self.model[1].weight, 16.0)  # gradients above 2, so that 2**127 is too large a scale
+        momentum = 0.9 if name.startswith("sgd") else None
+        optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
+        sparsity = Sparsity(
+            self.model, method, **sparse, timing=Timing(100, interval=2), optimizers=state_holders(optimizer)
+        )
+        sparsity.before_training()
+        self.state = TrainState(self.model, optimizer, sparsity, guard(self.model))
+        self.recipe = Recipe(
+            build_objective(self.model, Execution(), 8 // accumulate), Execution(),
+            perturbation_of(optimizer, self.model, sparsity), update_weights, lambda step: 0.05, 99, accumulate,
+            clip_grad=1.0,
+        )  # fmt: skip
+
+    def step(self, seed, spoilt=False, measure=False):
+        g = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(8, 2, 5, 5, generator=g)
+        targets = torch.rand(8, 5, generator=g)
+        if spoilt:
+            inputs[3, 1, 2, 2] = float("nan")
+        return train_step(self.state, self.recipe, inputs, targets / targets.sum(1, keepdim=True), measure)
+
+    def everything(self):
+        """All that a step may change, the SAM memory of one-step SAM apart."""
+        state = self.state.state_dict()
+        tensors = [*state["model"].values(), *state["sparsity"]["masks"].values()]
+        tensors += [t for p in state["optimizer"]["state"].values() for t in p.values() if isinstance(t, torch.Tensor)]
+        return [t.clone() for t in tensors]
+
+
+def skipping(model):
+    return Guard(model, skip=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_a_skipped_step_is_as_if_it_had_never_been(name, v2, accumulate):
+    training, reference = (Training(name, v2, skipping, accumulate) for _ in range(2))
+    for seed in range(3):
+        training.step(seed)
+        reference.step(seed)
+    before = training.everything()
+    sums, _ = training.step(3, spoilt=True)
+    assert sums.tolist() == [0.0, 0.0]
+    assert training.state.guard.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, training.everything(), strict=True))
+    if v2:
+        reference.state.optimizer.first_step()
+        reference.state.optimizer.restore()  # the gradient that it perturbed along is forgotten
+    for seed in (4, 5, 6):
+        _, measured = training.step(seed, measure=True)
+        reference.step(seed)
+        if v2:
+            assert (measured["perturbation_norm"].item() == 0) == (seed == 4)
+    assert all(torch.equal(a, b) for a, b in zip(reference.everything(), training.everything(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["rigl", "gmp", "set"])
+def test_masks_wait_for_a_step_that_is_taken(method):
+    training = Training("sgd-sam", True, skipping, method=method, sparsity=0.5)
+    masks = training.state.sparsity.masks
+    changed = []
+    for seed in range(1, 8):
+        version = masks.version
+        training.step(seed, spoilt=seed in (3, 4))
+        changed.append(masks.version > version)
+    # Due after steps 2, 4 and 6, counted from 0: the second of them is spoilt, and the one before it, which is not due, too.
+    due = [training.state.sparsity.timing.due(step) for step in range(7)]
+    expected, waiting = [], False
+    for step, is_due in enumerate(due):
+        waiting |= is_due
+        expected.append(waiting and step + 1 not in (3, 4))
+        waiting &= not expected[-1]
+    assert changed == expected
+    assert changed != due
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("name", "v2"), ARMS)
+def test_a_scaled_loss_changes_nothing_and_overflows_are_skipped(name, v2, accumulate):
+    """In float32, where a power of two as the scale is exact: from the first step that does not overflow on, bit for bit."""
+
+    def scaled(model):
+        guard = Guard(model, fp16=True)
+        guard.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-70)
+        return guard
+
+    training, reference = Training(name, v2, scaled, accumulate), Training(name, v2, Guard, accumulate)
+    skipped = 0
+    before = training.everything()
+    while skipped < 20:
+        training.step(skipped)
+        if not training.state.guard.skipped:
+            break
+        skipped += 1
+        assert all(torch.equal(a, b) for a, b in zip(before, training.everything(), strict=True))
+    assert 0 < skipped < 20
+    assert training.state.guard.skipped_steps == skipped
+    assert training.state.guard.scaler.get_scale() == 2.0 ** (127 - 70 * skipped)
+    for seed in range(skipped, skipped + 4):
+        if seed > skipped:
+            training.step(seed)
+        reference.step(seed)
+    for a, b in zip(reference.everything(), training.everything(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("arm", ["--optmzr sgd", "--optmzr sgd-sam", "--optmzr sgd-sam --sam-v2"])
+def test_fp16_trains_like_fp32_and_resumes_with_its_scale(train, arm):
+    flags = f"{arm} --width 0.25 --batch-size 64 --epochs 2 --clip-grad 1 --accumulate 2 --prune-method random --sparsity 0.5"
+    half, full = train(f"{flags} --precision fp16", "half"), train(f"{flags} --precision fp32", "full")
+    assert (half.code, half.err) == (0, "")
+    assert "fp16" in half.out.splitlines()[0]
+    results = [run.json("result.json") for run in (half, full)]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=0.1)
+    assert results[0]["skipped_steps"] == 0
+    scaler = half.checkpoint()["state"]["guard"]["scaler"]
+    assert scaler["scale"] == 65536
+    assert scaler["_growth_tracker"] == 2 * 23  # steps without an overflow
+    again = train(f"{flags} --precision fp16 --resume auto", "half")
+    assert "finished already" in again.out
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(steps): batches of these steps have a NaN."""
+
+    def arrange(steps):
+        original = TrainLoader.batch
+
+        def batch(self, step):
+            inputs, targets = original(self, step)
+            return (inputs * float("nan") if step in steps else inputs), targets
+
+        monkeypatch.setattr(TrainLoader, "batch", batch)
+
+    return arrange
+
+
+def test_skipped_steps_are_counted_and_in_no_mean(train, spoil):
+    spoil({2, 7})
+    run = train(
+        "--epochs 2 --nonfinite skip --optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.5 --update-interval 3"
+    )
+    assert (run.code, run.err) == (0, "")
+    assert run.json("result.json")["skipped_steps"] == 2
+    assert all(0 < row["train_loss"] < 10 for row in run.checkpoint()["state"]["rows"])
+
+
+def test_fp16_does_not_hide_a_loss_that_is_not_finite(train, spoil):
+    spoil({3})
+    stopped = train("--epochs 1 --width 0.25 --precision fp16")
+    assert (stopped.code, stopped.err.count("\n")) == (1, 1)
+    assert "the loss is nan at step 4" in stopped.err
+
+
+def test_fp16_may_look_for_its_scale_for_longer_than_an_epoch(train, monkeypatch):
+    """Epochs of one step: the first ones overflow, are recorded as such, and training goes on."""
+    original = torch.amp.GradScaler
+
+    def large(device, enabled):
+        return original(device, init_scale=2.0**40, backoff_factor=2.0**-12, enabled=enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    run = train(
+        "--arch vit --depth 1 --width 0.34 --epochs 4 --batch-size 1442 --precision fp16 --optmzr sgd --lr 0.05"
+    )
+    assert (run.code, run.err) == (0, "")
+    losses = [float(row["train_loss"]) for row in rows(run.directory)]
+    skipped = run.json("result.json")["skipped_steps"]
+    assert 1 <= skipped < 4
+    assert [math.isnan(loss) for loss in losses] == [True] * skipped + [False] * (4 - skipped)
+    resumed = train("--resume " + str(run.directory / "checkpoint.pt"), None, short=False)
+    assert resumed.code == 0
+    assert "finished already" in resumed.out
+
+
+def test_stopping_names_the_way_out_and_all_skipped_stops_too(train, spoil):
+    spoil(range(6, 12))
+    stopped = train("--epochs 3")
+    assert (stopped.code, stopped.err.count("\n")) == (1, 1)
+    assert "--nonfinite skip" in stopped.err
+    assert stopped.checkpoint()["state"]["progress"] == 6
+    hopeless = train("--epochs 3 --nonfinite skip --resume auto")  # may change: it is a rule for what went wrong
+    assert (hopeless.code, hopeless.err.count("\n")) == (1, 1)
+    assert "all were skipped" in hopeless.err

@@ -1,0 +1,235 @@
+"""What a run leaves behind in its directory, and what it shows while it goes."""
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from experiment.run_directory import FREE
+from prune.flops import FlopsMeter
+from training.checkpoint import TrainState
+from utils.files import write_text_atomically
+
+# What studies vary: first in TensorBoard's table.
+STUDIED = ("optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity", "seed")
+
+
+class Record:
+    """args.json, TensorBoard events, metrics.csv and result.json of one run; a bar or a line an epoch.
+
+    Args:
+        directory: of the run; exists.
+        args: the flags, as plain values.
+        rows: of the epochs that are finished already.
+        progress: steps that are finished already; later events of an earlier process are void.
+        loss_label: what the training loss is, where that is shown.
+        total_epochs: of all rounds.
+        about: what args.json is to hold beside the flags.
+        writes: False in all processes but the first, where nothing is written or shown.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        args: dict,
+        device: str,
+        rows: list[dict],
+        progress: int,
+        loss_label: str,
+        total_epochs: int,
+        about: dict | None = None,
+        writes: bool = True,
+    ):
+        self.writes = writes
+        self.directory, self.args, self.loss_label = directory, args, loss_label
+        self.total_epochs = total_epochs
+        self.terminal = writes and sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        self._awaits_first_step = True
+        if not writes:
+            return
+        known = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
+        write_text_atomically(directory / "args.json", json.dumps(known | (about or {}), indent=2) + "\n")
+        threading.excepthook = _quiet_writer
+        self.writer = SummaryWriter(directory, purge_step=progress + 1)
+        if rows:
+            self._write_metrics(rows)
+
+    def progress(self, epoch: int, steps: int, done: int = 0) -> tqdm:
+        """A bar over the steps of an epoch, on a terminal; silent in a file or pipe."""
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=f"epoch {epoch}/{self.total_epochs}",
+            leave=False,
+            disable=not self.terminal,
+            unit="step",
+        )
+        return self._bar
+
+    def first_step_of_process(self, outcome: Tensor, began: float) -> bool:
+        """Whether a step, begun at a reading of perf_counter, is this process's first; then wait for its outcome."""
+        if not self._awaits_first_step:
+            return False
+        outcome.tolist()
+        self.say(f"the first step took {time.perf_counter() - began:.1f} s")
+        self._awaits_first_step = False
+        return True
+
+    def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
+        """Log scalars of one step to TensorBoard. Waits for the device."""
+        if not self.writes:
+            return
+        if "loss" in values:
+            self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), progress)
+
+    def events(self, state: TrainState, meter: FlopsMeter) -> None:
+        """Log the last of the finished epochs to TensorBoard; on disk when this returns."""
+        if not self.writes:
+            return
+        row, progress, density = state.rows[-1], state.progress, state.sparsity.masks.density()
+        for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
+            if name in row:
+                self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], progress)
+        self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
+        self.writer.add_scalar("sparsity/now", row["sparsity"], progress)
+        self.writer.add_scalar("sparsity/ever_alive", state.sparsity.ever_alive_share(), progress)
+        self.writer.add_scalar("flops/inference", meter.flops.inference(density), progress)
+        self.writer.add_scalar("flops/training_so_far", state.training_flops, progress)
+        for layer, value in density.items():
+            self.writer.add_scalar(f"density/{layer}", value, progress)
+        self.writer.flush()
+
+    def row(self, state: TrainState) -> None:
+        """Write metrics.csv and show the last of the finished epochs."""
+        if not self.writes:
+            return
+        row = state.rows[-1]
+        self._write_metrics(state.rows)
+        held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
+        self.say(
+            f"epoch {row['epoch']:>{len(str(self.total_epochs))}}/{self.total_epochs}   lr {row['lr']:<8.3g}   "
+            f"{self.loss_label} {row['train_loss']:.4f}   train {row['train_top1']:.2f}%{held_out}   "
+            f"test {row['test_top1']:.2f}%   {row['images_per_second']:,.0f} images/s"
+        )
+
+    def finish(self, result: dict, progress: int) -> None:
+        """Write result.json and TensorBoard's table of hyper-parameters."""
+        if not self.writes:
+            return
+        # TensorBoard shows the first five by alphabet: the others come after them under "training/".
+        flags = {n if n in STUDIED else f"training/{n}": v for n, v in self.args.items() if n not in FREE}
+        flags = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flags.items()}
+        metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
+        for summary in hparams(flags, metrics):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, progress)
+        self.writer.close()
+        write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
+        if not self.writes:
+            return
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _tag(self, name: str) -> str:
+        """A training loss at perturbed weights does not share its chart with one at the weights."""
+        perturbed = name in ("loss", "train_loss") and self.loss_label != "loss"
+        return f"{name}_at_perturbed_weights" if perturbed else name
+
+    def _write_metrics(self, rows: list[dict]) -> None:
+        """Whole anew each time: never a duplicate, missing or torn row."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomically(self.directory / "metrics.csv", text.getvalue())
+
+
+def settle_output() -> None:
+    """Have no word fail for want of an output or of a letter in its encoding."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
+    """What result.json holds.
+
+    The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
+    held-out images (the last epoch where none are held out); `max_over_epochs_test_top1` was picked on the test images
+    and is no estimate of anything. Both are of epochs with the sparsity of the last: a denser network is another one.
+
+    Args:
+        schedule_images: images of one schedule. `dense_training_flops` is what it would take to train the dense network on
+            them with one pass a step, without pruning in rounds.
+    """
+    rows, last = state.rows, state.rows[-1]
+    alike = [row for row in rows if row["sparsity"] == last["sparsity"]]
+    best = max(alike, key=lambda row: row["val_top1"]) if "val_top1" in last else last
+    density = state.sparsity.masks.density()
+    return {
+        "test_top1": last["test_top1"],
+        "test_loss": last["test_loss"],
+        "best_test_top1": best["test_top1"],
+        "best_epoch": best["epoch"],
+        "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),
+        "sparsity": last["sparsity"],
+        "ever_alive": state.sparsity.ever_alive_share(),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
+        "inference_flops": meter.flops.inference(density),
+        "training_flops": state.training_flops,
+        "dense_training_flops": schedule_images * meter.flops.dense_training,
+        "epochs": len(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "skipped_steps": state.guard.skipped_steps,
+        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
+        "seed": args["seed"],
+        "args": args,
+    }
+
+
+def _quiet_writer(thread: threading.ExceptHookArgs) -> None:
+    """No traceback for TensorBoard's thread that cannot write: the next call of the writer raises the same."""
+    if not (issubclass(thread.exc_type, OSError) and type(thread.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(thread)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "numpy": numpy.__version__,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of this program, with "-dirty" where it was changed since; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
