@@ -20,19 +20,19 @@ from imagedata.images import channel_statistics, fingerprint, hold_out
 from imagedata.loaders import EvalLoader, Normalize, TrainLoader, pick_workers
 from imagedata.sources import load_dataset
 from models import build_model
-from prune import EmptyLayerError, Options, Sparsity, Timing
+from prune import EmptyLayerError, Options, Pruner, Timing
 from prune.flops import FlopsMeter, count_flops, summary_table
 from training.batch_norm import recalibrated, refuse_single_values, refuse_without_batch_norm
 from training.checkpoint import TrainState, save_checkpoint
-from training.logger import Record, settle_output, summarize
+from training.logger import Logger, settle_output, summarize
 from training.loop import Recipe, build_objective, evaluate, fit, is_best, update_weights
-from training.nonfinite import Guard
+from training.nonfinite import NonFiniteGuard
 from training.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of, state_holders
 from training.sync_batch_norm import synchronise
 from utils import distributed
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import Preempted, TrainingError, UsageError, memory_errors, run_errors, usage_errors
-from utils.precision import bf16_on_cpu, choose
+from utils.precision import bf16_on_cpu, resolve_execution
 from utils.signals import CheckpointSchedule, Interruption
 
 
@@ -41,16 +41,16 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
     located = runs.locate_run(args, given)
     args, directory, checkpoint = located.args, located.directory, located.checkpoint
     schedule = CheckpointSchedule(args.checkpoint_every)
-    rehearse(args)
+    check_on_meta(args)
     device = pick_device(distributed.local_device(args.device, args.no_cuda), args.no_cuda)
-    ranks = distributed.start(device)
+    group = distributed.start(device)
     use_deterministic_kernels(args.deterministic)
     for name in ("sam_local", "sync_bn"):
-        if getattr(args, name) and ranks.world == 1 and not checkpoint:
+        if getattr(args, name) and group.world == 1 and not checkpoint:
             raise UsageError(f"{flag(name)} has no effect in one process: launch several by torchrun, or leave it out")
-    ranks = replace(ranks, synchronised=args.sync_bn and ranks.world > 1)
+    group = replace(group, synchronised=args.sync_bn and group.world > 1)
 
-    with ranks.first_before_others():
+    with group.main_first():
         dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     if args.val_split:
         with usage_errors():
@@ -67,36 +67,36 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
         rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
     )  # fmt: skip
-    sparsity = build_sparsity(args, model, state_holders(optimizer), total_steps)
-    perturbation = perturbation_of(optimizer, model, sparsity, args.sam_local)
+    pruner = build_pruner(args, model, state_holders(optimizer), total_steps)
+    perturbation = perturbation_of(optimizer, model, pruner, args.sam_local)
     with usage_errors():
-        refuse_single_values(model, dataset.image_shape, augmentation.smallest_part(args.accumulate, ranks))
+        refuse_single_values(model, dataset.image_shape, augmentation.smallest_part(args.accumulate, group))
     flops = count_flops(model, dataset.image_shape)
-    meter = FlopsMeter(flops, sparsity, perturbation.passes)
-    execution = choose(
+    meter = FlopsMeter(flops, pruner, perturbation.passes)
+    execution = resolve_execution(
         args.precision,
-        "off" if ranks.synchronised else args.compile,
+        "off" if group.synchronised else args.compile,
         device,
-        step_flops=perturbation.passes * args.batch_size / ranks.world * flops.dense_training,
+        step_flops=perturbation.passes * args.batch_size / group.world * flops.dense_training,
         steps=total_steps,
         deterministic=args.deterministic,
         cpu_kernels=bf16_on_cpu(model, dataset.image_shape),
-        watched=args.nonfinite == "skip" or ranks.world > 1,
+        watched=args.nonfinite == "skip" or group.world > 1,
     )
-    if ranks.synchronised:
+    if group.synchronised:
         synchronise(model)
     args.precision, args.compile = execution.precision, "on" if execution.compiled else "off"
-    guard = Guard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
-    state = TrainState(model, optimizer, sparsity, guard)
+    guard = NonFiniteGuard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
+    state = TrainState(model, optimizer, pruner, guard)
 
     normalize = Normalize(about_data["mean"], about_data["deviation"], device)
     workers = pick_workers(dataset.train, device) if args.workers is None else args.workers
     loader = TrainLoader(
-        dataset.train, augmentation, len(dataset.classes), normalize, device, workers, execution, ranks
+        dataset.train, augmentation, len(dataset.classes), normalize, device, workers, execution, group
     )
     splits = {"test": dataset.test} | ({"val": dataset.val} if dataset.val else {})
     evaluators = {
-        name: EvalLoader(ranks.share_of(images), args.test_batch_size, normalize, device, resident=not workers)
+        name: EvalLoader(group.share_of(images), args.test_batch_size, normalize, device, resident=not workers)
         for name, images in splits.items()
     }
 
@@ -104,20 +104,20 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         check_fits(checkpoint, dataset)
         if checkpoint["data"]["fingerprint"] != about_data["fingerprint"]:
             raise UsageError("the images are not those that the run began with: give it its own --data-dir")
-        processes = checkpoint["data"].get("processes", ranks.world)
-        if args.sam_local and processes != ranks.world:
+        processes = checkpoint["data"].get("processes", group.world)
+        if args.sam_local and processes != group.world:
             raise UsageError(
                 f"--sam-local perturbs along the gradient of each process's share: go on in {processes} processes as before"
             )
         state.load_state_dict(checkpoint["state"])
-        if state.step > total_steps or len(state.partial.get("sums", ())) > loader.steps_per_epoch:
+        if state.schedule_step > total_steps or len(state.partial.get("sums", ())) > loader.steps_per_epoch:
             raise UsageError("the checkpoint is beyond the end of its own run or epoch: it is not one of this program")
     else:
         with usage_errors():
-            sparsity.before_training(loader.sample)
+            pruner.before_training(loader.sample)
 
     recipe = Recipe(
-        build_objective(model, execution, -(-args.batch_size // (args.accumulate * ranks.world)), args.smooth_eps),
+        build_objective(model, execution, -(-args.batch_size // (args.accumulate * group.world)), args.smooth_eps),
         execution, perturbation, execution.graph(update_weights),
         lr_at=partial(
             learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
@@ -125,65 +125,65 @@ def train(args: Namespace, given: set[str], interruption: Interruption) -> None:
         ),
         total_steps=total_steps,
         accumulate=args.accumulate, clip_grad=args.clip_grad, log_interval=args.log_interval,
-        ranks=ranks,
+        group=group,
     )  # fmt: skip
-    known = runs.read_result(directory) if state.step >= recipe.total_steps else {}
+    known = runs.read_result(directory) if state.schedule_step >= recipe.total_steps else {}
     if known and known.keys() >= closer_look(args.recalibrate_bn, args.sharpness):
-        if ranks.first:
+        if group.is_main:
             print(f"finished already with test accuracy {known['test_top1']:.2f}%: {directory / 'result.json'}")
         return
     # All have looked for a checkpoint before the first process writes, and found the same.
     flags = {name: value for name, value in runs.plain(args).items() if name not in runs.OWN}
-    ranks.check_same({"flags": flags, "data": about_data, "state": state.state_dict()})
-    lock = runs.claim_directory(located, keep_result=bool(known)) if ranks.first else contextlib.nullcontext()
-    record = Record(
-        directory, runs.plain(args), device_name(device), state.rows, state.progress,
+    group.check_same({"flags": flags, "data": about_data, "state": state.state_dict()})
+    lock = runs.claim_directory(located, keep_result=bool(known)) if group.is_main else contextlib.nullcontext()
+    logger = Logger(
+        directory, runs.plain(args), device_name(device), state.rows, state.global_step,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
-        total_epochs=args.epochs + sparsity.extra_epochs(total_steps, loader.steps_per_epoch),
-        about={"images": about_data["fingerprint"], "processes": ranks.world}, writes=ranks.first,
+        total_epochs=args.epochs + pruner.extra_epochs(total_steps, loader.steps_per_epoch),
+        about={"images": about_data["fingerprint"], "processes": group.world}, writes=group.is_main,
     )  # fmt: skip
-    record.say(
+    logger.say(
         f"{args.arch}-{args.depth} on {device_name(device)}, {args.optmzr}{' v2' if args.sam_v2 else ''}, {execution}"
-        + (f", {ranks.world} processes" if ranks.world > 1 else "")
+        + (f", {group.world} processes" if group.world > 1 else "")
     )
-    record.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
+    logger.say(f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes")
     if args.summary:
-        record.say(summary_table(meter.flops, sparsity))
-    record.say(sparsity.describe())
-    record.say(f"run directory: {directory}" + (f", resumed after step {state.progress:,}" if checkpoint else ""))
+        logger.say(summary_table(meter.flops, pruner))
+    logger.say(pruner.describe())
+    logger.say(f"run directory: {directory}" + (f", resumed after step {state.global_step:,}" if checkpoint else ""))
 
     def save(state: TrainState) -> None:
-        if not ranks.first:
+        if not group.is_main:
             return
         write = partial(
-            save_checkpoint, state=state, args=runs.plain(args), data=about_data | {"processes": ranks.world}
+            save_checkpoint, state=state, args=runs.plain(args), data=about_data | {"processes": group.world}
         )
         if not state.partial and is_best(state.rows):
             write(directory / "best.pt")
         write(directory / "checkpoint.pt")
 
     with interruption.finishing():
-        fit(state, recipe, loader, evaluators, meter, record, save, schedule, interruption)
+        fit(state, recipe, loader, evaluators, meter, logger, save, schedule, interruption)
     result = summarize(state, meter, runs.plain(args), args.epochs * len(dataset.train))
     result |= {name: known[name] for name in closer_look(True, True) & known.keys()}  # of an earlier command
-    if closer_look(args.recalibrate_bn, args.sharpness) and ranks.any(interruption.signal is not None, device):
+    if closer_look(args.recalibrate_bn, args.sharpness) and group.any(interruption.signal is not None, device):
         raise Preempted("ended by a signal after the last step: --resume auto looks at the network more closely")
     if args.recalibrate_bn:
         inputs = (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
         model = recalibrated(model, inputs, execution)
-        ranks.reduce(model, torch.zeros(1, device=device), gradients=False)  # statistics of all shares
-        loss, top1 = evaluate(model, evaluators["test"], execution, ranks)
+        group.reduce(model, torch.zeros(1, device=device), gradients=False)  # statistics of all shares
+        loss, top1 = evaluate(model, evaluators["test"], execution, group)
         result |= {"test_loss_recalibrated_bn": loss, "test_top1_recalibrated_bn": top1}
-        record.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
-    if args.sharpness and ranks.first:
+        logger.say(f"with batch norm's statistics estimated anew: test accuracy {top1:.2f}%")
+    if args.sharpness and group.is_main:
         by_hand = f"python -m analysis.sharpness {directory / 'checkpoint.pt'} with a --batch-size below {sharpness.Settings.batch_size}"
         with usage_errors(), memory_errors(by_hand):
-            figures = sharpness.measure(model, sparsity.masks, dataset, normalize, device, watch=record.say)
+            figures = sharpness.measure(model, pruner.masks, dataset, normalize, device, watch=logger.say)
         result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | figures
-        record.scalars("sharpness", sharpness.scalars(figures), state.progress)
+        logger.scalars("sharpness", sharpness.scalars(figures), state.global_step)
     with lock:
-        record.finish(result, state.progress)
-    record.say(
+        logger.finish(result, state.global_step)
+    logger.say(
         f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {directory / 'result.json'}"
     )
 
@@ -197,9 +197,9 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     trained = open_trained(args, given, device)
     args = trained.args
     print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
-    print(trained.sparsity.describe())
+    print(trained.pruner.describe())
     loader = EvalLoader(trained.dataset.test, args.test_batch_size, trained.normalize, device)
-    execution = choose(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
+    execution = resolve_execution(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(trained.model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
     if args.recalibrate_bn:
@@ -215,7 +215,7 @@ def closer_look(statistics: bool, flatness: bool) -> set[str]:
     return names | ({"sharpness"} if flatness else set())
 
 
-def rehearse(args: Namespace) -> None:
+def check_on_meta(args: Namespace) -> None:
     """Build network and sparsity without memory or data, so that impossible flags are known before data is touched."""
     with usage_errors(), torch.device("meta"):
         model = build_model(args.arch, args.depth, num_classes=1000, width=args.width)
@@ -223,12 +223,12 @@ def rehearse(args: Namespace) -> None:
             refuse_without_batch_norm(model)
         if args.sync_bn:
             refuse_without_batch_norm(model, "--sync-bn")
-    build_sparsity(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
+    build_pruner(args, model, optimizers=[], total_steps=2**62)  # how many there will be only the data tell
 
 
-def build_sparsity(
+def build_pruner(
     args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int
-) -> Sparsity:
+) -> Pruner:
     timing = Timing(total_steps)
     if args.update_interval:
         timing = Timing(total_steps, args.update_interval, args.stop_update)
@@ -238,7 +238,7 @@ def build_sparsity(
         "rounds": args.lth_rounds, "rewind": args.lth_rewind,
     }  # fmt: skip
     with usage_errors():
-        return Sparsity(
+        return Pruner(
             model, args.prune_method, args.sparsity, args.sparsity_distribution,
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
             args.sparsity_pattern, args.dense_layers, timing,

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.landscape import Landscape, fixed_images, living
+from analysis.landscape import FixedImagesLoss, fixed_images, living
 from imagedata.images import Dataset
 from imagedata.loaders import Normalize
 from prune.flops import count_flops
 from prune.masks import Masks
-from utils.precision import Execution, choose, what_compilation_lacks
+from utils.precision import Execution, resolve_execution, what_compilation_lacks
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Eigenvalue:
 
 
 def top_eigenvalues(
-    landscape: Landscape, count: int, free: Tensor | None = None, tolerance: float = 1e-3, seed: int = 0
+    landscape: FixedImagesLoss, count: int, free: Tensor | None = None, tolerance: float = 1e-3, seed: int = 0
 ) -> list[Eigenvalue]:
     """The algebraically largest eigenvalues of the Hessian, in descending order, by ARPACK's implicitly restarted Lanczos.
 
@@ -95,7 +95,7 @@ def top_eigenvalues(
     return found
 
 
-def trace(landscape: Landscape, samples: int, free: Tensor | None = None, seed: int = 0) -> tuple[float, float]:
+def trace(landscape: FixedImagesLoss, samples: int, free: Tensor | None = None, seed: int = 0) -> tuple[float, float]:
     """Hutchinson's estimate of the Hessian's trace by random signs, and its standard error.
 
     Args:
@@ -110,7 +110,7 @@ def trace(landscape: Landscape, samples: int, free: Tensor | None = None, seed: 
 
 
 def sam_sharpness(
-    landscape: Landscape, rho: float, steps: int, free: Tensor | None = None, adaptive: bool = False
+    landscape: FixedImagesLoss, rho: float, steps: int, free: Tensor | None = None, adaptive: bool = False
 ) -> tuple[float, float]:
     """How much the loss rises within radius rho: max L(w + e) - L(w) over ||e / T|| <= rho, T = |w| if adaptive, else 1.
 
@@ -169,7 +169,7 @@ def measure(
     for split in settings.splits:
         images = fixed_images(getattr(dataset, split), settings.images)
         inputs = normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        landscape = Landscape(model, inputs, images.labels.to(device), settings.batch_size, execution)
+        landscape = FixedImagesLoss(model, inputs, images.labels.to(device), settings.batch_size, execution)
         loss, top1 = landscape.loss()
         results[split] = {"images": len(images), "loss": loss, "top1": top1}
         for space in settings.spaces:
@@ -229,10 +229,10 @@ def _execution(
         saved = COMPILATION_SAVES * products * settings.images * flops
         worthwhile = device.type == "cpu" and saved > COMPILATION_TAKES  # on CUDA nobody has measured it
         compilation = "on" if worthwhile and not what_compilation_lacks(device) else "off"
-    return choose("fp32", compilation, device)
+    return resolve_execution("fp32", compilation, device)
 
 
-def _restricted(landscape: Landscape, free: Tensor | None) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+def _restricted(landscape: FixedImagesLoss, free: Tensor | None) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     """The product with the Hessian over free weights, for scipy: float64 vectors, whatever the network computes in."""
     weights = landscape.weights
     free = torch.ones_like(weights, dtype=torch.bool) if free is None else free

@@ -16,7 +16,7 @@ from prune.masks import Masks, prunable_weights
 from utils.precision import Execution
 
 
-class Landscape:
+class FixedImagesLoss:
     """Mean cross-entropy (nats, no label smoothing) over fixed images, its gradient and its Hessian's products.
 
     Weights are one flat vector of all parameters in the model's order. The network is in evaluation mode: batch norm by

@@ -1,6 +1,6 @@
 """Pictures of the loss around trained networks: python -m analysis.loss_surface CKPT...
 
-Along random directions that are normalised filter by filter (Li et al., "Visualizing the Loss Landscape of Neural Nets",
+Along random directions that are normalised filter by filter (Li et al., "Visualizing the Loss FixedImagesLoss of Neural Nets",
 NeurIPS 2018): every filter of a direction has the norm of the network's own filter, so that networks compare whatever
 the scale of their weights. Biases and normalisation stay, and so do pruned weights: the direction is zero there. All
 checkpoints get the same random numbers, images, range, colours and axes. Draws line.png, contour.png and surface.png and
@@ -20,16 +20,16 @@ from tqdm import tqdm
 from analysis import surface_plots
 from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
 from analysis.hessian import SPLITS
-from analysis.landscape import Landscape, fixed_images, living
+from analysis.landscape import FixedImagesLoss, fixed_images, living
 from analysis.results import label
 from experiment.flags import number
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.files import write_atomically
-from utils.precision import choose, what_compilation_lacks
+from utils.precision import resolve_execution, what_compilation_lacks
 
 
-def filter_normalized(landscape: Landscape, free: Tensor, generator: torch.Generator) -> Tensor:
+def filter_normalized(landscape: FixedImagesLoss, free: Tensor, generator: torch.Generator) -> Tensor:
     """A random direction [P], each filter of the norm of the network's (Li et al. 2018, section 4).
 
     A filter is all weights that lead to one output channel or unit. Parameters of one dimension do not move.
@@ -53,7 +53,7 @@ def filter_normalized(landscape: Landscape, free: Tensor, generator: torch.Gener
     return torch.cat(parts)
 
 
-def grid(landscape: Landscape, directions: list[Tensor], axis: Tensor, progress: tqdm) -> np.ndarray:
+def grid(landscape: FixedImagesLoss, directions: list[Tensor], axis: Tensor, progress: tqdm) -> np.ndarray:
     """Mean loss at w + sum of axis[i] * direction, over all combinations.
 
     Returns:
@@ -107,15 +107,15 @@ def run(args: Namespace) -> None:
     opened = [open_checkpoint(path, args) for path in args.checkpoints]
     numbers["labels"] = np.array(args.labels or [label(vars(trained.args)) for trained, _ in opened])
     points = sum(len(axis) ** dimensions for dimensions in set(args.dimensions))
-    execution = choose("fp32", compilation(args, device, points), device)
+    execution = resolve_execution("fp32", compilation(args, device, points), device)
     with tqdm(total=points * len(opened), unit="point", desc="loss", disable=None) as progress:
         lines, planes = [], []
         for trained, model in opened:
             images = fixed_images(getattr(trained.dataset, args.split), args.images)
             inputs = trained.normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
-            landscape = Landscape(model, inputs, images.labels.to(device), args.batch_size, execution)
+            landscape = FixedImagesLoss(model, inputs, images.labels.to(device), args.batch_size, execution)
             generator = torch.Generator().manual_seed(args.seed)
-            free = living(model, trained.sparsity.masks)
+            free = living(model, trained.pruner.masks)
             directions = [filter_normalized(landscape, free, generator) for _ in range(2)]
             if 1 in args.dimensions:
                 lines.append(grid(landscape, directions[:1], axis, progress))

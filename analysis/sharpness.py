@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
         trained, model = open_checkpoint(path, args)
         with usage_errors():
             figures = sharpness.measure(
-                model, trained.sparsity.masks, trained.dataset, trained.normalize, device, settings, args.compile,
+                model, trained.pruner.masks, trained.dataset, trained.normalize, device, settings, args.compile,
                 watch=lambda what, path=path: print(f"{path}: {what}", file=sys.stderr, flush=True),
             )  # fmt: skip
         about = {"checkpoint": str(path), "args": plain(trained.args), "epochs": trained.epochs}

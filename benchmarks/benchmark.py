@@ -29,14 +29,14 @@ from benchmarks.loop import BATCH, CLASSES, LOG_INTERVAL, UPDATE_INTERVAL, Loop,
 from benchmarks.report import Report, measure, ratios
 from imagedata.images import Images
 from models import build_model
-from prune import METHODS, Sparsity
+from prune import METHODS, Pruner
 from training.logger import git_revision, versions
 from training.loop import build_objective
 from training.optim import build_optimizer, perturbation_of, state_holders
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError
 from utils.files import write_text_atomically
-from utils.precision import PRECISIONS, Execution, choose
+from utils.precision import PRECISIONS, Execution, resolve_execution
 
 DYNAMIC = [name for name, method in METHODS.items() if method.update]
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,7 @@ def whole_steps(report: Report, setting: Setting) -> None:
 def alternatives(setting: Setting) -> list[Execution]:
     """Each precision, compiled and not, as a run would execute it, and the chosen one without its graph if it has one."""
     precisions = PRECISIONS if setting.device.type == "cuda" else ("fp32", "bf16")  # fp16 is not for CPUs
-    named = [choose(p, c, setting.device, STEP_FLOPS, STEPS) for p in precisions for c in ("off", "on")]
+    named = [resolve_execution(p, c, setting.device, STEP_FLOPS, STEPS) for p in precisions for c in ("off", "on")]
     return list(dict.fromkeys([*named, setting.execution, replace(setting.execution, graphed=False)]))
 
 
@@ -193,10 +193,10 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
             p.grad = torch.randn_like(p)
         due = UPDATE_INTERVAL - 1
 
-        def call(sparsity: Sparsity = loop.sparsity, at: int = due) -> None:
-            sparsity.after_backward(at)
-            sparsity.mask_weights()
-            sparsity.after_step(at)
+        def call(pruner: Pruner = loop.pruner, at: int = due) -> None:
+            pruner.after_backward(at)
+            pruner.mask_weights()
+            pruner.after_step(at)
 
         calls[name] = call
     seconds = measure(20, calls, setting.device)
@@ -273,7 +273,7 @@ def peak_memory(
     with torch.profiler.profile(profile_memory=True) as profile:
         model = build_model("vgg", 19, CLASSES).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
-        perturbation = perturbation_of(optimizer, model, Sparsity(model))
+        perturbation = perturbation_of(optimizer, model, Pruner(model))
         objective = build_objective(model, Execution(), 32)
         inputs, targets = torch.randn(32, 3, 32, 32, device=device), torch.full((32, CLASSES), 0.1, device=device)
 
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--output: there is no directory '{args.output.parent}'")
     try:
         device = pick_device(args.device)
-        execution = choose(args.precision, args.compile, device, STEP_FLOPS, STEPS)
+        execution = resolve_execution(args.precision, args.compile, device, STEP_FLOPS, STEPS)
     except UsageError as error:
         parser.error(str(error))
     use_deterministic_kernels(False)

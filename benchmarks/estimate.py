@@ -23,7 +23,7 @@ from models import build_model
 from prune import METHODS, Options
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError, usage_errors
-from utils.precision import bf16_on_cpu, choose
+from utils.precision import bf16_on_cpu, resolve_execution
 
 IMAGES, TURNS = 50_000, 2
 
@@ -34,7 +34,7 @@ def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, devi
     images, (arch, depth, width) = random_images(steps * BATCH), network
     with tempfile.TemporaryDirectory() as scratch, usage_errors():
         kernels = bf16_on_cpu(build_model(arch, depth, CLASSES, width), (3, 32, 32))
-        execution = choose("auto", "off", device, cpu_kernels=kernels)
+        execution = resolve_execution("auto", "off", device, cpu_kernels=kernels)
         loop = Loop(device, execution, images, Path(scratch) / "run", optimizer, v2, network=network)
         return median(measure(TURNS, {"steps": loop.run}, device)["steps"]) / steps
 

@@ -9,12 +9,12 @@ import torch
 from imagedata.images import Images, channel_statistics
 from imagedata.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from models import build_model
-from prune import Sparsity, Timing
+from prune import Pruner, Timing
 from prune.flops import FlopsMeter, count_flops
 from training.checkpoint import TrainState
-from training.logger import Record
+from training.logger import Logger
 from training.loop import Recipe, build_objective, evaluate, train_epoch, update_weights
-from training.nonfinite import Guard
+from training.nonfinite import NonFiniteGuard
 from training.optim import build_optimizer, perturbation_of, state_holders
 from utils.precision import Execution
 
@@ -50,22 +50,22 @@ class Loop:
         self.optimizer = build_optimizer(
             optimizer, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2
         )
-        self.sparsity = Sparsity(
+        self.pruner = Pruner(
             self.model, method, None if method == "none" else 0.9, timing=Timing(10**9, interval=UPDATE_INTERVAL),
             optimizers=state_holders(self.optimizer),
         )  # fmt: skip
         normalize = Normalize(**channel_statistics(images), device=device)
         augmentation = Augmentation(len(images), BATCH, seed=0, pad=4, flip=True)
         self.loader = TrainLoader(images, augmentation, CLASSES, normalize, device, 0, execution)
-        self.sparsity.before_training(self.loader.sample)
-        guard = Guard(self.model, execution.precision == "fp16", device=device.type)
-        self.state = TrainState(self.model, self.optimizer, self.sparsity, guard)
-        self.perturbation = perturbation_of(self.optimizer, self.model, self.sparsity)
-        self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.sparsity, self.perturbation.passes)
+        self.pruner.before_training(self.loader.sample)
+        guard = NonFiniteGuard(self.model, execution.precision == "fp16", device=device.type)
+        self.state = TrainState(self.model, self.optimizer, self.pruner, guard)
+        self.perturbation = perturbation_of(self.optimizer, self.model, self.pruner)
+        self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.pruner, self.perturbation.passes)
         self.objective, self.execution = build_objective(self.model, execution, BATCH), execution
         self.update = execution.graph(update_weights)
         directory.mkdir()
-        self.record = Record(directory, {}, "", [], 0, "loss", 1)
+        self.logger = Logger(directory, {}, "", [], 0, "loss", 1)
         self.testing = EvalLoader(images, 500, normalize, device)
 
     def run(self, log_interval: int = LOG_INTERVAL) -> None:
@@ -74,7 +74,7 @@ class Loop:
             log_interval=log_interval,
         )  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):
-            train_epoch(self.state, recipe, self.loader, self.meter, self.record)
+            train_epoch(self.state, recipe, self.loader, self.meter, self.logger)
 
     def evaluate(self) -> None:
         evaluate(self.model, self.testing, self.execution)

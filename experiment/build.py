@@ -12,7 +12,7 @@ from imagedata.images import Dataset, fingerprint, hold_out
 from imagedata.loaders import Augmentation, Normalize, TrainLoader
 from imagedata.sources import load_dataset
 from models import build_model
-from prune import Sparsity
+from prune import Pruner
 from training.checkpoint import load_checkpoint, load_network
 from utils.errors import UsageError, usage_errors
 from utils.precision import Execution
@@ -32,7 +32,7 @@ class Trained:
     """
 
     model: nn.Module
-    sparsity: Sparsity
+    pruner: Pruner
     args: Namespace
     dataset: Dataset
     normalize: Normalize
@@ -61,11 +61,11 @@ def open_trained(args: Namespace, given: set[str], device: torch.device) -> Trai
     if 0 < args.val_split < len(dataset.train):
         dataset = hold_out(dataset, args.val_split, args.seed)
     model = build_network(args, dataset, device)
-    sparsity = Sparsity(model)
-    load_network(model, sparsity, checkpoint)
+    pruner = Pruner(model)
+    load_network(model, pruner, checkpoint)
     data = checkpoint["data"]
     return Trained(
-        model, sparsity, args, dataset, Normalize(data["mean"], data["deviation"], device),
+        model, pruner, args, dataset, Normalize(data["mean"], data["deviation"], device),
         epochs=len(checkpoint["state"]["rows"]), images=data["fingerprint"],
         same_images=fingerprint(dataset) == data["fingerprint"],
     )  # fmt: skip
@@ -90,7 +90,7 @@ def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
     checkpoint = load_checkpoint(args.pretrained)
     runs.evaluated(args, {"arch", "depth", "width"}, checkpoint["args"])
     check_fits(checkpoint, dataset)
-    load_network(model, Sparsity(model), checkpoint)
+    load_network(model, Pruner(model), checkpoint)
 
 
 def check_fits(checkpoint: dict, dataset: Dataset) -> None:

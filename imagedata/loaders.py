@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from imagedata.images import Images
 from utils.device import memory_size, to_device
-from utils.distributed import Ranks
+from utils.distributed import ProcessGroup
 from utils.precision import Execution
 from utils.signals import SIGNALS, blocked
 
@@ -78,22 +78,22 @@ class Augmentation:
         """Images of an epoch's step."""
         return min(self.batch_size, self.count - position * self.batch_size)
 
-    def smallest_part(self, accumulate: int, ranks: Ranks = Ranks()) -> int:
+    def smallest_part(self, accumulate: int, group: ProcessGroup = ProcessGroup()) -> int:
         """Images in the smallest micro-batch of an epoch that batch norm sees: in any process, or in all together."""
         found = []
         for size in {self.size(position) for position in (0, self.steps_per_epoch - 1)}:
-            shares = torch.empty(size).tensor_split(ranks.world)
+            shares = torch.empty(size).tensor_split(group.world)
             parts = [list(map(len, share.tensor_split(accumulate))) for share in shares]
-            found += map(sum, zip(*parts, strict=True)) if ranks.synchronised else itertools.chain(*parts)
+            found += map(sum, zip(*parts, strict=True)) if group.synchronised else itertools.chain(*parts)
         return min(filter(None, found))
 
 
-def share_of(lines: Plan, ranks: Ranks, mixed: bool) -> Plan:
+def share_of(lines: Plan, group: ProcessGroup, mixed: bool) -> Plan:
     """A process's lines of a batch and, where images are mixed, after them those of their partners, as many."""
-    if ranks.world == 1:
+    if group.world == 1:
         return lines
-    share = tuple(ranks.share(line) for line in lines)
-    partners = (ranks.share(line.flip(0)) for line in lines)
+    share = tuple(group.share(line) for line in lines)
+    partners = (group.share(line.flip(0)) for line in lines)
     return tuple(map(torch.cat, zip(share, partners, strict=True))) if mixed else share
 
 
@@ -114,8 +114,8 @@ def cut(pixels: Tensor, order: Tensor, top: Tensor, left: Tensor, mirrored: Tens
 class Stream:
     """Batches that worker processes cut ahead of the training step, from images that stay in the host's memory."""
 
-    def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool, ranks: Ranks):
-        self.pixels, self.augmentation, self.workers, self.pin, self.ranks = pixels, augmentation, workers, pin, ranks
+    def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool, group: ProcessGroup):
+        self.pixels, self.augmentation, self.workers, self.pin, self.group = pixels, augmentation, workers, pin, group
         self._epoch, self._next, self._batches = -1, -1, iter(())
 
     def __call__(self, step: int) -> Tensor:
@@ -133,7 +133,7 @@ class Stream:
         epoch, position = divmod(step, self.augmentation.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
-        lines = share_of(self.augmentation.part(self._plan, position), self.ranks, self.augmentation.mixup > 0)
+        lines = share_of(self.augmentation.part(self._plan, position), self.group, self.augmentation.mixup > 0)
         return cut(self.pixels, *lines, self.augmentation.pad)
 
 
@@ -166,7 +166,7 @@ class TrainLoader:
         device: where the batches come from and, without workers, the images live.
         workers: processes that cut batches from images in the host's memory; 0 to cut them on the device.
         execution: whether the function that does so is compiled; only on CUDA, on the CPU it is fast enough.
-        ranks: each process gets its share of a batch.
+        group: each process gets its share of a batch.
     """
 
     def __init__(
@@ -178,16 +178,16 @@ class TrainLoader:
         device: torch.device,
         workers: int,
         execution: Execution,
-        ranks: Ranks = Ranks(),
+        group: ProcessGroup = ProcessGroup(),
     ):
-        self.augmentation, self.normalize, self.device, self.ranks = augmentation, normalize, device, ranks
+        self.augmentation, self.normalize, self.device, self.group = augmentation, normalize, device, group
         self.steps_per_epoch = augmentation.steps_per_epoch
         self.labels, self.one_hot = images.labels.to(device), torch.eye(num_classes, device=device)
         self.pixels = images.pixels if workers else images.pixels.to(device)
-        self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", ranks) if workers else None
+        self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", group) if workers else None
         self._cut = lambda *lines: normalize(cut(self.pixels, *lines, augmentation.pad))
         if device.type == "cuda":
-            self._cut = execution.compile(self._cut, -(-augmentation.batch_size // ranks.world))
+            self._cut = execution.compile(self._cut, -(-augmentation.batch_size // group.world))
         self._epoch = -1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ class TrainLoader:
             lines, self._weights = self.augmentation.plan(epoch)
             self._plan = tuple(to_device(line, self.device) for line in lines)  # an epoch's random numbers at once
             self._epoch = epoch
-        lines = share_of(self.augmentation.part(self._plan, position), self.ranks, bool(self._weights))
+        lines = share_of(self.augmentation.part(self._plan, position), self.group, bool(self._weights))
         if self._stream:
             inputs = self.normalize(self._stream(step).to(self.device, non_blocking=True))
         else:
@@ -217,7 +217,7 @@ class TrainLoader:
         return self.augmentation.size(step % self.steps_per_epoch)
 
     def _mix(self, tensor: Tensor, weight: float) -> Tensor:
-        if self.ranks.world == 1:
+        if self.group.world == 1:
             return tensor.mul(weight).add_(tensor.flip(0), alpha=1 - weight)
         half = len(tensor) // 2
         return tensor[:half].mul(weight).add_(tensor[half:], alpha=1 - weight)

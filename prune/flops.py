@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune import Sparsity
+from prune import Pruner
 from prune.masks import prunable_weights
 
 
@@ -76,35 +76,35 @@ class FlopsMeter:
         passes: forward-backward passes a step.
     """
 
-    def __init__(self, flops: Flops, sparsity: Sparsity, passes: int):
-        self.flops, self.sparsity, self.passes = flops, sparsity, passes
+    def __init__(self, flops: Flops, pruner: Pruner, passes: int):
+        self.flops, self.pruner, self.passes = flops, pruner, passes
         self._version = -1
         # For each of the masks that steps had: living weights by layer, images, images that dense gradients were for.
         self._counted: list[tuple[Tensor, int, int]] = []
 
     def step(self, images: int, dense_gradients: bool) -> None:
         """Count a training step on so many images; nothing waits for the device."""
-        if self._version != self.sparsity.masks.version:
-            self._version = self.sparsity.masks.version
-            self._counted.append((self.sparsity.masks.alive_counts(), 0, 0))
+        if self._version != self.pruner.masks.version:
+            self._version = self.pruner.masks.version
+            self._counted.append((self.pruner.masks.alive_counts(), 0, 0))
         alive, total, dense = self._counted[-1]
         self._counted[-1] = (alive, total + images, dense + images * dense_gradients)
 
     def state_dict(self) -> dict:
         """What was counted since it was read last, to go on with in another process. Waits for the device."""
         counted = [(alive.tolist(), images, dense) for alive, images, dense in self._counted]
-        return {"counted": counted, "current": self._version == self.sparsity.masks.version}
+        return {"counted": counted, "current": self._version == self.pruner.masks.version}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what state_dict returned, the masks being what they were then."""
         self._counted = [(torch.tensor(alive), images, dense) for alive, images, dense in state["counted"]]
-        self._version = self.sparsity.masks.version if state["current"] else -1
+        self._version = self.pruner.masks.version if state["current"] else -1
 
     def read(self) -> float:
         """Operations of the steps since it was read last. Waits for the device."""
         operations = 0.0
         for alive, total, dense in self._counted:
-            weights = self.sparsity.masks.weights
+            weights = self.pruner.masks.weights
             density = {name: n / w.numel() for n, (name, w) in zip(alive.tolist(), weights.items(), strict=True)}
             operations += (self.passes * total - dense) * self.flops.train(density)
             operations += dense * self.flops.train(density, dense_gradients=True)
@@ -112,9 +112,9 @@ class FlopsMeter:
         return operations
 
 
-def summary_table(flops: Flops, sparsity: Sparsity) -> str:
+def summary_table(flops: Flops, pruner: Pruner) -> str:
     """A line a prunable layer: shape, parameters, density and forward operations for one image, then their sums."""
-    density, weights = sparsity.masks.density(), sparsity.masks.weights
+    density, weights = pruner.masks.density(), pruner.masks.weights
     rows = [("layer", "shape", "weights", "density", "MFLOPs dense", "MFLOPs now")]
     for name, weight in weights.items():
         shape = "x".join(map(str, weight.shape))
@@ -129,7 +129,7 @@ def summary_table(flops: Flops, sparsity: Sparsity) -> str:
             "all",
             "",
             f"{total:,}",
-            f"{1 - sparsity.masks.sparsity():.4f}",
+            f"{1 - pruner.masks.sparsity():.4f}",
             f"{flops.inference(dense) / 1e6:.3f}",
             f"{now / 1e6:.3f}",
         )

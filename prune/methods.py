@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from prune import scores
 from prune.schedules import constant, cosine, steps
 from prune.scores import Score
-from prune.updates import Regrow, Shrink
+from prune.updates import DropAndGrow, GradualPruning
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Method:
     Attributes:
         paper: where it comes from.
         score: what weights are ranked by before training; None starts dense.
-        distributions: how the sparsity may be shared out over layers, the default first. `global` ranks the weights of
+        distributions: how the sparsity may be shared out over layers, the default first. `global` group the weights of
             all layers together and needs scores that compare across them.
         rounds: of scoring before training, each pruning some more.
         update: how masks change during training.
@@ -28,7 +28,7 @@ class Method:
     score: Score | None = None
     distributions: tuple[str, ...] = ("erk", "uniform")
     rounds: int = 1
-    update: Regrow | Shrink | None = None
+    update: DropAndGrow | GradualPruning | None = None
     tickets: bool = False
     pretrained: bool = False
     reads_images: bool = False
@@ -36,7 +36,7 @@ class Method:
     @property
     def moves(self) -> bool:
         """Whether weights move at a constant budget."""
-        return isinstance(self.update, Regrow)
+        return isinstance(self.update, DropAndGrow)
 
 
 ANY = ("global", "erk", "uniform")
@@ -50,11 +50,13 @@ METHODS = {
     "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True),
     "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
     # Dynamic, at a constant budget
-    "set": Method("Mocanu et al. 2018", scores.random, update=Regrow(scores.magnitude, scores.random, constant)),
-    "rigl": Method("Evci et al. 2020", scores.random, update=Regrow(scores.magnitude, scores.gradient, cosine)),
-    "mest": Method("Yuan et al. 2021", scores.random, update=Regrow(scores.magnitude_gradient, scores.random, steps)),
+    "set": Method("Mocanu et al. 2018", scores.random, update=DropAndGrow(scores.magnitude, scores.random, constant)),
+    "rigl": Method("Evci et al. 2020", scores.random, update=DropAndGrow(scores.magnitude, scores.gradient, cosine)),
+    "mest": Method(
+        "Yuan et al. 2021", scores.random, update=DropAndGrow(scores.magnitude_gradient, scores.random, steps)
+    ),
     # Dense to sparse
-    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=Shrink()),
+    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning()),
     "lth": Method("Frankle et al. 2020", None, ANY, tickets=True),
     "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
 }

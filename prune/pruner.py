@@ -38,18 +38,18 @@ class Options:
     rewind: int = 0
 
 
-class Sparsity:
+class Pruner:
     """Chooses the masks of a network, applies them at the right moments of a training step, and remembers them.
 
-        sparsity.before_training(sample)             # once, on fresh weights
+        pruner.before_training(sample)             # once, on fresh weights
         ...
         loss.backward()
-        sparsity.after_backward(step)                # before clipping and before the optimizer sees the gradients
+        pruner.after_backward(step)                # before clipping and before the optimizer sees the gradients
         optimizer.step()
-        sparsity.mask_weights()
-        step = sparsity.after_step(step)             # masks change here; returns the step to go on with
+        pruner.mask_weights()
+        step = pruner.after_step(step)             # masks change here; returns the step to go on with
         ...
-        step = sparsity.next_round(step)             # at the end of the schedule: the step to go back to, if any
+        step = pruner.next_round(step)             # at the end of the schedule: the step to go back to, if any
 
     Args:
         model: the network; its convolution and linear weights are prunable, nothing else.

@@ -26,13 +26,13 @@ class Timing:
         done = step + 1
         return done == self.last or (done < self.last and done % self.interval == 0)
 
-    def progress(self, step: int) -> float:
+    def fraction(self, step: int) -> float:
         """From 0 to 1 at the last change."""
         return min(1.0, (step + 1) / self.last)
 
 
 def cubic(progress: float, final: float) -> float:
-    """Sparsity on the way from 0 to final (Zhu and Gupta 2018, equation 1)."""
+    """Pruner on the way from 0 to final (Zhu and Gupta 2018, equation 1)."""
     return final * (1 - (1 - progress) ** 3)
 
 

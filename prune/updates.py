@@ -1,4 +1,4 @@
-"""How masks change while a network trains. `Sparsity` calls an update when its timing says so."""
+"""How masks change while a network trains. `Pruner` calls an update when its timing says so."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from prune.schedules import cubic
 from prune.scores import READ_GRADIENTS, Score, magnitude
 
 if TYPE_CHECKING:
-    from prune.pruner import Sparsity
+    from prune.pruner import Pruner
 
 
 @dataclass(frozen=True)
-class Regrow:
+class DropAndGrow:
     """At a constant budget drop the lowest of a layer's living weights and grow as many others.
 
     Rigged lottery (Evci et al. 2020) takes this in the place of the step's SGD update. Here it follows that update, so
@@ -42,16 +42,16 @@ class Regrow:
     def reads_dead_gradients(self) -> bool:
         return self.grow in READ_GRADIENTS
 
-    def __call__(self, sparsity: Sparsity, step: int) -> dict[str, Tensor]:
+    def __call__(self, pruner: Pruner, step: int) -> dict[str, Tensor]:
         """The masks after a step. With the option `soft` a layer grows above its target and drops back the next time."""
-        pattern, targets = sparsity.pattern, sparsity.targets
-        fraction = sparsity.options.drop_fraction * self.decay(sparsity.timing.progress(step))
+        pattern, targets = pruner.pattern, pruner.targets
+        fraction = pruner.options.drop_fraction * self.decay(pruner.timing.fraction(step))
         moved = [int(fraction * target) for target in targets.values()]
         kept = [
-            target if sparsity.options.soft else target - move
+            target if pruner.options.soft else target - move
             for target, move in zip(targets.values(), moved, strict=True)
         ]
-        alive = [pattern.pool(sparsity.masks.masks[name]) for name in targets]
+        alive = [pattern.pool(pruner.masks.masks[name]) for name in targets]
         sizes = list(map(len, alive))
         room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
 
@@ -59,21 +59,21 @@ class Regrow:
         def flat(scores: dict[str, Tensor]) -> Tensor:
             return torch.cat([pattern.pool(scores[name]) for name in targets])
 
-        scored = sparsity.scored(step)
+        scored = pruner.scored(step)
         new = _highest(flat(self.drop(scored)), torch.cat(alive) == 0, sizes, kept)
         new |= _highest(flat(self.grow(scored)), new, sizes, list(map(min, moved, room)))
-        return {n: pattern.spread(part, sparsity.shapes[n]) for n, part in zip(targets, new.split(sizes), strict=True)}
+        return {n: pattern.spread(part, pruner.shapes[n]) for n, part in zip(targets, new.split(sizes), strict=True)}
 
 
 @dataclass(frozen=True)
-class Shrink:
+class GradualPruning:
     """Keep the largest weights, fewer each time, down to the target (Zhu and Gupta 2018)."""
 
     reads_gradients = reads_dead_gradients = False
 
-    def __call__(self, sparsity: Sparsity, step: int) -> dict[str, Tensor]:
-        wanted = cubic(sparsity.timing.progress(step), sparsity.target)
-        return sparsity.pattern.keep(magnitude(sparsity.scored(step)), sparsity.counts(wanted))
+    def __call__(self, pruner: Pruner, step: int) -> dict[str, Tensor]:
+        wanted = cubic(pruner.timing.fraction(step), pruner.target)
+        return pruner.pattern.keep(magnitude(pruner.scored(step)), pruner.counts(wanted))
 
 
 def _highest(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:

@@ -171,4 +171,4 @@ def test_out_of_memory_in_a_closer_look_names_what_to_try(train, monkeypatch):
     failed = train("--epochs 1 --sharpness")
     assert (failed.code, failed.err.count("\n")) == (1, 1)
     assert f"try python -m analysis.sharpness {failed.directory / 'checkpoint.pt'} with a --batch-size" in failed.err
-    assert failed.checkpoint()["state"]["progress"] == 6
+    assert failed.checkpoint()["state"]["global_step"] == 6

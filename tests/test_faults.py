@@ -150,7 +150,7 @@ def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatc
     def check(argv):
         try:
             args = runs.locate_run(*cli.parse(argv)).args
-            main_prune_train.rehearse(args)
+            main_prune_train.check_on_meta(args)
             outcomes["taken"] += 1
         except UsageError as error:
             outcomes["refused" if "\n" not in str(error) else "more than a line"] += 1

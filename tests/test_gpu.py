@@ -9,7 +9,7 @@ from imagedata.images import Images, channel_statistics
 from imagedata.loaders import Augmentation, Normalize, TrainLoader
 from main_prune_train import main
 from models import build_model
-from prune import METHODS, Sparsity, Timing
+from prune import METHODS, Pruner, Timing
 from training.checkpoint import TrainState
 from training.loop import Recipe, build_objective, train_step, update_weights
 from training.optim import build_optimizer, perturbation_of, state_holders
@@ -30,21 +30,21 @@ class Run:
         self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
         timing = Timing(64, interval=4)
-        self.sparsity = Sparsity(self.model, method, sparsity, timing=timing, optimizers=state_holders(optimizer))
+        self.pruner = Pruner(self.model, method, sparsity, timing=timing, optimizers=state_holders(optimizer))
         g = torch.Generator().manual_seed(0)
         images = Images(torch.randint(256, (256, 16, 16, 3), dtype=torch.uint8, generator=g), torch.arange(256) % 5)
         normalize = Normalize(**channel_statistics(images), device=device)
         augmentation = Augmentation(256, 32, seed=0, pad=2, flip=True)
         self.loader = TrainLoader(images, augmentation, 5, normalize, device, workers, execution)
-        self.sparsity.before_training(self.loader.sample)
-        self.state = TrainState(self.model, optimizer, self.sparsity)
+        self.pruner.before_training(self.loader.sample)
+        self.state = TrainState(self.model, optimizer, self.pruner)
         self.recipe = Recipe(
             build_objective(self.model, execution, 32), execution,
-            perturbation_of(optimizer, self.model, self.sparsity), execution.graph(update_weights), lambda step: 0.05, 64,
+            perturbation_of(optimizer, self.model, self.pruner), execution.graph(update_weights), lambda step: 0.05, 64,
         )  # fmt: skip
 
     def step(self) -> torch.Tensor:
-        batch = self.loader.batch(self.state.step)
+        batch = self.loader.batch(self.state.schedule_step)
         sums, _ = train_step(self.state, self.recipe, *batch, measure=False)
         return sums.clone()
 
@@ -110,7 +110,7 @@ def test_cpu_and_gpu_take_the_same_first_steps(name, v2):
     runs = [Run(name, v2, "random", 0.5, device=device) for device in (torch.device("cpu"), CUDA)]
     losses = [[run.step()[0].item() for _ in range(4)] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    masks = [[mask.cpu() for mask in run.sparsity.masks.state_dict().values()] for run in runs]
+    masks = [[mask.cpu() for mask in run.pruner.masks.state_dict().values()] for run in runs]
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 

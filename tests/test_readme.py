@@ -42,7 +42,7 @@ def test_the_method_of_ones_own_works():
     """Its two pieces, put where the README says."""
     import torch
 
-    from prune import METHODS, Sparsity, methods, scores
+    from prune import METHODS, Pruner, methods, scores
 
     block = README[README.index("# prune/scores.py\n") : README.index("```\n\n## Reading the results")]
     function, line = block.split("# prune/methods.py, in METHODS\n")
@@ -53,10 +53,10 @@ def test_the_method_of_ones_own_works():
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         with torch.no_grad():
             model[1].weight.mul_(100)
-        sparsity = Sparsity(model, "relative", 0.5)
-        sparsity.before_training()
-        assert sum(sparsity.masks.alive().values()) == 64
-        assert min(sparsity.masks.alive().values()) > 20  # plain magnitude would empty the first layer
+        pruner = Pruner(model, "relative", 0.5)
+        pruner.before_training()
+        assert sum(pruner.masks.alive().values()) == 64
+        assert min(pruner.masks.alive().values()) > 20  # plain magnitude would empty the first layer
     finally:
         METHODS.pop("relative", None)
         del scores.relative_magnitude

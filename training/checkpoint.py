@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prune import Sparsity
+from prune import Pruner
 from training.checkpoint_schema import FORMAT, is_checkpoint
-from training.nonfinite import Guard
+from training.nonfinite import NonFiniteGuard
 from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
 
@@ -33,10 +33,10 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    sparsity: Sparsity
-    guard: Guard = field(default_factory=Guard)
-    step: int = 0
-    progress: int = 0
+    pruner: Pruner
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    schedule_step: int = 0
+    global_step: int = 0
     rows: list[dict] = field(default_factory=list)
     images: int = 0
     training_flops: float = 0.0
@@ -68,15 +68,15 @@ class TrainState:
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
 
-    _HOLDERS = ("model", "sparsity", "optimizer", "guard")
-    _VALUES = ("step", "progress", "rows", "images", "training_flops", "partial")
+    _HOLDERS = ("model", "pruner", "optimizer", "guard")
+    _VALUES = ("schedule_step", "global_step", "rows", "images", "training_flops", "partial")
 
 
-def load_network(model: nn.Module, sparsity: Sparsity, checkpoint: dict) -> None:
+def load_network(model: nn.Module, pruner: Pruner, checkpoint: dict) -> None:
     """Take weights and masks alone out of a checkpoint. Raises UsageError where they do not fit."""
     try:
         model.load_state_dict(checkpoint["state"]["model"])
-        sparsity.masks.load_state_dict(checkpoint["state"]["sparsity"]["masks"])
+        pruner.masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError("the checkpoint does not fit the network of its flags") from error
 

@@ -29,7 +29,7 @@ from utils.files import write_text_atomically
 STUDIED = ("optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity", "seed")
 
 
-class Record:
+class Logger:
     """args.json, TensorBoard events, metrics.csv and result.json of one run; a bar or a line an epoch.
 
     Args:
@@ -70,7 +70,7 @@ class Record:
         if rows:
             self._write_metrics(rows)
 
-    def progress(self, epoch: int, steps: int, done: int = 0) -> tqdm:
+    def progress_bar(self, epoch: int, steps: int, done: int = 0) -> tqdm:
         """A bar over the steps of an epoch, on a terminal; silent in a file or pipe."""
         self._bar = tqdm(
             total=steps,
@@ -104,13 +104,13 @@ class Record:
         """Log the last of the finished epochs to TensorBoard; on disk when this returns."""
         if not self.writes:
             return
-        row, progress, density = state.rows[-1], state.progress, state.sparsity.masks.density()
+        row, progress, density = state.rows[-1], state.global_step, state.pruner.masks.density()
         for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
             if name in row:
                 self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], progress)
         self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
         self.writer.add_scalar("sparsity/now", row["sparsity"], progress)
-        self.writer.add_scalar("sparsity/ever_alive", state.sparsity.ever_alive_share(), progress)
+        self.writer.add_scalar("sparsity/ever_alive", state.pruner.ever_alive_share(), progress)
         self.writer.add_scalar("flops/inference", meter.flops.inference(density), progress)
         self.writer.add_scalar("flops/training_so_far", state.training_flops, progress)
         for layer, value in density.items():
@@ -188,7 +188,7 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images:
     rows, last = state.rows, state.rows[-1]
     alike = [row for row in rows if row["sparsity"] == last["sparsity"]]
     best = max(alike, key=lambda row: row["val_top1"]) if "val_top1" in last else last
-    density = state.sparsity.masks.density()
+    density = state.pruner.masks.density()
     return {
         "test_top1": last["test_top1"],
         "test_loss": last["test_loss"],
@@ -196,7 +196,7 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images:
         "best_epoch": best["epoch"],
         "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),
         "sparsity": last["sparsity"],
-        "ever_alive": state.sparsity.ever_alive_share(),
+        "ever_alive": state.pruner.ever_alive_share(),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
         "inference_flops": meter.flops.inference(density),

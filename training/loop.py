@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from imagedata.loaders import EvalLoader, TrainLoader
 from prune.flops import FlopsMeter
 from training.checkpoint import TrainState
-from training.logger import Record
+from training.logger import Logger
 from training.optim import Perturbation
-from utils.distributed import Ranks
+from utils.distributed import ProcessGroup
 from utils.errors import Preempted, TrainingError
 from utils.precision import Execution
 from utils.signals import CheckpointSchedule, Interruption
@@ -36,7 +36,7 @@ class Recipe:
             batch norm in each by itself.
         clip_grad: largest norm of the gradient, or None.
         log_interval: steps from one logged step to the next.
-        ranks: the processes that share each batch.
+        group: the processes that share each batch.
     """
 
     objective: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -48,7 +48,7 @@ class Recipe:
     accumulate: int = 1
     clip_grad: float | None = None
     log_interval: int = 50
-    ranks: Ranks = field(default_factory=Ranks)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
 
 
 def build_objective(
@@ -94,11 +94,11 @@ def train_step(
         [sum of losses, number of correct predictions] at the weights the gradient was taken at; scalars to log.
     """
     for group in state.optimizer.param_groups:
-        group["lr"] = recipe.lr_at(state.step)
+        group["lr"] = recipe.lr_at(state.schedule_step)
     batch_size = len(inputs) if batch_size is None else batch_size
     results = recipe.update(state, recipe, inputs, targets, measure, batch_size)
-    state.step = state.sparsity.after_step(state.step, state.guard.skipped)
-    state.progress += 1
+    state.schedule_step = state.pruner.after_step(state.schedule_step, state.guard.skipped)
+    state.global_step += 1
     return results
 
 
@@ -113,23 +113,23 @@ def update_weights(
         sums = torch.zeros(2, device=inputs.device)
         parts = zip(inputs.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True)
         for x, y in parts:
-            if len(x) or recipe.ranks.synchronised:  # a process may have no share of an epoch's last batch
+            if len(x) or recipe.group.synchronised:  # a process may have no share of an epoch's last batch
                 loss, part = recipe.objective(x, y, batch_size)
                 guard.scale(loss).backward()
                 sums += part
-        return recipe.ranks.reduce(model, sums, share_gradients)
+        return recipe.group.reduce(model, sums, share_gradients)
 
     guard.begin()
     recipe.perturbation.perturb(backward)
     sums = backward()
     guard.unscale(optimizer)
-    state.sparsity.after_backward(state.step)
+    state.pruner.after_backward(state.schedule_step)
     measured = {"gradient_norm": gradient_norm(model), **recipe.perturbation.measure()} if measure else {}
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
     guard.step(optimizer, sums)
     recipe.perturbation.restore()
-    state.sparsity.mask_weights()
+    state.pruner.mask_weights()
     return guard.end(sums), measured
 
 
@@ -139,12 +139,12 @@ def fit(
     loader: TrainLoader,
     evaluators: dict[str, EvalLoader],
     meter: FlopsMeter,
-    record: Record,
+    logger: Logger,
     save: Callable[[TrainState], None],
     schedule: CheckpointSchedule,
     interruption: Interruption,
 ) -> None:
-    """Train to the end of the schedule, as often as the method wants; after every epoch evaluate and record.
+    """Train to the end of the schedule, as often as the method wants; after every epoch evaluate and logger.
 
     Args:
         save: writes a checkpoint: when it is due, after the last epoch and any that is the best on held-out images, and
@@ -158,45 +158,45 @@ def fit(
         EmptyLayerError: the masks came to leave a layer empty.
     """
     while True:
-        while state.step < recipe.total_steps:
+        while state.schedule_step < recipe.total_steps:
             began = time.perf_counter()
             earlier = state.partial.get("seconds", 0.0)
 
             def pause(partial: Callable[[], dict], began: float = began, earlier: float = earlier) -> None:
-                if _agreed(interruption.signal or schedule.due_in_epoch(), state, recipe, loader.device):
-                    told = _told(interruption, recipe, loader.device)
+                if should_pause(interruption.signal or schedule.due_in_epoch(), state, recipe, loader.device):
+                    told = pending_signal(interruption, recipe, loader.device)
                     state.partial = partial() | {"seconds": earlier + time.perf_counter() - began}
                     save(state)
                     schedule.saved()
-                    _leave(told, state, recipe)
+                    exit_if_signalled(told, state, recipe)
 
-            row = train_epoch(state, recipe, loader, meter, record, pause)
+            row = train_epoch(state, recipe, loader, meter, logger, pause)
             for name, evaluator in evaluators.items():
                 row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(
-                    state.model, evaluator, recipe.execution, recipe.ranks
+                    state.model, evaluator, recipe.execution, recipe.group
                 )
                 if not math.isfinite(row[f"{name}_loss"]):
                     raise TrainingError(
-                        _stopped(f"the {name} loss is {row[f'{name}_loss']}", state.progress, row["lr"])
+                        _stopped(f"the {name} loss is {row[f'{name}_loss']}", state.global_step, row["lr"])
                     )
-            row["sparsity"] = state.sparsity.masks.sparsity()
+            row["sparsity"] = state.pruner.masks.sparsity()
             row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
             row["seconds"] = earlier + time.perf_counter() - began
             state.rows.append(row)
-            recipe.ranks.check_same(state.state_dict())
-            record.events(state, meter)  # on disk before the checkpoint that goes on after them
-            ended = state.step >= recipe.total_steps
-            told = _told(interruption, recipe, loader.device)
+            recipe.group.check_same(state.state_dict())
+            logger.events(state, meter)  # on disk before the checkpoint that goes on after them
+            ended = state.schedule_step >= recipe.total_steps
+            told = pending_signal(interruption, recipe, loader.device)
             if ended or told or schedule.due_after_epoch(len(state.rows)) or is_best(state.rows):
                 save(state)
                 schedule.saved()
-            record.row(state)
+            logger.row(state)
             if not ended:
-                _leave(told, state, recipe)
-        step = state.sparsity.next_round(state.step)
-        if step == state.step:
+                exit_if_signalled(told, state, recipe)
+        step = state.pruner.next_round(state.schedule_step)
+        if step == state.schedule_step:
             return
-        state.step = step
+        state.schedule_step = step
 
 
 def train_epoch(
@@ -204,7 +204,7 @@ def train_epoch(
     recipe: Recipe,
     loader: TrainLoader,
     meter: FlopsMeter,
-    record: Record,
+    logger: Logger,
     pause: Callable[[Callable[[], dict]], None] = lambda partial: None,
 ) -> dict:
     """Train to the next multiple of the steps of an epoch, or on from `state.partial`.
@@ -220,7 +220,7 @@ def train_epoch(
     state.model.train()
     before = state.partial
     done = len(before["sums"]) if before else 0
-    steps = done + loader.steps_per_epoch - state.step % loader.steps_per_epoch
+    steps = done + loader.steps_per_epoch - state.schedule_step % loader.steps_per_epoch
     sums = torch.zeros(steps, 2, device=loader.device)
     if before:
         sums[:done] = before["sums"].to(loader.device)
@@ -228,36 +228,36 @@ def train_epoch(
     images = earlier = before.get("images", 0)
     counted = before.get("counted", 0)  # without those of skipped steps
     lrs, untimed = [0.0] * done, 0
-    with record.progress(len(state.rows) + 1, steps, done) as bar:
+    with logger.progress_bar(len(state.rows) + 1, steps, done) as bar:
         for position in range(done, steps):
-            inputs, targets = loader.batch(state.step)
-            size = loader.batch_size(state.step)
+            inputs, targets = loader.batch(state.schedule_step)
+            size = loader.batch_size(state.schedule_step)
             images += size
-            meter.step(size, state.sparsity.grows_by_gradient(state.step))
-            measure = (state.progress + 1) % recipe.log_interval == 0
+            meter.step(size, state.pruner.grows_by_gradient(state.schedule_step))
+            measure = (state.global_step + 1) % recipe.log_interval == 0
             sums[position], measured = train_step(state, recipe, inputs, targets, measure, size)
             counted += 0 if state.guard.skipped else size
             lrs.append(state.optimizer.param_groups[0]["lr"])
-            if record.first_step_of_process(sums[position], began) and steps - done > 1:
+            if logger.first_step_of_process(sums[position], began) and steps - done > 1:
                 began, untimed = time.perf_counter(), size  # compilation is not what images/s are about
             if measure:
                 _check_finite(sums[: position + 1, 0], lrs, state)
                 if not state.guard.skipped:
                     loss = sums[position, 0] / size
-                    record.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.progress)
+                    logger.scalars("train", {"loss": loss, "lr": lrs[-1], **measured}, state.global_step)
             bar.update()
             if position + 1 < steps:
                 pause(partial(_epoch_so_far, sums[: position + 1], images, counted, lrs, state, meter))
     _check_finite(sums[:, 0], lrs, state)
     if not counted and not state.guard.searching:
         raise TrainingError(
-            f"no step of an epoch had a finite loss and gradient, and all were skipped, up to step {state.progress:,} with "
+            f"no step of an epoch had a finite loss and gradient, and all were skipped, up to step {state.global_step:,} with "
             f"learning rate {lrs[-1]:g}: lower --lr, or clip with --clip-grad; the last checkpoint, if there is one, is kept"
         )
     loss, top1 = (sums.double().sum(0) / counted).tolist()  # waits for the device; NaN where nothing was trained on
     seconds = time.perf_counter() - began
     state.training_flops += meter.read()
-    state.sparsity.refuse_empty_layers()
+    state.pruner.refuse_empty_layers()
     state.images += images
     state.partial = {}
     return {
@@ -276,27 +276,29 @@ def _epoch_so_far(
     return {"sums": sums.cpu(), "images": images, "counted": counted, "meter": meter.state_dict()}
 
 
-def _agreed(wanted: object, state: TrainState, recipe: Recipe, device: torch.device) -> bool:
+def should_pause(wanted: object, state: TrainState, recipe: Recipe, device: torch.device) -> bool:
     """Whether to pause: several processes ask each other at logged steps alone, since to ask is to wait."""
-    if recipe.ranks.world == 1:
+    if recipe.group.world == 1:
         return bool(wanted)
-    return state.progress % recipe.log_interval == 0 and recipe.ranks.any(bool(wanted), device)
+    return state.global_step % recipe.log_interval == 0 and recipe.group.any(bool(wanted), device)
 
 
-def _told(interruption: Interruption, recipe: Recipe, device: torch.device) -> str | None:
+def pending_signal(interruption: Interruption, recipe: Recipe, device: torch.device) -> str | None:
     """The signal that a process has had, the same for all. One that comes later waits until they ask each other again."""
     signal = interruption.signal
-    return signal or "a signal to another process" if recipe.ranks.any(signal is not None, device) else None
+    return signal or "a signal to another process" if recipe.group.any(signal is not None, device) else None
 
 
-def _leave(told: str | None, state: TrainState, recipe: Recipe) -> None:
+def exit_if_signalled(told: str | None, state: TrainState, recipe: Recipe) -> None:
     if told:
-        recipe.ranks.wait()  # the first process may be writing still, and would be ended when another is gone
-        raise Preempted(f"ended by {told} after step {state.progress:,} with a checkpoint: go on by --resume auto")
+        recipe.group.wait()  # the first process may be writing still, and would be ended when another is gone
+        raise Preempted(f"ended by {told} after step {state.global_step:,} with a checkpoint: go on by --resume auto")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution, ranks: Ranks = Ranks()) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, loader: EvalLoader, execution: Execution, group: ProcessGroup = ProcessGroup()
+) -> tuple[float, float]:
     """Mean cross-entropy (nats, without label smoothing) and top-1 accuracy (percent) over the shares of all processes."""
     training = model.training
     model.eval()
@@ -307,7 +309,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, execution: Execution, ranks: 
         logits = logits.float()
         sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
     model.train(training)
-    sums = ranks.add(torch.cat([sums, sums.new_tensor([len(loader)])]))
+    sums = group.add(torch.cat([sums, sums.new_tensor([len(loader)])]))
     loss, correct, _ = (sums / sums[2]).tolist()
     return loss, 100 * correct
 
@@ -334,10 +336,10 @@ def _check_finite(losses: Tensor, lrs: list[float], state: TrainState) -> None:
     *values, norm = torch.cat([losses, norm[None]]).tolist()  # waits once
     wrong = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if wrong is not None:
-        step = state.progress - len(values) + wrong + 1
+        step = state.global_step - len(values) + wrong + 1
         raise TrainingError(_stopped(f"the loss is {values[wrong]}", step, lrs[wrong]))
     if not math.isfinite(norm):
-        raise TrainingError(_stopped("the weights are no longer finite", state.progress, lrs[-1]))
+        raise TrainingError(_stopped("the weights are no longer finite", state.global_step, lrs[-1]))
 
 
 def _stopped(what: str, step: int, lr: float) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Guard:
+class NonFiniteGuard:
     """What stands between the gradient and the optimizer's step.
 
     In fp16 the loss is scaled so that small gradients do not vanish, and a step that overflows is left out while the scale

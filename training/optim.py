@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune import Sparsity
+from prune import Pruner
 from sam import SAM, flatten_parameters
 
 
@@ -91,7 +91,7 @@ class Perturbation:
 
 
 def perturbation_of(
-    optimizer: torch.optim.Optimizer, model: nn.Module, sparsity: Sparsity, local: bool = False
+    optimizer: torch.optim.Optimizer, model: nn.Module, pruner: Pruner, local: bool = False
 ) -> Perturbation:
     """None for a plain optimizer, along the kept gradient for one-step SAM, along this batch's for two-step SAM.
 
@@ -115,7 +115,7 @@ def perturbation_of(
 
     def perturb(backward: Callable[[bool], object]) -> None:
         backward(not local)
-        sparsity.mask_gradients()
+        pruner.mask_gradients()
         optimizer.first_step(zero_grad=True)
         if saved:
             torch._foreach_copy_(saved, statistics)

@@ -26,7 +26,7 @@ class GraphedUpdate:
     def __call__(
         self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        kind = (inputs.shape, measure, state.sparsity.keeps_gradients(state.step))
+        kind = (inputs.shape, measure, state.pruner.keeps_gradients(state.schedule_step))
         self._seen[kind] += 1
         if self._seen[kind] <= self.WARM_UP:
             return self.update(state, recipe, inputs, targets, measure, batch_size)
@@ -40,7 +40,7 @@ class GraphedUpdate:
         return results
 
     def _capture(self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int) -> tuple:
-        """Record a step without running it."""
+        """Logger a step without running it."""
         inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
         groups = state.optimizer.param_groups
         rates = [group["lr"] for group in groups]

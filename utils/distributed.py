@@ -30,7 +30,7 @@ PATIENCE = timedelta(minutes=30)  # while the first process decodes images or wr
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """Which of how many processes this is; alone by default, and then everything here does nothing.
 
     Attributes:
@@ -44,7 +44,7 @@ class Ranks:
     synchronised: bool = False
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Ranks:
             dist.barrier()
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """The first process of each machine does it, then all others: of what should be downloaded or cached once."""
         if self.local_rank:
             self.wait()
@@ -130,7 +130,7 @@ class Ranks:
                     )
 
 
-def start(device: torch.device) -> Ranks:
+def start(device: torch.device) -> ProcessGroup:
     """Join the processes that torchrun has started, if it has: gloo on the CPU, nccl on GPUs.
 
     Raises:
@@ -138,7 +138,7 @@ def start(device: torch.device) -> Ranks:
     """
     world = launched("WORLD_SIZE", 1)
     if world == 1 or "RANK" not in os.environ:
-        return Ranks()
+        return ProcessGroup()
     if device.index is not None:
         torch.cuda.set_device(device)  # where barriers and gathered objects go, or all processes meet on the first GPU
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -147,7 +147,7 @@ def start(device: torch.device) -> Ranks:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"the processes cannot find each other ({error}): launch them by torchrun") from error
-    return Ranks(dist.get_rank(), world, launched("LOCAL_RANK", 0))
+    return ProcessGroup(dist.get_rank(), world, launched("LOCAL_RANK", 0))
 
 
 def stop() -> None:

@@ -90,7 +90,7 @@ class Execution:
         return f"{text}, a CUDA graph a step" if self.graphed else text
 
 
-def choose(
+def resolve_execution(
     precision: str,
     compilation: str,
     device: torch.device,

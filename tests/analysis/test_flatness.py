@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from analysis import loss_surface, sharpness
-from analysis.landscape import Landscape, living
+from analysis.landscape import FixedImagesLoss, living
 from analysis.loss_surface import filter_normalized
 from models import build_model
-from prune import Sparsity
+from prune import Pruner
 
 FOLDER = "--dataset folder --depth 8 --width 0.25 --batch-size 8 --epochs 1"
 QUICK = "--images 100 --top 1 --trace-samples 2 --rhos 0.1 --adaptive-rhos --steps 2"
@@ -122,12 +122,12 @@ def test_recalibrated_statistics_with_and_without(train):
 def test_directions_have_the_norms_of_the_filters_and_stay_off_what_is_pruned():
     torch.manual_seed(0)
     model = build_model("resnet", 8, 10, 0.25)
-    sparsity = Sparsity(model, "random", 0.7)
-    sparsity.before_training()
-    stem = next(iter(sparsity.masks.weights))
-    sparsity.masks.set({stem: torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 3, 3) > 0})  # the first filter is dead
-    landscape = Landscape(model, torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
-    alive = living(model, sparsity.masks)
+    pruner = Pruner(model, "random", 0.7)
+    pruner.before_training()
+    stem = next(iter(pruner.masks.weights))
+    pruner.masks.set({stem: torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 3, 3) > 0})  # the first filter is dead
+    landscape = FixedImagesLoss(model, torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    alive = living(model, pruner.masks)
     direction = filter_normalized(landscape, alive, torch.Generator().manual_seed(5))
     noise = torch.randn(len(alive), generator=torch.Generator().manual_seed(5))
     assert direction[~alive].eq(0).all()
@@ -170,7 +170,7 @@ def test_a_surface_has_the_loss_at_moved_weights(train, tmp_path, capsys):
     model = build_model("resnet", 8, 10, 0.25, in_channels=1)
     model.load_state_dict(checkpoint["state"]["model"])
     model.eval()
-    masks = checkpoint["state"]["sparsity"]["masks"]
+    masks = checkpoint["state"]["pruner"]["masks"]
     generator = torch.Generator().manual_seed(3)
     count = sum(p.numel() for p in model.parameters())
     directions = []
@@ -236,7 +236,7 @@ def test_other_images_than_the_run_had_are_refused(train, folder, tmp_path, caps
     results, _ = sharpness_of(tmp_path, capsys, moved)
     assert results[0]["recalibrated_bn"]
     assert results[0]["train"]["images"] == 30
-    dead = sum(int((~mask).sum()) for mask in run.checkpoint()["state"]["sparsity"]["masks"].values())
+    dead = sum(int((~mask).sum()) for mask in run.checkpoint()["state"]["pruner"]["masks"].values())
     figures = results[0]["train"]
     assert dead > 0
     assert figures["all"]["weights"] - figures["living"]["weights"] == dead

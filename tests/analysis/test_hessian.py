@@ -9,9 +9,9 @@ from running import NEEDS_COMPILER
 from torch import nn
 
 from analysis.hessian import sam_sharpness, top_eigenvalues, trace
-from analysis.landscape import Landscape, living
+from analysis.landscape import FixedImagesLoss, living
 from models import build_model
-from prune import Sparsity
+from prune import Pruner
 from utils.precision import Execution
 
 
@@ -39,7 +39,7 @@ def softmax_regression(features=4, classes=3, count=30):
 
 def test_products_eigenvalues_and_trace_are_those_of_the_closed_form():
     model, x, y, hessian = softmax_regression()
-    landscape = Landscape(model, x, y, batch_size=7)  # an uneven last batch
+    landscape = FixedImagesLoss(model, x, y, batch_size=7)  # an uneven last batch
     size = len(hessian)
     products = np.stack([landscape.hessian_product(v).numpy() for v in torch.eye(size, dtype=torch.float64)])
     np.testing.assert_allclose(products, hessian, atol=1e-14)
@@ -48,7 +48,7 @@ def test_products_eigenvalues_and_trace_are_those_of_the_closed_form():
     np.testing.assert_allclose([e.value for e in found], np.linalg.eigvalsh(hessian)[::-1][:3], rtol=1e-9)
     assert max(e.residual for e in found) < 1e-8
 
-    estimate, error = trace(Landscape(model, x, y), 1000)
+    estimate, error = trace(FixedImagesLoss(model, x, y), 1000)
     assert 0 < error < 0.05 * np.trace(hessian)
     assert abs(estimate - np.trace(hessian)) < 4 * error
     # The error of a mean of Hutchinson's samples: 2 (||H||_F^2 - sum of H_ii^2) / samples, squared.
@@ -70,18 +70,18 @@ def test_the_largest_come_first_whatever_lies_below():
             q = -(self.w.square() * torch.tensor([9.0, 1.0, -2.0, -4.0], dtype=torch.float64)).sum()
             return torch.stack([torch.zeros_like(q), q]).expand(len(inputs), 2)
 
-    landscape = Landscape(Quadratic(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    landscape = FixedImagesLoss(Quadratic(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
     found = top_eigenvalues(landscape, 2, tolerance=1e-10)
     np.testing.assert_allclose([e.value for e in found], [4.0, 2.0], rtol=1e-8)  # sigmoid(0) * 2 * d
 
 
 def test_living_weights_have_the_submatrix():
     model, x, y, hessian = softmax_regression()
-    sparsity = Sparsity(model, "random", 0.5)
-    sparsity.masks.set({"": torch.rand(model.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5})
-    alive = living(model, sparsity.masks)
+    pruner = Pruner(model, "random", 0.5)
+    pruner.masks.set({"": torch.rand(model.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5})
+    alive = living(model, pruner.masks)
     assert alive.tolist() == [*(model.weight.detach() != 0).flatten().tolist(), True, True, True]
-    landscape = Landscape(model, x, y)
+    landscape = FixedImagesLoss(model, x, y)
     assert torch.equal(landscape.weights, torch.cat([model.weight.flatten(), model.bias]))
     columns = [landscape.hessian_product(v).numpy() for v in torch.eye(len(hessian), dtype=torch.float64)]
     sub = np.stack(columns)[np.ix_(alive, alive)]
@@ -98,7 +98,7 @@ def test_one_example_of_two_classes_has_a_known_maximum(adaptive, rho):
     torch.manual_seed(0)
     model = nn.Linear(5, 2, bias=False).double()
     x = torch.randn(1, 5, dtype=torch.float64)
-    landscape = Landscape(model, x, torch.tensor([0]))
+    landscape = FixedImagesLoss(model, x, torch.tensor([0]))
     slope = np.stack([-x[0].numpy(), x[0].numpy()])
     w = model.weight.detach().numpy()
     margin, reach = (w * slope).sum(), rho * np.linalg.norm(slope * (np.abs(w) if adaptive else 1))
@@ -116,7 +116,7 @@ def test_more_steps_come_closer_to_the_maximum_and_never_pass_it():
         model.weight.copy_(torch.tensor([[3.0], [-2.0]]))
     x = torch.tensor([[1.0], [0.2], [-3.0], [4.0], [-0.5], [2.0]], dtype=torch.float64)
     y = torch.tensor([0, 1, 1, 0, 0, 0])
-    landscape, rho = Landscape(model, x, y), 1.5
+    landscape, rho = FixedImagesLoss(model, x, y), 1.5
     base = landscape.loss()[0]
     angles = torch.linspace(0, 2 * math.pi, 20001, dtype=torch.float64)
     logits = (model.weight.detach()[None, :, 0] + rho * torch.stack([angles.cos(), angles.sin()], 1))[:, None, :] * x
@@ -133,12 +133,12 @@ def test_a_sparse_network_with_batch_norm_and_its_weights_stay(compiled):
     """Against torch's own dense Hessian, of the classifier's weights; the model keeps every bit and its mode."""
     torch.manual_seed(0)
     model = build_model("resnet", 8, 3, 0.25).train()
-    sparsity = Sparsity(model, "random", 0.5)
-    sparsity.before_training()
+    pruner = Pruner(model, "random", 0.5)
+    pruner.before_training()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x, y = torch.randn(6, 3, 8, 8), torch.randint(3, (6,))
-    landscape = Landscape(model, x, y, 6, Execution(compiled=compiled))
-    alive = living(model, sparsity.masks)
+    landscape = FixedImagesLoss(model, x, y, 6, Execution(compiled=compiled))
+    alive = living(model, pruner.masks)
     model.eval()
     with torch.no_grad():
         expected = nn.functional.cross_entropy(model(x), y).item()
@@ -167,7 +167,7 @@ def test_a_hessian_of_zeros_has_no_figures_and_no_traceback():
         def forward(self, inputs):
             return (0 * self.w.sum()).expand(len(inputs), 2)
 
-    landscape = Landscape(Constant(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    landscape = FixedImagesLoss(Constant(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
     assert all(eigenvalue.value == 0 for eigenvalue in top_eigenvalues(landscape, 1))
     assert trace(landscape, 2) == (0, 0)
     assert sam_sharpness(landscape, 0.1, 2) == (0, 0)
@@ -176,7 +176,7 @@ def test_a_hessian_of_zeros_has_no_figures_and_no_traceback():
 def test_attention_can_be_differentiated_twice():
     torch.manual_seed(0)
     model = build_model("vit", 2, 3, 1 / 3).double()
-    landscape = Landscape(model, torch.randn(4, 3, 8, 8).double(), torch.randint(3, (4,)))
+    landscape = FixedImagesLoss(model, torch.randn(4, 3, 8, 8).double(), torch.randint(3, (4,)))
     v = nn.functional.normalize(torch.randn_like(landscape.weights), dim=0)
     step = 1e-4
     change = landscape.gradient(landscape.weights + step * v)[1] - landscape.gradient(landscape.weights - step * v)[1]

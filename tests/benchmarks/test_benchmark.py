@@ -73,7 +73,7 @@ def test_the_interval_of_a_median_is_that_of_order_statistics():
 def test_what_is_chosen_is_compared_with_every_other_way(tmp_path, monkeypatch, device, named):
     monkeypatch.setattr(precision, "what_compilation_lacks", lambda device: None)  # as on a machine with that device
     device = torch.device(device)
-    chosen = precision.choose(named, "auto", device, STEP_FLOPS, STEPS)
+    chosen = precision.resolve_execution(named, "auto", device, STEP_FLOPS, STEPS)
     compared = alternatives(Setting(device, chosen, 1, 1, tmp_path))
     assert chosen in compared
     assert chosen.graphed == (device.type == "cuda")

@@ -22,7 +22,7 @@ def test_checkpoints_come_as_often_as_asked(train, monkeypatch):
     original = main_prune_train.save_checkpoint
 
     def note(path, state, **rest):
-        written.append((path.name, state.progress))
+        written.append((path.name, state.global_step))
         original(path, state=state, **rest)
 
     monkeypatch.setattr(main_prune_train, "save_checkpoint", note)
@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train):
     run = train("--epochs 3", "run")
     (run.directory / "result.json").unlink()
     newest = run.directory / "checkpoint.pt"
-    assert torch.load(run.directory / "previous.pt", weights_only=True)["state"]["progress"] == 12
+    assert torch.load(run.directory / "previous.pt", weights_only=True)["state"]["global_step"] == 12
     content = bytearray(newest.read_bytes())
     place = content.index(run.checkpoint()["state"]["model"]["classifier.weight"].numpy().tobytes())
     content[place + 5] ^= 4  # one bit
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train):
     assert resumed.err.count("\n") == 1
     same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
     assert (run.directory / "damaged.pt").read_bytes() == content  # out of the way of the next save
-    assert torch.load(run.directory / "checkpoint.pt", weights_only=True)["state"]["progress"] == 18
+    assert torch.load(run.directory / "checkpoint.pt", weights_only=True)["state"]["global_step"] == 18
     for name in ("checkpoint.pt", "previous.pt"):
         (run.directory / name).write_bytes(b"no checkpoint")
     bad = train("--epochs 3 --resume auto", "run")

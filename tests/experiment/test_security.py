@@ -70,13 +70,13 @@ CRAFTED = [
     ("args.accumulate", 0), ("args.log_interval", 0), ("args.lr_scheduler", "x"), ("args.precision", "fp8"),
     ("args.compile", "maybe"), ("args.sam_v2", "yes"), ("args.dense_layers", 7), ("args.batch_size", None),
     ("args.optmzr", []), ("args.seed", 2.5), ("data", {}), ("data.classes", 3), ("data.mean", ["x"]), ("data.mean", [1.0] * 7),
-    ("data.fingerprint", None), ("state.step", "x"), ("state.step", -3), ("state.progress", None), ("state.rows", [{}]),
+    ("data.fingerprint", None), ("state.schedule_step", "x"), ("state.schedule_step", -3), ("state.global_step", None), ("state.rows", [{}]),
     ("state.rows", 3), ("state.partial", 7), ("state.partial", {"sums": 1}),
     ("state.partial", PART | {"meter": {}}), ("state.partial", PART | {"seconds": float("nan")}),
     ("state.partial", PART | {"images": -5}), ("state.partial", PART | {"sums": torch.zeros(500, 2)}),
-    ("state.progress", 10**30), ("state.step", 10**9), ("state.sparsity.round", "x"), ("state.guard.skipped_steps", "x"), ("state.images", "x"), ("state.training_flops", None),
-    ("state.model", {}), ("state.model", 3), ("state.optimizer", []), ("state.optimizer", {}), ("state.sparsity", None),
-    ("state.sparsity", {}), ("state.guard", 3), ("state.guard", {}),
+    ("state.global_step", 10**30), ("state.schedule_step", 10**9), ("state.pruner.round", "x"), ("state.guard.skipped_steps", "x"), ("state.images", "x"), ("state.training_flops", None),
+    ("state.model", {}), ("state.model", 3), ("state.optimizer", []), ("state.optimizer", {}), ("state.pruner", None),
+    ("state.pruner", {}), ("state.guard", 3), ("state.guard", {}),
 ]  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_with_crafted_values_is_refused_in_a_sentence(train, tmp_pa
         outcomes[place, str(value)] = (found.code, found.err.count("\n"))
     of_training = ("state.optimizer", "state.guard", "state.partial")
     late = {place for place, _ in CRAFTED if place.startswith(of_training)} | {
-        "state.step"
+        "state.schedule_step"
     }  # not looked at to evaluate
     harmless = {case for case in outcomes if command == "--evaluate" and case[0] in late and outcomes[case] == (0, 0)}
     assert {case: outcomes[case] for case in outcomes.keys() - harmless if outcomes[case] != (2, 1)} == {}

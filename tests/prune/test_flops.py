@@ -5,12 +5,12 @@ import torch
 import torchvision
 from torch import nn
 
-from prune import Sparsity, Timing
+from prune import Pruner, Timing
 from prune.flops import FlopsMeter, count_flops, summary_table
 
 
 def densities(model, sparsity):
-    mask = Sparsity(model, "random", sparsity, "erk")
+    mask = Pruner(model, "random", sparsity, "erk")
     return {layer: count / mask.masks.weights[layer].numel() for (layer,), count in mask.counts(sparsity).items()}
 
 
@@ -68,7 +68,7 @@ def test_depthwise_convolutions_and_attention_by_hand():
 
 def test_a_meter_follows_the_masks_and_the_passes():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
-    mask = Sparsity(model, "gmp", 0.5, "uniform", timing=Timing(4, 1, 1.0))
+    mask = Pruner(model, "gmp", 0.5, "uniform", timing=Timing(4, 1, 1.0))
     mask.before_training()
     meter = FlopsMeter(count_flops(model, (10,)), mask, passes=2)
     dense = 200 * (2 + 3)
@@ -85,7 +85,7 @@ def test_a_meter_follows_the_masks_and_the_passes():
 
 def test_the_summary_adds_up():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
-    mask = Sparsity(model, "random", 0.5, "uniform")
+    mask = Pruner(model, "random", 0.5, "uniform")
     mask.before_training()
     lines = summary_table(count_flops(model, (10,)), mask).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "0", "1", "all"]

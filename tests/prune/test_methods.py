@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from prune import METHODS, Options, Sparsity, Timing
+from prune import METHODS, Options, Pruner, Timing
 from sam import SAM
 
 CLASSES = 4
@@ -49,18 +49,18 @@ def dead(model):
     return sum(int((w == 0).sum()) for w in weights.values()) / sum(w.numel() for w in weights.values())
 
 
-def train(model, sparsity, optimizer, steps, start=0, on_step=lambda step: None):
+def train(model, pruner, optimizer, steps, start=0, on_step=lambda step: None):
     inputs, labels = sample(8)
     for step in range(start, steps):
         optimizer.zero_grad()
         if isinstance(optimizer, SAM):
             optimizer.first_step()
-            for name, mask in sparsity.masks.masks.items():
+            for name, mask in pruner.masks.masks.items():
                 assert (layers(model)[name][mask == 0] == 0).all()  # in the perturbed forward pass too
         F.cross_entropy(model(inputs), labels).backward()
-        sparsity.after_backward(step)
+        pruner.after_backward(step)
         optimizer.step()
-        sparsity.after_step(step)
+        pruner.after_step(step)
         on_step(step)
 
 
@@ -73,7 +73,7 @@ def build(method, sparsity=0.5, steps=20, optimizer="sam", seed=0, interval=3, *
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         holders = [optimizer]
     timing = Timing(steps, interval)
-    mask = Sparsity(model, method, sparsity, timing=timing, optimizers=holders, **kwargs)
+    mask = Pruner(model, method, sparsity, timing=timing, optimizers=holders, **kwargs)
     mask.before_training(sample)
     return model, mask, optimizer
 
@@ -127,7 +127,7 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
 @pytest.mark.parametrize("method", [name for name in SPARSE if METHODS[name].score])
 def test_scoring_changes_neither_weights_nor_statistics_nor_gradients(method):
     model, fresh = Tiny(), Tiny()
-    mask = Sparsity(model, method, 0.5, timing=Timing(20, 3))
+    mask = Pruner(model, method, 0.5, timing=Timing(20, 3))
     mask.before_training(sample)
     for (name, now), before in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         alive = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(now))
@@ -186,7 +186,7 @@ def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
 
 
 def test_synflow_is_refused_where_flow_is_not_conserved():
-    mask = Sparsity(build_model("vit", 1, 10), "synflow", 0.5)
+    mask = Pruner(build_model("vit", 1, 10), "synflow", 0.5)
     with pytest.raises(ValueError, match="synflow has no meaning for a network with layer normalisation"):
         mask.before_training(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
 
@@ -219,7 +219,7 @@ def test_synflow_conserves_flow_and_prunes_in_a_hundred_rounds():
         alive = global_reference(s, round(total * 0.1 ** (k / 100)))
         for name, part in zip(w, alive.split([x.numel() for x in s]), strict=True):
             w[name] = w[name] * part.view(w[name].shape)
-    mask = Sparsity(net, "synflow", 0.9)
+    mask = Pruner(net, "synflow", 0.9)
     mask.before_training(lambda k: (torch.randn(k, 6), torch.zeros(k)))
     assert torch.equal(kept(mask), torch.cat([(x != 0).flatten() for x in w.values()]))
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from prune import Sparsity
+from prune import Pruner
 
 
 def resnet(seed: int = 0) -> nn.Module:
@@ -20,10 +20,10 @@ def layers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
-def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Sparsity:
-    sparsity = Sparsity(model, **kwargs, seed=seed)
-    sparsity.before_training()
-    return sparsity
+def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Pruner:
+    pruner = Pruner(model, **kwargs, seed=seed)
+    pruner.before_training()
+    return pruner
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude"])
@@ -31,12 +31,12 @@ def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Sparsity:
 @pytest.mark.parametrize("asked", [0.0, 0.5, 0.9, 0.95, 0.98, 0.123456])
 def test_the_asked_sparsity_is_reached_exactly(method, distribution, asked):
     model = resnet()
-    sparsity = pruned(model, method=method, sparsity=asked, distribution=distribution)
+    pruner = pruned(model, method=method, sparsity=asked, distribution=distribution)
     alive = sum(int(w.count_nonzero()) for w in layers(model).values())
     total = sum(w.numel() for w in layers(model).values())
     assert total == 270_896
     assert alive == round((1 - asked) * total)
-    assert sparsity.masks.sparsity() == 1 - alive / total
+    assert pruner.masks.sparsity() == 1 - alive / total
     prunable = {f"{name}.weight" for name in layers(model)}
     for (name, p), fresh in zip(model.named_parameters(), resnet().parameters(), strict=True):
         assert name in prunable or torch.equal(p, fresh), name
@@ -105,34 +105,34 @@ def test_random_masks_follow_from_the_seed_and_not_from_the_weights():
 
 def test_dense_layers_stay_whole_and_the_others_make_up_for_them():
     model = resnet()
-    sparsity = pruned(
+    pruner = pruned(
         model, method="random", sparsity=0.9, dense_layers=["stem", "shortcut", "classifier", "stage1.0.*"]
     )
     whole = {name for name, w in layers(model).items() if w.count_nonzero() == w.numel()}
     named = {"stem.0", "stage2.0.shortcut.0", "stage3.0.shortcut.0", "classifier", "stage1.0.conv1", "stage1.0.conv2"}
     assert whole >= named
     assert sum(int(w.count_nonzero()) for w in layers(model).values()) == round(0.1 * 270_896)
-    line = sparsity.describe()
+    line = pruner.describe()
     assert "0.9000" in line
     assert "6 layers (8,240 weights) stay dense, the others have 0.9282" in line
 
 
 def test_none_leaves_everything_alone():
     model, fresh = resnet(), resnet()
-    sparsity = pruned(model)
-    sparsity.after_backward(0)
-    assert sparsity.after_step(0) == 1
+    pruner = pruned(model)
+    pruner.after_backward(0)
+    assert pruner.after_step(0) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
-    assert sparsity.masks.sparsity() == 0
+    assert pruner.masks.sparsity() == 0
 
 
 def test_dead_weights_get_no_gradient_and_stay_zero():
     model = resnet().to(memory_format=torch.channels_last)
-    sparsity = pruned(model, method="random", sparsity=0.9)
+    pruner = pruned(model, method="random", sparsity=0.9)
     model.classifier.weight.requires_grad_(False)  # a layer without a gradient does no harm
     dead = {name: w == 0 for name, w in layers(model).items()}
     model(torch.randn(2, 3, 8, 8)).sum().backward()
-    sparsity.after_backward(0)
+    pruner.after_backward(0)
     for name, w in layers(model).items():
         if w.grad is not None:
             assert (w.grad[dead[name]] == 0).all()
@@ -140,19 +140,19 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
     with torch.no_grad():
         for w in layers(model).values():
             w += 1
-    sparsity.mask_weights()
-    assert sparsity.after_step(7) == 8
+    pruner.mask_weights()
+    assert pruner.after_step(7) == 8
     for name, w in layers(model).items():
         assert torch.equal(w == 0, dead[name])
 
 
 def test_state_survives_a_round_trip():
-    sparsity = pruned(resnet(), method="random", sparsity=0.9)
+    pruner = pruned(resnet(), method="random", sparsity=0.9)
     other = resnet()
-    loaded = Sparsity(other, "random", 0.9)
-    loaded.load_state_dict(sparsity.state_dict())
-    assert loaded.masks.alive() == sparsity.masks.alive()
-    masks = sparsity.state_dict()["masks"]
+    loaded = Pruner(other, "random", 0.9)
+    loaded.load_state_dict(pruner.state_dict())
+    assert loaded.masks.alive() == pruner.masks.alive()
+    masks = pruner.state_dict()["masks"]
     assert all(m.dtype == torch.bool for m in masks.values())
     assert all((w[~masks[name]] == 0).all() for name, w in layers(other).items())
 
@@ -160,8 +160,8 @@ def test_state_survives_a_round_trip():
 def test_a_shared_weight_counts_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
-    sparsity = pruned(nn.Sequential(first, second), method="random", sparsity=0.5)
-    assert sparsity.masks.alive() == {"0": 8}
+    pruner = pruned(nn.Sequential(first, second), method="random", sparsity=0.5)
+    assert pruner.masks.alive() == {"0": 8}
 
 
 @pytest.mark.parametrize(

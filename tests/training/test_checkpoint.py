@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune import Sparsity
+from prune import Pruner
 from training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from utils.errors import UsageError
 from utils.files import save_atomically
@@ -18,7 +18,7 @@ DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0], "fingerprin
 @pytest.fixture
 def saved(tmp_path):
     model = nn.Linear(3, 2)
-    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Sparsity(model), step=3)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), Pruner(model), schedule_step=3)
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, state, {"arch": "resnet"}, DATA)
     return path, state
@@ -30,7 +30,7 @@ def test_a_checkpoint_holds_what_was_saved(saved):
     assert checkpoint["args"] == {"arch": "resnet"}
     assert checkpoint["data"] == DATA
     assert torch.equal(checkpoint["state"]["model"]["weight"], state.model.weight)
-    assert checkpoint["state"]["step"] == 3
+    assert checkpoint["state"]["schedule_step"] == 3
 
 
 def test_every_truncation_is_refused(saved):

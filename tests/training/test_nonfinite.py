@@ -8,10 +8,10 @@ from running import rows
 from torch import nn
 
 from imagedata.loaders import TrainLoader
-from prune import Sparsity, Timing
+from prune import Pruner, Timing
 from training.checkpoint import TrainState
 from training.loop import Recipe, build_objective, train_step, update_weights
-from training.nonfinite import Guard
+from training.nonfinite import NonFiniteGuard
 from training.optim import build_optimizer, perturbation_of, state_holders
 from utils.precision import Execution
 
@@ -29,14 +29,14 @@ class Training:
         nn.init.constant_(self.model[1].weight, 16.0)  # gradients above 2, so that 2**127 is too large a scale
         momentum = 0.9 if name.startswith("sgd") else None
         optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
-        sparsity = Sparsity(
+        pruner = Pruner(
             self.model, method, **sparse, timing=Timing(100, interval=2), optimizers=state_holders(optimizer)
         )
-        sparsity.before_training()
-        self.state = TrainState(self.model, optimizer, sparsity, guard(self.model))
+        pruner.before_training()
+        self.state = TrainState(self.model, optimizer, pruner, guard(self.model))
         self.recipe = Recipe(
             build_objective(self.model, Execution(), 8 // accumulate), Execution(),
-            perturbation_of(optimizer, self.model, sparsity), update_weights, lambda step: 0.05, 99, accumulate,
+            perturbation_of(optimizer, self.model, pruner), update_weights, lambda step: 0.05, 99, accumulate,
             clip_grad=1.0,
         )  # fmt: skip
 
@@ -51,13 +51,13 @@ class Training:
     def everything(self):
         """All that a step may change, the SAM memory of one-step SAM apart."""
         state = self.state.state_dict()
-        tensors = [*state["model"].values(), *state["sparsity"]["masks"].values()]
+        tensors = [*state["model"].values(), *state["pruner"]["masks"].values()]
         tensors += [t for p in state["optimizer"]["state"].values() for t in p.values() if isinstance(t, torch.Tensor)]
         return [t.clone() for t in tensors]
 
 
 def skipping(model):
-    return Guard(model, skip=True)
+    return NonFiniteGuard(model, skip=True)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -86,14 +86,14 @@ def test_a_skipped_step_is_as_if_it_had_never_been(name, v2, accumulate):
 @pytest.mark.parametrize("method", ["rigl", "gmp", "set"])
 def test_masks_wait_for_a_step_that_is_taken(method):
     training = Training("sgd-sam", True, skipping, method=method, sparsity=0.5)
-    masks = training.state.sparsity.masks
+    masks = training.state.pruner.masks
     changed = []
     for seed in range(1, 8):
         version = masks.version
         training.step(seed, spoilt=seed in (3, 4))
         changed.append(masks.version > version)
     # Due after steps 2, 4 and 6, counted from 0: the second of them is spoilt, and the one before it, which is not due, too.
-    due = [training.state.sparsity.timing.due(step) for step in range(7)]
+    due = [training.state.pruner.timing.due(step) for step in range(7)]
     expected, waiting = [], False
     for step, is_due in enumerate(due):
         waiting |= is_due
@@ -109,11 +109,11 @@ def test_a_scaled_loss_changes_nothing_and_overflows_are_skipped(name, v2, accum
     """In float32, where a power of two as the scale is exact: from the first step that does not overflow on, bit for bit."""
 
     def scaled(model):
-        guard = Guard(model, fp16=True)
+        guard = NonFiniteGuard(model, fp16=True)
         guard.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-70)
         return guard
 
-    training, reference = Training(name, v2, scaled, accumulate), Training(name, v2, Guard, accumulate)
+    training, reference = Training(name, v2, scaled, accumulate), Training(name, v2, NonFiniteGuard, accumulate)
     skipped = 0
     before = training.everything()
     while skipped < 20:
@@ -208,7 +208,7 @@ def test_stopping_names_the_way_out_and_all_skipped_stops_too(train, spoil):
     stopped = train("--epochs 3")
     assert (stopped.code, stopped.err.count("\n")) == (1, 1)
     assert "--nonfinite skip" in stopped.err
-    assert stopped.checkpoint()["state"]["progress"] == 6
+    assert stopped.checkpoint()["state"]["global_step"] == 6
     hopeless = train("--epochs 3 --nonfinite skip --resume auto")  # may change: it is a rule for what went wrong
     assert (hopeless.code, hopeless.err.count("\n")) == (1, 1)
     assert "all were skipped" in hopeless.err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune import Sparsity
+from prune import Pruner
 from sam import SAM
 from training.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of
 
@@ -56,7 +56,7 @@ def test_running_statistics_move_once_a_step(v2):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     optimizer = build_optimizer("sgd-sam", model, lr=0.1, weight_decay=0, momentum=0.9, rho=0.5, v2=v2)
-    perturbation = perturbation_of(optimizer, model, Sparsity(model))
+    perturbation = perturbation_of(optimizer, model, Pruner(model))
     expected = torch.zeros(4)
     for count in range(1, 5):
         x, means = torch.randn(16, 3), []

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from imagedata.images import Images, channel_statistics
 from imagedata.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
 from models import build_model
-from prune import METHODS, Sparsity, Timing
+from prune import METHODS, Pruner, Timing
 from prune.flops import FlopsMeter, count_flops
 from training.checkpoint import TrainState
 from training.loop import Recipe, build_objective, evaluate, train_step, update_weights
@@ -23,7 +23,7 @@ ARMS = [(name, v2) for name in OPTIMIZERS for v2 in ((True, False) if name.endsw
 def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)).double()
-    mask = Sparsity(model, "random" if sparsity else "none", sparsity)
+    mask = Pruner(model, "random" if sparsity else "none", sparsity)
     mask.before_training()
     momentum = 0.9 if name.startswith("sgd") else None
     optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
@@ -73,7 +73,7 @@ def test_plain_sgd_is_the_loop_everyone_writes():
         assert out[seed][0][1].item() == pytest.approx(y.gather(1, logits.argmax(1, keepdim=True)).sum().item())
         assert out[seed][1]["gradient_norm"].item() == pytest.approx(norm)
     same(state, reference)
-    assert (state.step, state.progress) == (3, 3)
+    assert (state.schedule_step, state.global_step) == (3, 3)
 
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
@@ -135,18 +135,18 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     options = {} if method == "none" else {"sparsity": 0.2, "pattern": pattern}
     if "erk" in METHODS[method].distributions and method != "none":
         options["distribution"] = "erk"  # no layer comes out empty
-    sparsity = Sparsity(model, method, **options, timing=Timing(16, interval=2), optimizers=state_holders(optimizer))
+    pruner = Pruner(model, method, **options, timing=Timing(16, interval=2), optimizers=state_holders(optimizer))
     images = Images(torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 5)
     normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
     augmentation = Augmentation(40, 20, seed=0, pad=1, flip=True)
     loader = TrainLoader(images, augmentation, 5, normalize, torch.device("cpu"), 0, Execution())
-    sparsity.before_training(loader.sample)
-    state = TrainState(model, optimizer, sparsity)
-    meter = FlopsMeter(count_flops(model, (3, 8, 8)), sparsity, passes=1)
+    pruner.before_training(loader.sample)
+    state = TrainState(model, optimizer, pruner)
+    meter = FlopsMeter(count_flops(model, (3, 8, 8)), pruner, passes=1)
     recipe = Recipe(
         build_objective(model, Execution(), 20),
         Execution(),
-        perturbation_of(optimizer, model, sparsity),
+        perturbation_of(optimizer, model, pruner),
         update_weights,
         lambda step: 0.05,
         16,
@@ -155,9 +155,9 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     versions = set()
     with Waits() as waits:
         for step in range(12):
-            meter.step(20, sparsity.grows_by_gradient(step))
+            meter.step(20, pruner.grows_by_gradient(step))
             train_step(state, recipe, *loader.batch(step), measure=step % 3 == 0)
-            versions.add(sparsity.masks.version)
+            versions.add(pruner.masks.version)
     assert waits.seen == []
     assert len(versions) == (7 if METHODS[method].update else 1)
 

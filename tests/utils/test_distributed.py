@@ -21,7 +21,7 @@ from torch import nn
 import main_prune_train
 from training import loop as engine
 from training.sync_batch_norm import synchronise
-from utils.distributed import Ranks
+from utils.distributed import ProcessGroup
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
@@ -97,7 +97,7 @@ def close(left: dict, right: dict) -> None:
     """Weights, and masks to the last bit."""
     for name, tensor in left["model"].items():
         torch.testing.assert_close(tensor, right["model"][name], rtol=2e-4, atol=2e-6, msg=name)
-    masks = (left["sparsity"]["masks"], right["sparsity"]["masks"])
+    masks = (left["pruner"]["masks"], right["pruner"]["masks"])
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
     assert left["rows"][-1]["train_loss"] == pytest.approx(right["rows"][-1]["train_loss"], rel=1e-5)
@@ -151,13 +151,13 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, size):
         torch.distributed.init_process_group("gloo")
         layer, inputs, slope = build()
         synchronise(layer)
-        ranks = Ranks(rank, 2)
-        share = ranks.share(inputs.detach()).requires_grad_()
+        group = ProcessGroup(rank, 2)
+        share = group.share(inputs.detach()).requires_grad_()
         out = layer(share)
-        (out * ranks.share(slope)).sum().backward()
+        (out * group.share(slope)).sum().backward()
         sums = [layer.weight.grad, layer.bias.grad]
         for grad in sums:
-            ranks.add(grad)
+            group.add(grad)
         torch.save([out.detach(), share.grad, *sums, layer.running_mean, layer.running_var], tmp_path / f"{rank}.pt")
         os._exit(0)
 
@@ -211,7 +211,7 @@ def test_a_difference_between_processes_is_found_and_named(tmp_path):
 
         def step(state, *rest):
             results = original(state, *rest)
-            if rank and state.progress == 7:
+            if rank and state.global_step == 7:
                 with torch.no_grad():
                     state.model.stage2[0].conv1.weight[0, 0, 0, 0] += 1e-7
             return results
@@ -255,7 +255,7 @@ def test_a_process_that_is_gone_ends_the_others_with_a_sentence(tmp_path):
         original = engine.train_step
 
         def step(state, *rest):
-            if rank and state.progress == 7:
+            if rank and state.global_step == 7:
                 os._exit(9)
             return original(state, *rest)
 
@@ -291,14 +291,14 @@ def test_a_signal_while_the_first_process_saves_waits_until_they_ask_each_other_
 
         def save(path, state, **rest):
             original(path, state=state, **rest)
-            if state.progress == 12:
+            if state.global_step == 12:
                 signal.raise_signal(signal.SIGTERM)
 
         main_prune_train.save_checkpoint = save
 
     outcome = launch(f"{CONV} --epochs 4", 2, tmp_path / "run", interrupt)
     assert [code for code, _ in outcome] == [75, 75], outcome
-    assert state_of(tmp_path / "run")["progress"] == 16
+    assert state_of(tmp_path / "run")["global_step"] == 16
 
 
 def test_processes_do_not_outlive_torchrun(tmp_path):
@@ -308,7 +308,7 @@ def test_processes_do_not_outlive_torchrun(tmp_path):
     _, err = process.communicate(timeout=60)  # until the last one that holds these pipes is gone
     assert "ended by SIGTERM" in err
     steps = int(re.search(r"after step ([\d,]+) with a checkpoint", err)[1].replace(",", ""))
-    assert state_of(tmp_path / "run")["progress"] == steps > 12
+    assert state_of(tmp_path / "run")["global_step"] == steps > 12
 
 
 def test_a_run_of_several_processes_goes_on_in_one_but_for_local_perturbations(tmp_path):
@@ -333,7 +333,7 @@ def ends_after(steps):
         original = engine.train_step
 
         def step(state, *rest):
-            if state.progress == steps:
+            if state.global_step == steps:
                 signal.raise_signal(signal.SIGTERM)
             return original(state, *rest)
 
@@ -396,7 +396,7 @@ def test_a_signal_to_one_ends_all_and_they_go_on_in_another_number(tmp_path):
         original = engine.train_step
 
         def step(state, *rest):
-            if rank and state.progress == 13:
+            if rank and state.global_step == 13:
                 signal.raise_signal(signal.SIGTERM)
             return original(state, *rest)
 
@@ -404,7 +404,7 @@ def test_a_signal_to_one_ends_all_and_they_go_on_in_another_number(tmp_path):
 
     outcome = launch(flags, 2, tmp_path / "run", interrupt)
     assert [code for code, _ in outcome] == [75, 75], outcome
-    assert state_of(tmp_path / "run")["progress"] == 16  # the next logged step
+    assert state_of(tmp_path / "run")["global_step"] == 16  # the next logged step
     shutil.copytree(tmp_path / "run", tmp_path / "three")
     for name, world in (("run", 2), ("three", 3), ("whole", 2)):
         outcome = launch(f"{flags} --resume auto", world, tmp_path / name)
@@ -412,7 +412,7 @@ def test_a_signal_to_one_ends_all_and_they_go_on_in_another_number(tmp_path):
     one, other, three = (state_of(tmp_path / name) for name in ("run", "whole", "three"))
     assert all(torch.equal(tensor, other["model"][name]) for name, tensor in one["model"].items())
     assert three["rows"][0] == one["rows"][0]
-    assert three["progress"] == one["progress"]
+    assert three["global_step"] == one["global_step"]
 
 
 def test_torchrun_launches_it(tmp_path):
@@ -425,7 +425,7 @@ def test_torchrun_launches_it(tmp_path):
 
 def test_shares_are_all_of_a_batch_and_differ_by_one_at_most():
     for size in (0, 1, 2, 7, 128):
-        shares = [Ranks(rank, 3).share(torch.arange(size)) for rank in range(3)]
+        shares = [ProcessGroup(rank, 3).share(torch.arange(size)) for rank in range(3)]
         assert torch.cat(shares).tolist() == list(range(size))
         lengths = [len(share) for share in shares]
         assert max(lengths) - min(lengths) <= 1
@@ -433,5 +433,5 @@ def test_shares_are_all_of_a_batch_and_differ_by_one_at_most():
 
 def test_alone_nothing_is_reduced():
     model, sums = nn.Linear(2, 2), torch.ones(2)
-    assert Ranks().reduce(model, sums) is sums
+    assert ProcessGroup().reduce(model, sums) is sums
     assert model.weight.grad is None

@@ -11,7 +11,7 @@ from models import build_model
 from training.loop import build_objective
 from utils import precision
 from utils.errors import UsageError
-from utils.precision import Execution, bf16_on_cpu, choose
+from utils.precision import Execution, bf16_on_cpu, resolve_execution
 
 CPU = torch.device("cpu")
 
@@ -32,34 +32,34 @@ def able(monkeypatch):
 def test_auto_takes_bf16_only_where_it_is_faster(able, bf16):
     able(bf16, None)
     for device in (CPU, torch.device("cuda")):
-        assert choose("auto", "off", device).precision == ("bf16" if bf16 else "fp32")
-    assert choose("fp32", "off", CPU).precision == "fp32"
-    assert choose("bf16", "off", CPU).precision == "bf16"
+        assert resolve_execution("auto", "off", device).precision == ("bf16" if bf16 else "fp32")
+    assert resolve_execution("fp32", "off", CPU).precision == "fp32"
+    assert resolve_execution("bf16", "off", CPU).precision == "bf16"
 
 
 def test_auto_compiles_only_what_earns_it_back(able):
     able(True, None)
     resnet20, cuda = 128 * 244e6, torch.device("cuda")  # FLOPs of a step
-    assert choose("auto", "auto", cuda, resnet20, steps=160 * 391).compiled
-    assert not choose("auto", "auto", cuda, resnet20, steps=391).compiled
-    assert not choose("auto", "auto", cuda, resnet20, steps=160 * 391, deterministic=True).compiled
-    assert not choose("auto", "off", cuda, resnet20, steps=160 * 391).compiled
-    assert choose("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
-    assert not choose("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
-    assert choose("auto", "on", CPU, resnet20, steps=1).compiled
+    assert resolve_execution("auto", "auto", cuda, resnet20, steps=160 * 391).compiled
+    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=391).compiled
+    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=160 * 391, deterministic=True).compiled
+    assert not resolve_execution("auto", "off", cuda, resnet20, steps=160 * 391).compiled
+    assert resolve_execution("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
+    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
+    assert resolve_execution("auto", "on", CPU, resnet20, steps=1).compiled
     able(True, None, amx=True)
-    assert choose("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
-    assert not choose("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
-    assert choose("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
-    assert not choose("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels="slow").compiled
-    assert not choose("auto", "auto", cuda, resnet20, steps=30 * 391).compiled
+    assert resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
+    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
+    assert resolve_execution("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
+    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels="slow").compiled
+    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=30 * 391).compiled
 
 
 def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
     able(False, "a C++ compiler")
-    assert not choose("auto", "auto", torch.device("cuda"), 1e12, steps=10**6).compiled
+    assert not resolve_execution("auto", "auto", torch.device("cuda"), 1e12, steps=10**6).compiled
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
-        choose("auto", "on", CPU)
+        resolve_execution("auto", "on", CPU)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_auto_leaves_bf16_alone_on_a_cpu_with_wrong_or_slow_kernels_for_it(able,
     able(True, None)
     assert bf16_on_cpu(build_model(arch, {"mobilenet": 28, "resnet": 8}[arch], 10, 0.25), (3, size, size)) == kernels
     expected = "bf16" if kernels == "fast" else "fp32"
-    assert choose("auto", "off", CPU, cpu_kernels=kernels).precision == expected
-    assert choose("auto", "off", torch.device("cuda"), cpu_kernels=kernels).precision == "bf16"
+    assert resolve_execution("auto", "off", CPU, cpu_kernels=kernels).precision == expected
+    assert resolve_execution("auto", "off", torch.device("cuda"), cpu_kernels=kernels).precision == "bf16"
     if kernels != "wrong":
-        assert choose("bf16", "off", CPU, cpu_kernels=kernels).precision == "bf16"
+        assert resolve_execution("bf16", "off", CPU, cpu_kernels=kernels).precision == "bf16"
         return
     with pytest.raises(UsageError, match="larger images"):
-        choose("bf16", "off", CPU, cpu_kernels=kernels)
+        resolve_execution("bf16", "off", CPU, cpu_kernels=kernels)

@@ -11,7 +11,7 @@ from running import DIGITS, child, same, wait_for
 import main_prune_train
 from training import loop as engine
 from training.checkpoint import TrainState
-from training.logger import Record
+from training.logger import Logger
 from utils import signals as interruption
 
 
@@ -23,7 +23,7 @@ def send(monkeypatch):
         original = engine.train_step
 
         def step(state, *rest):
-            if state.progress == at:
+            if state.global_step == at:
                 signal.raise_signal(number)
             return original(state, *rest)
 
@@ -54,7 +54,7 @@ def test_a_signal_ends_a_run_in_the_middle_of_an_epoch_and_it_goes_on_bit_for_bi
     assert f"ended by {number.name} after step {at + 1}" in cut.err
     assert signal.getsignal(number) == handler
     assert not (cut.directory / "result.json").exists()
-    assert cut.checkpoint()["state"]["progress"] == at + 1
+    assert cut.checkpoint()["state"]["global_step"] == at + 1
     undo()
     resumed = train(f"{flags} --resume auto", "cut")
     assert (resumed.code, resumed.err) == (0, "")
@@ -86,7 +86,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
     original = engine.train_step
 
     def step(state, *rest):
-        if state.progress == 2:
+        if state.global_step == 2:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         return original(state, *rest)
@@ -94,21 +94,21 @@ def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
     monkeypatch.setattr(engine, "train_step", step)
     ended = train("--epochs 2")
     assert ended.code == 75
-    assert ended.checkpoint()["state"]["progress"] == 3
+    assert ended.checkpoint()["state"]["global_step"] == 3
 
 
 def test_a_signal_just_after_an_epoch_has_its_checkpoint_too(train, monkeypatch):
-    original = Record.row
+    original = Logger.row
 
     def row(self, state):
         original(self, state)
         if len(state.rows) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Record, "row", row)
+    monkeypatch.setattr(Logger, "row", row)
     ended = train("--epochs 8 --checkpoint-every 5")
     assert ended.code == 75
-    assert ended.checkpoint()["state"]["progress"] == 19  # a step later
+    assert ended.checkpoint()["state"]["global_step"] == 19  # a step later
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
