@@ -1,8 +1,7 @@
-"""Which weights live. Knows torch and nothing else of the project; `Pruner` is what a training loop sees."""
+"""Which weights live, and what that costs. Imports nothing of the project; `Pruner` is what a training loop sees."""
 
-from prune.methods import METHODS
-from prune.patterns import EmptyLayerError
-from prune.pruner import Options, Pruner
-from prune.schedules import Timing
+from prune.budget import EmptyLayerError
+from prune.methods import METHODS, Option
+from prune.pruner import Pruner
 
-__all__ = ["METHODS", "EmptyLayerError", "Options", "Pruner", "Timing"]
+__all__ = ["METHODS", "EmptyLayerError", "Option", "Pruner"]

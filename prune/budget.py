@@ -1,29 +1,42 @@
-"""How one global sparsity is shared out over the layers: how many weights of each layer stay alive.
+"""How many weights each layer keeps: one sparsity for all layers, shared out, or one for each layer.
 
-A distribution is a function of (shapes, budget) that returns the share of each layer in the budget, as fractions of
-weights; `distribute` turns them into whole numbers that sum to it exactly.
+A distribution is a function of (shapes, budget) that returns each layer's part of the budget, as fractions of weights;
+`distribute` turns them into whole numbers that sum to it exactly.
 """
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from prune.patterns import refuse_empty
+from prune.masks import select_layers
+from prune.patterns import Counts, NofM, Pattern, Shape
 
-Shape = tuple[int, ...]
+
+class EmptyLayerError(ValueError):
+    """A sparsity that leaves a layer without a weight; where layers compete this is known only after scoring."""
+
+
+def refuse_empty(layers: list[str]) -> None:
+    """Raise EmptyLayerError if any layer is named as one without a weight."""
+    if layers:
+        raise EmptyLayerError(
+            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
+            "method can, take a finer pattern, or keep layers dense by name"
+        )
 
 
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
-    """The same density in every layer."""
+    """Give every layer the same density."""
     density = budget / sum(math.prod(shape) for shape in shapes.values())
     return {name: density * math.prod(shape) for name, shape in shapes.items()}
 
 
 def erk(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: density in proportion to the sum of a weight's dimensions over their product.
+    """Give each layer a density in proportion to the sum of its weight's dimensions over their product.
 
-    Evci et al., "Rigging the Lottery", ICML 2020, section 3 (1 - s proportional to (n_in + n_out + w + h) /
-    (n_in n_out w h); for linear layers this is the Erdos-Renyi rule of Mocanu et al. 2018). Layers that would exceed
-    density 1 become dense, and the factor of the others is solved again until none does.
+    This is Erdos-Renyi-Kernel: Evci et al., "Rigging the Lottery", ICML 2020, section 3 (1 - s proportional to (n_in +
+    n_out + w + h) / (n_in n_out w h); for linear layers the Erdos-Renyi rule of Mocanu et al. 2018). Layers that would
+    exceed density 1 become dense, and the factor of the others is solved again until none does.
     """
     dense: set[str] = set()
     while True:
@@ -38,7 +51,7 @@ def erk(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
 
 
 def global_(shapes: dict[str, Shape], budget: float) -> None:
-    """No shares: the scores of all layers compete for the budget."""
+    """Leave it to the scores: those of all layers compete for the budget."""
 
 
 DISTRIBUTIONS: dict[str, Callable[[dict[str, Shape], float], dict[str, float] | None]] = {
@@ -48,13 +61,13 @@ DISTRIBUTIONS: dict[str, Callable[[dict[str, Shape], float], dict[str, float] | 
 }
 
 
-def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[str]) -> dict[tuple[str, ...], int]:
-    """Number of weights that stay alive in each group of layers that competes for them.
+def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[str]) -> Counts:
+    """Return the number of weights that stay alive in each group of layers that competes for them.
 
     Args:
         name: a key of DISTRIBUTIONS.
         shapes: shape of each prunable weight by layer.
-        sparsity: share of all these weights, those of dense layers included, that is to be zero.
+        sparsity: fraction of all these weights, those of dense layers included, that is to be zero.
         dense: layers that keep every weight; the others make up for them.
 
     Returns:
@@ -82,6 +95,89 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     counts = _round_to_sum(amounts, budget)
     refuse_empty([layer for layer, count in counts.items() if count == 0])
     return {(layer,): count for layer, count in counts.items()}
+
+
+class Budget:
+    """How many weights each layer of a network keeps, at the final sparsity and on the way there.
+
+    Args:
+        shapes: shape of each prunable weight by layer.
+        pattern: an N:M pattern fixes the sparsity of every layer.
+        sparsity: fraction of all prunable weights that is zero in the end; None where `by_layer` or the pattern says it.
+        distribution: a key of DISTRIBUTIONS; None for `default`.
+        default: the distribution where none is named.
+        by_layer: the sparsity of each layer by name; layers that are not named stay dense.
+        dense_layers: patterns of layer names that stay dense, see `masks.select_layers`.
+
+    Attributes:
+        sparsity: the final one; by layer, that of the layers that are not dense.
+        dense: names of the layers that keep every weight.
+
+    Raises:
+        ValueError: a sparsity that cannot be reached, or arguments that leave each other no choice.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, Shape],
+        pattern: Pattern,
+        sparsity: float | None,
+        distribution: str | None,
+        default: str,
+        by_layer: dict[str, float] | None = None,
+        dense_layers: Iterable[str] = (),
+    ):
+        self._shapes = shapes
+        self.dense = select_layers(list(shapes), list(dense_layers))
+        self._by_layer = self._fixed_layers(by_layer, pattern)
+        if self._by_layer is None:
+            if sparsity is None or not 0 <= sparsity < 1:
+                raise ValueError(f"sparsity has to be at least 0 and less than 1, not {sparsity}")
+            self.sparsity = sparsity
+        else:
+            source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
+            if distribution is not None:
+                raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+            self.sparsity = self._fixed_sparsity(sparsity, source)
+        self._distribution = distribution or default
+        self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
+
+    def counts(self, sparsity: float) -> Counts:
+        """Return how many weights each group of layers outside `dense` keeps at a sparsity."""
+        if self._by_layer is None:
+            return distribute(self._distribution, self._shapes, sparsity, self.dense)
+        fraction = sparsity / self.sparsity if self.sparsity else 0.0  # of the way there, for schedules
+        return {
+            (name,): round((1 - fraction * final) * math.prod(self._shapes[name]))
+            for name, final in self._by_layer.items()
+        }
+
+    def _fixed_layers(self, by_layer: dict[str, float] | None, pattern: Pattern) -> dict[str, float] | None:
+        """Return each layer's sparsity where a file or the pattern says it."""
+        if by_layer is None:
+            if pattern.density is None:
+                return None
+            return {name: 1 - pattern.density for name in self._shapes if name not in self.dense}
+        if pattern.density is not None:
+            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave the sparsities by layer out")
+        for name, value in by_layer.items():
+            if name not in self._shapes:
+                nearest = difflib.get_close_matches(name, self._shapes, 1, cutoff=0)[0]
+                raise ValueError(f"there is no prunable layer '{name}': the nearest name is '{nearest}'")
+            if not 0 <= value < 1:
+                raise ValueError(f"the sparsity of layer '{name}' has to be at least 0 and less than 1, not {value:g}")
+        self.dense |= self._shapes.keys() - by_layer.keys()
+        return {name: value for name, value in by_layer.items() if name not in self.dense}
+
+    def _fixed_sparsity(self, sparsity: float | None, source: str) -> float:
+        """Return the sparsity of all layers that are not dense. Raises ValueError for another one that was asked for."""
+        assert self._by_layer is not None
+        sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
+        dead = sum(value * sizes[name] for name, value in self._by_layer.items())
+        fixed = dead / sum(sizes.values()) if sizes else 0.0
+        if sparsity is not None and abs(sparsity - fixed) > 1e-9:
+            raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
+        return fixed
 
 
 def _round_to_sum(amounts: dict[str, float], total: int) -> dict[str, int]:

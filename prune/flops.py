@@ -1,7 +1,7 @@
 """Floating-point operations of a sparse network, for one image.
 
-Counted by torch's FlopCounterMode: convolutions, linear layers and attention, two a multiply-add; normalisation and
-elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if
+Counted by torch's FlopCounterMode: convolutions, linear layers and attention, two operations per multiply-add;
+normalisation and elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if
 the hardware made use of every zero (Evci et al. 2020, appendix H).
 """
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune import Pruner
-from prune.masks import prunable_weights
+from prune.masks import Masks, prunable_weights
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,16 @@ class Flops:
         return self.train(dict.fromkeys(self.forward, 1.0))
 
     def inference(self, density: dict[str, float]) -> float:
-        """Forward pass with layers at these densities."""
+        """Return the count of a forward pass with layers at these densities."""
         return self.other_forward + sum(density[name] * count for name, count in self.forward.items())
 
     def train(self, density: dict[str, float], dense_gradients: bool = False) -> float:
-        """Forward and backward pass; `dense_gradients`: of dead weights too, as growing by gradient needs them."""
+        """Return the count of a forward and backward pass with layers at these densities.
+
+        Args:
+            density: fraction of living weights by layer.
+            dense_gradients: whether gradients of dead weights are computed too, as growing by gradient needs them.
+        """
         # A product of two activations has two gradients, each as much work as the product.
         total = 3 * self.other_forward + sum(density[name] * count for name, count in self.training.items())
         if dense_gradients:
@@ -49,10 +53,12 @@ class Flops:
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
-    """Count on a copy without data, for images [C, H, W]."""
+    """Count the operations of a network on one image [C, H, W], on a copy of it without data."""
     shadow = copy.deepcopy(model).to("meta").train()
     modules = dict(shadow.named_modules())
-    passes = {}  # forward, weight gradient and, but for a layer that sees the images, input gradient: as many each
+    # A layer's forward pass, weight gradient and input gradient take as many operations each. A layer that sees the images
+    # has no input gradient.
+    passes: dict[str, int] = {}
     for name in prunable_weights(model):
         modules[name].register_forward_pre_hook(
             lambda module, inputs, name=name: passes.__setitem__(name, 3 if inputs[0].requires_grad else 2)
@@ -73,38 +79,40 @@ class FlopsMeter:
 
     Args:
         flops: of the dense network, for one image.
-        passes: forward-backward passes a step.
+        masks: of the network.
+        passes: forward-backward passes per step.
     """
 
-    def __init__(self, flops: Flops, pruner: Pruner, passes: int):
-        self.flops, self.pruner, self.passes = flops, pruner, passes
+    def __init__(self, flops: Flops, masks: Masks, passes: int):
+        self.flops, self.masks, self.passes = flops, masks, passes
         self._version = -1
-        # For each of the masks that steps had: living weights by layer, images, images that dense gradients were for.
+        # One entry for each version of the masks: living weights by layer, images, and those of them that needed dense
+        # gradients.
         self._counted: list[tuple[Tensor, int, int]] = []
 
     def step(self, images: int, dense_gradients: bool) -> None:
-        """Count a training step on so many images; nothing waits for the device."""
-        if self._version != self.pruner.masks.version:
-            self._version = self.pruner.masks.version
-            self._counted.append((self.pruner.masks.alive_counts(), 0, 0))
+        """Count a training step on so many images. Does not wait for the device."""
+        if self._version != self.masks.version:
+            self._version = self.masks.version
+            self._counted.append((self.masks.alive_counts(), 0, 0))
         alive, total, dense = self._counted[-1]
         self._counted[-1] = (alive, total + images, dense + images * dense_gradients)
 
     def state_dict(self) -> dict:
-        """What was counted since it was read last, to go on with in another process. Waits for the device."""
+        """Return what was counted since the last `read`. Waits for the device."""
         counted = [(alive.tolist(), images, dense) for alive, images, dense in self._counted]
-        return {"counted": counted, "current": self._version == self.pruner.masks.version}
+        return {"counted": counted, "current": self._version == self.masks.version}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict returned, the masks being what they were then."""
+        """Go on from what `state_dict` returned; the masks have to be those of that time."""
         self._counted = [(torch.tensor(alive), images, dense) for alive, images, dense in state["counted"]]
-        self._version = self.pruner.masks.version if state["current"] else -1
+        self._version = self.masks.version if state["current"] else -1
 
     def read(self) -> float:
-        """Operations of the steps since it was read last. Waits for the device."""
+        """Return the operations of the steps since the last `read`. Waits for the device."""
         operations = 0.0
         for alive, total, dense in self._counted:
-            weights = self.pruner.masks.weights
+            weights = self.masks.weights
             density = {name: n / w.numel() for n, (name, w) in zip(alive.tolist(), weights.items(), strict=True)}
             operations += (self.passes * total - dense) * self.flops.train(density)
             operations += dense * self.flops.train(density, dense_gradients=True)
@@ -112,30 +120,18 @@ class FlopsMeter:
         return operations
 
 
-def summary_table(flops: Flops, pruner: Pruner) -> str:
-    """A line a prunable layer: shape, parameters, density and forward operations for one image, then their sums."""
-    density, weights = pruner.masks.density(), pruner.masks.weights
+def summary_table(flops: Flops, masks: Masks) -> str:
+    """Return a text table: shape, weights, density and forward operations of each prunable layer, and the sums."""
+    density, weights = masks.density(), masks.weights
     rows = [("layer", "shape", "weights", "density", "MFLOPs dense", "MFLOPs now")]
     for name, weight in weights.items():
-        shape = "x".join(map(str, weight.shape))
-        count = flops.forward[name] / 1e6
-        rows.append(
-            (name, shape, f"{weight.numel():,}", f"{density[name]:.4f}", f"{count:.3f}", f"{density[name] * count:.3f}")
-        )
-    total, dense = sum(w.numel() for w in weights.values()), dict.fromkeys(density, 1.0)
-    now = flops.inference(density)
-    rows.append(
-        (
-            "all",
-            "",
-            f"{total:,}",
-            f"{1 - pruner.masks.sparsity():.4f}",
-            f"{flops.inference(dense) / 1e6:.3f}",
-            f"{now / 1e6:.3f}",
-        )
-    )
+        shape, count = "x".join(map(str, weight.shape)), flops.forward[name] / 1e6
+        figures = f"{weight.numel():,}", f"{density[name]:.4f}", f"{count:.3f}", f"{density[name] * count:.3f}"
+        rows.append((name, shape, *figures))
+    total, dense = sum(w.numel() for w in weights.values()), flops.inference(dict.fromkeys(density, 1.0)) / 1e6
+    now = flops.inference(density) / 1e6
+    rows.append(("all", "", f"{total:,}", f"{1 - masks.sparsity():.4f}", f"{dense:.3f}", f"{now:.3f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     align = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust]
-    return "\n".join(
-        "  ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ("  ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of all convolutions and linear layers by layer name, in the model's order.
+    """Return the weights of all convolutions and linear layers by layer name, in the model's order.
 
     Biases and normalisation layers are not prunable. A weight shared by several layers counts once, under the first.
     """
-    weights, seen = {}, set()
+    weights: dict[str, nn.Parameter] = {}
+    seen = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module.weight not in seen:
             weights[name] = module.weight
@@ -20,9 +21,9 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def select_layers(names: list[str], patterns: list[str]) -> set[str]:
-    """The layer names that match a pattern: a wildcard for the whole name, or one of its dot-separated parts.
+    """Return the layer names that match a pattern: a wildcard for the whole name, or one of its dot-separated parts.
 
-    So `stem`, `shortcut` and `classifier` name the layers that models/ calls so, and `stage2.*` a stage.
+    `stem`, `shortcut` and `classifier` select the layers that models/ calls so; `stage2.*` selects a stage.
 
     Raises:
         ValueError: a pattern that matches no layer.
@@ -50,7 +51,7 @@ class Masks:
 
     @torch.no_grad()
     def set(self, alive: dict[str, Tensor]) -> None:
-        """Give layers the masks that these boolean tensors say, in the weights' shapes, and zero what dies."""
+        """Set masks from boolean tensors in the weights' shapes, by layer, and zero the weights that die."""
         for name, tensor in alive.items():
             if name not in self.masks:
                 self.masks[name] = torch.ones_like(self.weights[name], requires_grad=False)
@@ -60,19 +61,20 @@ class Masks:
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
+        """Zero the dead weights."""
         if self.masks:
             torch._foreach_mul_([self.weights[name] for name in self.masks], list(self.masks.values()))
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
-        """Zero the gradients of dead weights; a weight without a gradient is left so."""
-        pairs = [(self.weights[name].grad, mask) for name, mask in self.masks.items()]
-        pairs = [(grad, mask) for grad, mask in pairs if grad is not None]
+        """Zero the gradients of dead weights; weights may have none."""
+        found = [(self.weights[name].grad, mask) for name, mask in self.masks.items()]
+        pairs = [(grad, mask) for grad, mask in found if grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
     def alive_counts(self) -> Tensor:
-        """Number of living weights of each layer in `weights`: int64 [layers] on the device, which it does not wait for."""
+        """Return the number of living weights of each layer: int64 [layers], without waiting for the device."""
         return torch.stack(
             [
                 self.masks[name].count_nonzero() if name in self.masks else torch.full((), w.numel(), device=w.device)
@@ -81,19 +83,21 @@ class Masks:
         )
 
     def alive(self) -> dict[str, int]:
-        """Number of living weights a layer."""
+        """Return the number of living weights by layer."""
         return dict(zip(self.weights, self.alive_counts().tolist(), strict=True))
 
     def density(self) -> dict[str, float]:
-        """Share of living weights a layer."""
+        """Return the fraction of living weights by layer."""
         return {name: count / self.weights[name].numel() for name, count in self.alive().items()}
 
     def sparsity(self) -> float:
-        """Share of dead weights among all prunable weights."""
+        """Return the fraction of prunable weights that are dead."""
         return 1 - sum(self.alive().values()) / sum(weight.numel() for weight in self.weights.values())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the masks as boolean tensors."""
         return {name: mask.bool() for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Set the masks that `state_dict` returned."""
         self.set(state)

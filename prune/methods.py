@@ -1,4 +1,4 @@
-"""The sparse-training methods by name: a table, each entry combining scores, distributions and what changes when."""
+"""The sparse-training methods: a table whose entries combine scores, distributions, mask updates and options."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,72 @@ from prune.updates import DropAndGrow, GradualPruning
 
 
 @dataclass(frozen=True)
+class Option:
+    """One number or switch of a method.
+
+    What is declared here is a keyword of `Pruner` and a flag of the command line, with its check, default and help:
+    `drop_fraction` is `--drop-fraction`.
+
+    Attributes:
+        name: in the code.
+        default: its type is the option's type; False makes a switch.
+        help: one line for the command line, without the default.
+        least, above, below, most: bounds of a number, the first and last of them allowed values.
+        metavar: what stands for the value in the help.
+    """
+
+    name: str
+    default: float | int | bool
+    help: str
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+    metavar: str | None = None
+
+    def check(self, value: float) -> None:
+        """Raise ValueError for a value outside the bounds."""
+        fits = (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
+        if not fits:
+            bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+            named = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+            raise ValueError(f"{self.name} has to be {named}, not {value:g}")
+
+
+UPDATE_INTERVAL = Option("update_interval", 100, "steps between two changes of the masks", above=0, metavar="STEPS")
+STOP_UPDATE = Option(
+    "stop_update", 0.75, "fraction of training after which the masks stay", above=0, most=1, metavar="FRACTION"
+)
+DROP_FRACTION = Option(
+    "drop_fraction", 0.3, "fraction of a layer's living weights that moves at first", above=0, below=1, metavar="F"
+)
+SCORE_IMAGES = Option("score_images", 10, "images of each class that the scores look at", above=0, metavar="N")
+MEST_LAMBDA = Option("mest_lambda", 1.0, "weight of the gradient in |w| + L |g|", least=0, metavar="L")
+MEST_SOFT = Option("mest_soft", False, "grow above the target and drop back at the next change (EM&S)")
+LTH_ROUNDS = Option("lth_rounds", 3, "how often it prunes", above=0, metavar="N")
+LTH_REWIND = Option("lth_rewind", 0, "the step whose weights it goes back to", least=0, metavar="STEP")
+
+
+@dataclass(frozen=True)
 class Method:
-    """A way to a sparse network.
+    """One way to a sparse network.
 
     Attributes:
         paper: where it comes from.
-        score: what weights are ranked by before training; None starts dense.
-        distributions: how the sparsity may be shared out over layers, the default first. `global` group the weights of
-            all layers together and needs scores that compare across them.
-        rounds: of scoring before training, each pruning some more.
-        update: how masks change during training.
-        tickets: train in rounds, each on fewer of the weights that the first began with.
-        pretrained: it prunes trained weights and needs them.
-        reads_images: the score does.
+        score: ranks the weights before training; None starts dense.
+        distributions: how layers may share the sparsity, the default first. `global` ranks the weights of all layers
+            together and needs a score that compares across layers.
+        rounds: of scoring before training; each prunes some more.
+        update: changes the masks during training.
+        tickets: trains in rounds, each with fewer of the weights that the first one began with.
+        pretrained: prunes trained weights and needs them.
+        reads_images: its score looks at training images.
+        options: what can be set beside the sparsity.
     """
 
     paper: str
@@ -32,31 +85,41 @@ class Method:
     tickets: bool = False
     pretrained: bool = False
     reads_images: bool = False
+    options: tuple[Option, ...] = ()
 
     @property
     def moves(self) -> bool:
-        """Whether weights move at a constant budget."""
+        """Whether weights die and grow at a constant budget."""
         return isinstance(self.update, DropAndGrow)
 
 
 ANY = ("global", "erk", "uniform")
+TIMING = (UPDATE_INTERVAL, STOP_UPDATE)
+MOVING = (*TIMING, DROP_FRACTION)
 
 METHODS = {
     "none": Method("dense training"),
-    # At initialisation
+    # at initialisation
     "random": Method("Liu et al. 2022", scores.random),
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
-    "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True),
-    "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True),
+    "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES,)),
+    "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True, options=(SCORE_IMAGES,)),
     "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
-    # Dynamic, at a constant budget
-    "set": Method("Mocanu et al. 2018", scores.random, update=DropAndGrow(scores.magnitude, scores.random, constant)),
-    "rigl": Method("Evci et al. 2020", scores.random, update=DropAndGrow(scores.magnitude, scores.gradient, cosine)),
-    "mest": Method(
-        "Yuan et al. 2021", scores.random, update=DropAndGrow(scores.magnitude_gradient, scores.random, steps)
+    # dynamic, at a constant budget
+    "set": Method(
+        "Mocanu et al. 2018", scores.random,
+        update=DropAndGrow(scores.magnitude, scores.random, constant), options=MOVING,
     ),
-    # Dense to sparse
-    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning()),
-    "lth": Method("Frankle et al. 2020", None, ANY, tickets=True),
+    "rigl": Method(
+        "Evci et al. 2020", scores.random,
+        update=DropAndGrow(scores.magnitude, scores.gradient, cosine), options=MOVING,
+    ),
+    "mest": Method(
+        "Yuan et al. 2021", scores.random,
+        update=DropAndGrow(scores.magnitude_gradient, scores.random, steps), options=(*MOVING, MEST_LAMBDA, MEST_SOFT),
+    ),
+    # dense to sparse
+    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning(), options=TIMING),
+    "lth": Method("Frankle et al. 2020", None, ANY, tickets=True, options=(LTH_ROUNDS, LTH_REWIND)),
     "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
-}
+}  # fmt: skip

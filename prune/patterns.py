@@ -17,21 +17,22 @@ Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers t
 
 
 class Units:
-    """A pattern of units.
+    """A pattern that cuts each layer into units, whose weights live and die together.
 
     Args:
-        number: function of a weight's shape [out, in, ...] to the number of each weight's unit, int64 in that shape,
+        name: as `find_pattern` knows it.
+        number: a function from a weight's shape [out, in, ...] to the number of each weight's unit, int64 in that shape,
             counted from 0; None if each weight is a unit of its own.
     """
 
-    density = None  # any
+    density: float | None = None  # any
 
-    def __init__(self, number: Callable[[Shape], Tensor] | None = None):
-        self._number = number
+    def __init__(self, name: str, number: Callable[[Shape], Tensor] | None = None):
+        self.name, self._number = name, number
         self._units: dict[tuple[Shape, torch.device], tuple[Tensor, Tensor]] = {}
 
     def pool(self, values: Tensor) -> Tensor:
-        """Mean value of each unit: [units]."""
+        """Return the mean value of each unit: [units]."""
         if self._number is None:
             return values.flatten()
         number, sizes = self._units_of(tuple(values.shape), values.device)
@@ -39,26 +40,19 @@ class Units:
         return sums.index_add_(0, number, values.flatten()) / sizes
 
     def sizes(self, values: Tensor) -> Tensor:
-        """Number of weights of each unit: int64 [units]."""
+        """Return the number of weights of each unit: int64 [units]."""
         if self._number is None:
             return torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
         return self._units_of(tuple(values.shape), values.device)[1]
 
     def spread(self, alive: Tensor, shape: Shape) -> Tensor:
-        """The mask in a weight's shape of which units live."""
+        """Return the mask of a weight's shape whose units live where `alive`, bool [units], says so."""
         if self._number is None:
             return alive.view(shape)
         return alive.index_select(0, self._units_of(shape, alive.device)[0]).view(shape)
 
-    def _units_of(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The unit of each weight, int32 [weights], and the size of each unit, int64 [units]; kept, as they never change."""
-        if (shape, device) not in self._units:
-            number = self._number(shape).flatten()
-            self._units[shape, device] = number.int().to(device), torch.bincount(number).to(device)
-        return self._units[shape, device]
-
     def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """Boolean masks of the highest scores, as many weights as counted to within half a unit for each group."""
+        """Return boolean masks of the highest scores: the number of weights in `counts`, to within half a unit a group."""
         masks = {}
         for layers, count in counts.items():
             pooled = [self.pool(scores[layer]) for layer in layers]
@@ -67,19 +61,27 @@ class Units:
                 masks[layer] = self.spread(part, tuple(scores[layer].shape))
         return masks
 
+    def _units_of(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each weight's unit, int32 [weights], and each unit's size, int64 [units]; made once for each shape."""
+        if (shape, device) not in self._units:
+            assert self._number is not None
+            number = self._number(shape).flatten()
+            self._units[shape, device] = number.int().to(device), torch.bincount(number).to(device)
+        return self._units[shape, device]
+
 
 class NofM:
     """At most n of every m consecutive weights along the input channels (Mishra et al. 2021 for 2:4).
 
-    Where m does not divide the input channels the last, shorter group keeps its share rounded up, at most n: padded
-    with zeros the layer has the pattern.
+    Where m does not divide the input channels, the last and shorter group keeps at most n and its part of n rounded up:
+    the layer has the pattern once it is padded with zeros.
     """
 
     def __init__(self, n: int, m: int):
-        self.n, self.m, self.density = n, m, n / m
+        self.name, self.n, self.m, self.density = f"{n}:{m}", n, m, n / m
 
     def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """As Units.keep; the counts say how far down to n a schedule has come."""
+        """Return masks as Units.keep does; the counts say how far down to n a schedule has come."""
         masks = {}
         for layers, count in counts.items():
             density = count / sum(scores[layer].numel() for layer in layers)
@@ -100,8 +102,11 @@ class NofM:
         return torch.cat(parts, -1).movedim(-1, 1)
 
 
+Pattern = Units | NofM
+
+
 def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """Boolean [units]: the highest scores, until their sizes sum to count, to within half a unit.
+    """Return the units of the highest scores, bool [units], whose sizes sum to `count` to within half a unit.
 
     Ties go to the earlier unit, on every device.
     """
@@ -112,34 +117,22 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
-class EmptyLayerError(ValueError):
-    """A sparsity that leaves a layer without a weight; with scores that compete, known only when they are there."""
+def find_pattern(name: str) -> Pattern:
+    """Return the pattern of a name.
 
-
-def refuse_empty(layers: list[str]) -> None:
-    """Raise EmptyLayerError if any layer has no weight left."""
-    if layers:
-        raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
-            "method can, take a finer pattern, or keep layers dense by name"
-        )
-
-
-def find_pattern(name: str) -> Units | NofM:
-    """`unstructured`, `channel` (filters), `kernel` (k x k kernels), `RxC` (blocks, e.g. 4x1) or `N:M` (e.g. 2:4).
-
-    A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix [out, in * kh * kw]; those at
-    the edges are smaller where the sizes do not divide.
+    The names are `unstructured`, `channel` (filters), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
+    (such as 2:4). A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix
+    [out, in * kh * kw]; blocks at the edges are smaller where the sizes do not divide.
 
     Raises:
         ValueError: no such pattern.
     """
     if name in UNITS:
-        return Units(UNITS[name])
+        return Units(name, UNITS[name])
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
         height, width = map(int, match.groups())
         if height and width:
-            return Units(partial(_block, height=height, width=width))
+            return Units(name, partial(_block, height=height, width=width))
     if match := re.fullmatch(r"(\d+):(\d+)", name):
         n, m = map(int, match.groups())
         if 0 < n < m:
@@ -161,7 +154,7 @@ def _block(shape: Shape, height: int, width: int) -> Tensor:
     return (row * -(-columns // width) + torch.arange(columns) // width).view(shape)
 
 
-UNITS = {"unstructured": None, "kernel": _kernel, "channel": _channel}
+UNITS: dict[str, Callable[[Shape], Tensor] | None] = {"unstructured": None, "kernel": _kernel, "channel": _channel}
 
 
 def _top_of_last(scores: Tensor, n: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""What a weight is worth. Each score is a function of `Scored` to one tensor a layer; the highest stay alive.
+"""What a weight is worth: functions of `Scored` to one tensor for each layer. The highest scores stay alive.
 
-Scoring changes nothing: whatever needs a forward pass works on a copy of the network.
+Scoring changes nothing: what needs a forward pass works on a copy of the network.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,25 +15,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass
 class Scored:
-    """What scores look at.
+    """What a score looks at.
 
     Attributes:
         model: the network, its dead weights zero.
         weights: those to be scored, by layer.
         generator: on the CPU, so that a seed means the same on every device.
-        sample: function of a number k to (inputs, labels) of k images of each class, in random order.
-        images_per_class: how many of them a score looks at.
+        sample: a function of k to inputs and labels of k training images of each class, in random order.
         gradients: of the last training step, before they were masked, by layer.
-        gradient_share: lambda of MEST.
+        options: of the method, by name.
     """
 
     model: nn.Module
     weights: dict[str, Tensor]
     generator: torch.Generator
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = None
-    images_per_class: int = 10
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    gradient_share: float = 1.0
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    def images(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels of so many images of each class. Raises ValueError where there is no `sample`."""
+        if self.sample is None:
+            raise ValueError("this score looks at images: give choose_masks a function that samples them")
+        return self.sample(per_class)
 
 
 Scores = dict[str, Tensor]
@@ -41,7 +45,7 @@ Score = Callable[[Scored], Scores]
 
 
 def random(scored: Scored) -> Scores:
-    """Independent and uniform."""
+    """Draw independent, uniform scores."""
     draws = {n: torch.rand(w.shape, generator=scored.generator, dtype=torch.float64) for n, w in scored.weights.items()}
     return {  # pinned, so that the copy does not make the host wait for the device
         name: (draw.pin_memory() if scored.weights[name].is_cuda else draw).to(
@@ -52,37 +56,37 @@ def random(scored: Scored) -> Scores:
 
 
 def magnitude(scored: Scored) -> Scores:
-    """|w| (Han et al. 2015)."""
+    """Score by |w| (Han et al. 2015)."""
     return _abs({name: w.detach() for name, w in scored.weights.items()})
 
 
 def gradient(scored: Scored) -> Scores:
-    """|g| of the last step, dead weights' included (Evci et al. 2020)."""
+    """Score by |g| of the last step, for dead weights too (Evci et al. 2020)."""
     return _abs({name: scored.gradients[name] for name in scored.weights})
 
 
 def magnitude_gradient(scored: Scored) -> Scores:
-    """|w| + lambda |g| (Yuan et al. 2021, section 3)."""
+    """Score by |w| + lambda |g| (Yuan et al. 2021, section 3)."""
     return {
-        name: w.detach().abs() + scored.gradient_share * scored.gradients[name].abs()
+        name: w.detach().abs() + scored.options["mest_lambda"] * scored.gradients[name].abs()
         for name, w in scored.weights.items()
     }
 
 
-READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; a score of one's own that does joins them
+READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; add your own score if it does
 
 
 def snip(scored: Scored) -> Scores:
-    """|g * w| of the loss on a few images of each class (Lee et al. 2019, equation 6, without its common denominator)."""
+    """Score by |g * w| of the loss on a few images of each class (Lee et al. 2019, equation 6, not normalised)."""
     model, weights = _copy(scored)
     grads = torch.autograd.grad(_losses(scored, model), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
 def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
-    """w * H g: what keeping a weight does for the gradient's norm (Wang et al. 2020, equation 8 with the sign turned).
+    """Score by w * H g, what keeping a weight does for the gradient's norm (Wang et al. 2020, equation 8).
 
-    The paper's score is -w * H g and the highest go. Logits are divided by the temperature. The published code sorts its
+    The paper's score is -w * H g, and its highest go. Logits are divided by the temperature. The published code sorts its
     images by class, so that the halves it takes g and H from see different classes; here every class is in every batch.
     """
     model, weights = _copy(scored)
@@ -95,12 +99,12 @@ def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
 
 
 def synflow(scored: Scored) -> Scores:
-    """|w dR/dw| with R the sum of the outputs of the network of |w| for an input of ones (Tanaka et al. 2020, eq. 4).
+    """Score by |w dR/dw|, R the summed outputs of the network of |w| for an input of ones (Tanaka et al. 2020, eq. 4).
 
-    In float64, with normalisation in eval mode, or the product over many layers over- or underflows.
+    In float64 and with normalisation in eval mode: elsewhere the product over many layers over- or underflows.
 
     Raises:
-        ValueError: layer normalisation, as beside attention: flow is conserved where outputs scale with their inputs.
+        ValueError: layer normalisation, as in transformers: flow is conserved where outputs scale with their inputs.
     """
     if any(isinstance(module, nn.LayerNorm) for module in scored.model.modules()):
         raise ValueError("synflow has no meaning for a network with layer normalisation: take another pruning method")
@@ -109,7 +113,7 @@ def synflow(scored: Scored) -> Scores:
     with torch.no_grad():
         for p in model.parameters():
             p.abs_()
-    ones = torch.ones_like(scored.sample(1)[0][:1], dtype=torch.float64)
+    ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
     grads = torch.autograd.grad(model(ones).sum(), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
@@ -127,6 +131,6 @@ def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
 
 
 def _losses(scored: Scored, model: nn.Module, temperature: float = 1.0) -> Tensor:
-    """Mean cross-entropy over the images to look at."""
-    inputs, labels = scored.sample(scored.images_per_class)
+    """Return the mean cross-entropy over the images that a score looks at."""
+    inputs, labels = scored.images(int(scored.options["score_images"]))
     return F.cross_entropy(model(inputs) / temperature, labels)

@@ -1,33 +1,51 @@
 """How masks change while a network trains. `Pruner` calls an update when its timing says so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from prune.patterns import Counts, Pattern, Units
 from prune.schedules import cubic
-from prune.scores import READ_GRADIENTS, Score, magnitude
+from prune.scores import READ_GRADIENTS, Score, Scored, magnitude
 
-if TYPE_CHECKING:
-    from prune.pruner import Pruner
+
+@dataclass(frozen=True)
+class UpdateInputs:
+    """What an update looks at.
+
+    Attributes:
+        scored: the weights, the gradients of the last step, and the method's options.
+        masks: of the layers that are not dense, in their weights' shapes, 1 where a weight lives.
+        pattern: which weights live and die together.
+        fraction: of the way to the last change, from 0 to 1.
+        targets: number of living units of each layer, where the budget is constant.
+        sparsity: the final one.
+        counts: number of weights that each group of layers keeps, as a function of the sparsity.
+    """
+
+    scored: Scored
+    masks: dict[str, Tensor]
+    pattern: Pattern
+    fraction: float
+    targets: dict[str, int]
+    sparsity: float
+    counts: Callable[[float], Counts]
 
 
 @dataclass(frozen=True)
 class DropAndGrow:
-    """At a constant budget drop the lowest of a layer's living weights and grow as many others.
+    """At a constant budget, drop the lowest of a layer's living weights and grow as many others.
 
-    Rigged lottery (Evci et al. 2020) takes this in the place of the step's SGD update. Here it follows that update, so
-    that the training step is the same for every method: one step in `interval` more, and growth sees the same gradient.
-    As there, a weight just dropped may grow again, and then keeps its value.
+    Rigged lottery (Evci et al. 2020) does this instead of the step's SGD update. Here it follows that update, so that
+    the training step is the same for every method: one more step in `update_interval`, and growth sees the same gradient.
+    As there, a weight that was just dropped may grow again, and then keeps its value.
 
     Attributes:
-        drop: score of living weights; the lowest go.
+        drop: score of the living weights; the lowest go.
         grow: score of all others; the highest come, at zero unless they were dropped just now.
-        decay: share of the drop fraction, as a function of the progress to the last change.
+        decay: what is left of the drop fraction, as a function of the fraction of the way to the last change.
     """
 
     drop: Score
@@ -36,22 +54,23 @@ class DropAndGrow:
 
     @property
     def reads_gradients(self) -> bool:
+        """Whether the step's gradients are needed."""
         return bool(READ_GRADIENTS & {self.drop, self.grow})
 
     @property
     def reads_dead_gradients(self) -> bool:
+        """Whether the gradients of dead weights are needed."""
         return self.grow in READ_GRADIENTS
 
-    def __call__(self, pruner: Pruner, step: int) -> dict[str, Tensor]:
-        """The masks after a step. With the option `soft` a layer grows above its target and drops back the next time."""
-        pattern, targets = pruner.pattern, pruner.targets
-        fraction = pruner.options.drop_fraction * self.decay(pruner.timing.fraction(step))
+    def __call__(self, now: UpdateInputs) -> dict[str, Tensor]:
+        """Return the masks. With `mest_soft` a layer grows above its target and drops back the next time."""
+        pattern, targets, options = now.pattern, now.targets, now.scored.options
+        assert isinstance(pattern, Units)
+        fraction = options["drop_fraction"] * self.decay(now.fraction)
         moved = [int(fraction * target) for target in targets.values()]
-        kept = [
-            target if pruner.options.soft else target - move
-            for target, move in zip(targets.values(), moved, strict=True)
-        ]
-        alive = [pattern.pool(pruner.masks.masks[name]) for name in targets]
+        soft = options.get("mest_soft", False)
+        kept = [target if soft else target - move for target, move in zip(targets.values(), moved, strict=True)]
+        alive = [pattern.pool(now.masks[name]) for name in targets]
         sizes = list(map(len, alive))
         room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
 
@@ -59,10 +78,11 @@ class DropAndGrow:
         def flat(scores: dict[str, Tensor]) -> Tensor:
             return torch.cat([pattern.pool(scores[name]) for name in targets])
 
-        scored = pruner.scored(step)
-        new = _highest(flat(self.drop(scored)), torch.cat(alive) == 0, sizes, kept)
-        new |= _highest(flat(self.grow(scored)), new, sizes, list(map(min, moved, room)))
-        return {n: pattern.spread(part, pruner.shapes[n]) for n, part in zip(targets, new.split(sizes), strict=True)}
+        chosen = top_by_layer(flat(self.drop(now.scored)), torch.cat(alive) == 0, sizes, kept)
+        grown = list(map(min, moved, room))
+        chosen |= top_by_layer(flat(self.grow(now.scored)), chosen, sizes, grown)
+        parts = zip(targets, chosen.split(sizes), strict=True)
+        return {name: pattern.spread(part, tuple(now.masks[name].shape)) for name, part in parts}
 
 
 @dataclass(frozen=True)
@@ -71,16 +91,20 @@ class GradualPruning:
 
     reads_gradients = reads_dead_gradients = False
 
-    def __call__(self, pruner: Pruner, step: int) -> dict[str, Tensor]:
-        wanted = cubic(pruner.timing.fraction(step), pruner.target)
-        return pruner.pattern.keep(magnitude(pruner.scored(step)), pruner.counts(wanted))
+    def __call__(self, now: UpdateInputs) -> dict[str, Tensor]:
+        """Return the masks."""
+        wanted = cubic(now.fraction, now.sparsity)
+        return now.pattern.keep(magnitude(now.scored), now.counts(wanted))
 
 
-def _highest(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
-    """Boolean: of each layer's scores as many of the highest outside `excluded` as counted; ties go to the earlier one.
+def top_by_layer(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
+    """Return the per-layer top-k mask, ignoring `excluded`; ties go to the earlier score.
 
     Args:
-        sizes, counts: how many scores the layers have, one layer after the other, and how many of them to choose.
+        scores: [N], one layer after the other.
+        excluded: bool [N].
+        sizes: number of scores of each layer.
+        counts: k of each layer.
     """
     layer = torch.cat([excluded.new_full((size,), number, dtype=torch.int16) for number, size in enumerate(sizes)])
     order = scores.masked_fill(excluded, -torch.inf).sort(descending=True, stable=True).indices

@@ -5,13 +5,15 @@ import torch
 import torchvision
 from torch import nn
 
-from prune import Pruner, Timing
+from prune import Pruner
 from prune.flops import FlopsMeter, count_flops, summary_table
 
 
 def densities(model, sparsity):
     mask = Pruner(model, "random", sparsity, "erk")
-    return {layer: count / mask.masks.weights[layer].numel() for (layer,), count in mask.counts(sparsity).items()}
+    return {
+        layer: count / mask.masks.weights[layer].numel() for (layer,), count in mask.budget.counts(sparsity).items()
+    }
 
 
 def test_erk_on_resnet50_has_the_published_flops():
@@ -68,15 +70,15 @@ def test_depthwise_convolutions_and_attention_by_hand():
 
 def test_a_meter_follows_the_masks_and_the_passes():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
-    mask = Pruner(model, "gmp", 0.5, "uniform", timing=Timing(4, 1, 1.0))
-    mask.before_training()
-    meter = FlopsMeter(count_flops(model, (10,)), mask, passes=2)
+    mask = Pruner(model, "gmp", 0.5, "uniform", total_steps=4, update_interval=1, stop_update=1.0)
+    mask.choose_masks()
+    meter = FlopsMeter(count_flops(model, (10,)), mask.masks, passes=2)
     dense = 200 * (2 + 3)
     for step, alive in enumerate((1.0, 1 - 0.5 * (1 - 0.75**3), 1 - 0.5 * (1 - 0.5**3), 1 - 0.5 * (1 - 0.25**3))):
         share = round(200 * alive) / 200
         meter.step(7, dense_gradients=False)
         assert meter.read() == pytest.approx(7 * 2 * dense * share, rel=0.02)
-        mask.after_step(step)
+        mask.update_masks(step)
     meter.step(1, False)
     meter.step(1, False)
     assert meter.read() == pytest.approx(2 * 2 * dense * 0.5)
@@ -86,8 +88,8 @@ def test_a_meter_follows_the_masks_and_the_passes():
 def test_the_summary_adds_up():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
     mask = Pruner(model, "random", 0.5, "uniform")
-    mask.before_training()
-    lines = summary_table(count_flops(model, (10,)), mask).splitlines()
+    mask.choose_masks()
+    lines = summary_table(count_flops(model, (10,)), mask.masks).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "0", "1", "all"]
     assert lines[1].split()[1:4] == ["10x10", "100", "0.5000"]
     assert lines[3].split()[1:3] == ["200", "0.5000"]

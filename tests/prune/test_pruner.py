@@ -22,7 +22,7 @@ def layers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Pruner:
     pruner = Pruner(model, **kwargs, seed=seed)
-    pruner.before_training()
+    pruner.choose_masks()
     return pruner
 
 
@@ -105,9 +105,7 @@ def test_random_masks_follow_from_the_seed_and_not_from_the_weights():
 
 def test_dense_layers_stay_whole_and_the_others_make_up_for_them():
     model = resnet()
-    pruner = pruned(
-        model, method="random", sparsity=0.9, dense_layers=["stem", "shortcut", "classifier", "stage1.0.*"]
-    )
+    pruner = pruned(model, method="random", sparsity=0.9, dense_layers=["stem", "shortcut", "classifier", "stage1.0.*"])
     whole = {name for name, w in layers(model).items() if w.count_nonzero() == w.numel()}
     named = {"stem.0", "stage2.0.shortcut.0", "stage3.0.shortcut.0", "classifier", "stage1.0.conv1", "stage1.0.conv2"}
     assert whole >= named
@@ -120,8 +118,8 @@ def test_dense_layers_stay_whole_and_the_others_make_up_for_them():
 def test_none_leaves_everything_alone():
     model, fresh = resnet(), resnet()
     pruner = pruned(model)
-    pruner.after_backward(0)
-    assert pruner.after_step(0) == 1
+    pruner.mask_gradients(0)
+    assert pruner.update_masks(0) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     assert pruner.masks.sparsity() == 0
 
@@ -132,7 +130,7 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
     model.classifier.weight.requires_grad_(False)  # a layer without a gradient does no harm
     dead = {name: w == 0 for name, w in layers(model).items()}
     model(torch.randn(2, 3, 8, 8)).sum().backward()
-    pruner.after_backward(0)
+    pruner.mask_gradients(0)
     for name, w in layers(model).items():
         if w.grad is not None:
             assert (w.grad[dead[name]] == 0).all()
@@ -141,7 +139,7 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
         for w in layers(model).values():
             w += 1
     pruner.mask_weights()
-    assert pruner.after_step(7) == 8
+    assert pruner.update_masks(7) == 8
     for name, w in layers(model).items():
         assert torch.equal(w == 0, dead[name])
 
