@@ -25,14 +25,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import UsualLoop, serve
-from benchmarks.loop import BATCH, CLASSES, LOG_INTERVAL, UPDATE_INTERVAL, Loop, random_images
+from benchmarks.loop import BATCH, CLASSES, LOG_INTERVAL, MASK_INTERVAL, Loop, random_images
 from benchmarks.report import Report, measure, ratios
 from imagedata.images import Images
+from imagedata.loaders import Batch
 from models import build_model
 from prune import METHODS, Pruner
 from training.logger import git_revision, versions
-from training.loop import build_objective
-from training.optim import build_optimizer, perturbation_of, state_holders
+from training.optim import build_optimizer, state_holders
+from training.state import TrainState
+from training.step import TrainingStep, build_objective
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -191,12 +193,12 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
         loop = Loop(setting.device, Execution(), images, setting.scratch / name, method=name)
         for p in loop.model.parameters():
             p.grad = torch.randn_like(p)
-        due = UPDATE_INTERVAL - 1
+        due = MASK_INTERVAL - 1
 
         def call(pruner: Pruner = loop.pruner, at: int = due) -> None:
-            pruner.after_backward(at)
+            pruner.mask_gradients(at)
             pruner.mask_weights()
-            pruner.after_step(at)
+            pruner.update_masks(at)
 
         calls[name] = call
     seconds = measure(20, calls, setting.device)
@@ -204,8 +206,8 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
     for name in DYNAMIC:
         extra = [a - b for a, b in zip(seconds[name], seconds["random"], strict=True)]
         report.add(f"a mask update of {name}", [1e3 * s for s in extra], "ms")
-        ratio = f"{name} / static masks, every {UPDATE_INTERVAL} steps"
-        report.add(ratio, [1 + s / (UPDATE_INTERVAL * step) for s in extra], "")
+        ratio = f"{name} / static masks, every {MASK_INTERVAL} steps"
+        report.add(ratio, [1 + s / (MASK_INTERVAL * step) for s in extra], "")
         report.target(f"{name} at most 1.02 of static masks", ratio, most=1.02)
 
 
@@ -273,18 +275,12 @@ def peak_memory(
     with torch.profiler.profile(profile_memory=True) as profile:
         model = build_model("vgg", 19, CLASSES).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
-        perturbation = perturbation_of(optimizer, model, Pruner(model))
-        objective = build_objective(model, Execution(), 32)
-        inputs, targets = torch.randn(32, 3, 32, 32, device=device), torch.full((32, CLASSES), 0.1, device=device)
-
-        def backward() -> None:
-            optimizer.zero_grad()
-            objective(inputs, targets, 32)[0].backward()
-
+        state = TrainState(model, optimizer, Pruner(model))
+        step = TrainingStep(state, build_objective(model, Execution(), 32), lr_at=lambda step: 0.1)
+        images = torch.randn(32, 3, 32, 32, device=device)
+        batch = Batch(images, torch.full((32, CLASSES), 0.1, device=device), 32)
         for _ in range(3):
-            perturbation.perturb(backward)
-            backward()
-            optimizer.step()
+            step(batch)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:  # of the resident memory a part is what the C library keeps for later

@@ -1,35 +1,39 @@
-"""This project's training as something to measure: an epoch of a few steps at a time."""
+"""This project's training as something to measure: one epoch of a few steps at a time."""
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from imagedata.images import Images, channel_statistics
-from imagedata.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
-from models import build_model
-from prune import Pruner, Timing
+from experiment import build
+from experiment.checks import check
+from experiment.flags import parse, resolve
+from imagedata.augment import Normalize
+from imagedata.images import Dataset, Images, channel_statistics
 from prune.flops import FlopsMeter, count_flops
-from training.checkpoint import TrainState
+from prune.methods import UPDATE_INTERVAL
 from training.logger import Logger
-from training.loop import Recipe, build_objective, evaluate, train_epoch, update_weights
-from training.nonfinite import NonFiniteGuard
-from training.optim import build_optimizer, perturbation_of, state_holders
+from training.loop import Run, evaluate, train_epoch
+from training.optim import passes_per_step, state_holders
 from utils.precision import Execution
 
 BATCH = 128
 CLASSES = 10
-LOG_INTERVAL, UPDATE_INTERVAL = 50, Timing(1).interval  # the defaults of the command line
+LOG_INTERVAL = int(parse([])[0].log_interval)  # the defaults of the command line
+MASK_INTERVAL = int(UPDATE_INTERVAL.default)
 
 
 class Loop:
-    """Parts as main_prune_train.py puts them together, masks at 90% sparsity.
+    """The parts of main_prune_train.py, for a schedule that does not end; masks at 90% sparsity.
 
     Args:
+        device: where to train.
+        execution: how to compute.
         images: as many as an epoch is to have.
         directory: for what a run writes; made here.
-        optimizer, v2, method: see the command line.
+        optimizer, v2, method: see the flags --optmzr, --sam-v2 and --prune-method.
         network: architecture, depth and width.
     """
 
@@ -44,44 +48,46 @@ class Loop:
         method: str = "none",
         network: tuple[str, int | None, float] = ("resnet", 20, 1.0),
     ):
-        torch.manual_seed(0)
         arch, depth, width = network
-        self.model = build_model(arch, depth, CLASSES, width).to(device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(
-            optimizer, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2
+        flags = (
+            f"--optmzr {optimizer} --arch {arch} --width {width} --lr 0.1 --lr-scheduler constant --epochs 100000000"
         )
-        self.pruner = Pruner(
-            self.model, method, None if method == "none" else 0.9, timing=Timing(10**9, interval=UPDATE_INTERVAL),
-            optimizers=state_holders(self.optimizer),
-        )  # fmt: skip
+        flags += f" --batch-size {BATCH} --precision {execution.precision} --workers 0"
+        flags += f" --depth {depth}" if depth else ""
+        flags += " --sam-v2" if v2 and optimizer.endswith("-sam") else ""
+        flags += "" if method == "none" else f" --prune-method {method} --sparsity 0.9"
+        args, given = parse(flags.split())
+        check(args, given)
+        args = resolve(args)
+        data = Dataset(images, images, [str(label) for label in range(CLASSES)], pad=4, flip=True)
         normalize = Normalize(**channel_statistics(images), device=device)
-        augmentation = Augmentation(len(images), BATCH, seed=0, pad=4, flip=True)
-        self.loader = TrainLoader(images, augmentation, CLASSES, normalize, device, 0, execution)
-        self.pruner.before_training(self.loader.sample)
-        guard = NonFiniteGuard(self.model, execution.precision == "fp16", device=device.type)
-        self.state = TrainState(self.model, self.optimizer, self.pruner, guard)
-        self.perturbation = perturbation_of(self.optimizer, self.model, self.pruner)
-        self.meter = FlopsMeter(count_flops(self.model, (3, 32, 32)), self.pruner, self.perturbation.passes)
-        self.objective, self.execution = build_objective(self.model, execution, BATCH), execution
-        self.update = execution.graph(update_weights)
+        torch.manual_seed(0)
+        self.model = build.network(args, data, device)
+        self.optimizer = build.optimizer(args, self.model)
+        loader, evaluators = build.loaders(args, data, normalize, device, execution)
+        steps = args.epochs * loader.steps_per_epoch
+        self.pruner = build.pruner(args, self.model, state_holders(self.optimizer), steps)
+        self.pruner.choose_masks(loader.sample)
+        state = build.state(args, self.model, self.optimizer, self.pruner)
+        step = build.step(args, state, execution, loader.steps_per_epoch)
+        flops = count_flops(self.model, data.image_shape)
+        self.meter = FlopsMeter(flops, self.pruner.masks, passes_per_step(self.optimizer))
         directory.mkdir()
-        self.logger = Logger(directory, {}, "", [], 0, "loss", 1)
-        self.testing = EvalLoader(images, 500, normalize, device)
+        logger = Logger(directory)
+        self._run = Run(state, step, loader, evaluators, self.meter, logger, None, steps, execution=execution)
 
     def run(self, log_interval: int = LOG_INTERVAL) -> None:
-        recipe = Recipe(
-            self.objective, self.execution, self.perturbation, self.update, lambda step: 0.1, 10**9,
-            log_interval=log_interval,
-        )  # fmt: skip
+        """Train for an epoch."""
         with contextlib.redirect_stdout(sys.stderr):
-            train_epoch(self.state, recipe, self.loader, self.meter, self.logger)
+            train_epoch(replace(self._run, log_interval=log_interval))
 
     def evaluate(self) -> None:
-        evaluate(self.model, self.testing, self.execution)
+        """Evaluate on the images."""
+        evaluate(self.model, self._run.evaluators["test"], self._run.execution)
 
 
 def random_images(count: int) -> Images:
-    """Of CIFAR's shape; speed does not depend on what they show."""
+    """Return images of CIFAR's shape; speed does not depend on what they show."""
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 32, 32, 3), generator=g, dtype=torch.uint8)
     return Images(pixels, torch.arange(count) % CLASSES)

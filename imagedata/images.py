@@ -1,4 +1,4 @@
-"""Data sets as whole tensors: their images, how they are known again, held out and measured."""
+"""Data sets as whole tensors: their images, their fingerprint, held-out images and channel statistics."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,7 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: uint8 [N, H, W, C]; labels: int64 [N]."""
+    """Images with labels.
+
+    Attributes:
+        pixels: uint8 [N, H, W, C].
+        labels: int64 [N].
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -31,6 +36,7 @@ class Dataset:
         val: images held out of `train`, or None.
         pad: training images are shifted by up to this many pixels each way, black coming in.
         flip: training images are mirrored left to right half of the time.
+        train, test: the splits.
     """
 
     train: Images
@@ -42,17 +48,18 @@ class Dataset:
 
     @property
     def channels(self) -> int:
+        """Channels of an image."""
         return self.train.pixels.shape[3]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W]."""
+        """Shape of an image, [C, H, W]."""
         _, height, width, channels = self.train.pixels.shape
         return channels, height, width
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of all images and labels, to know them again."""
+    """Return a hash of all images and labels, by which a data set is recognised."""
     digest = hashlib.sha256()
     for images in (dataset.train, dataset.test, dataset.val):
         if images is not None:
@@ -75,12 +82,12 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
 
 
 def channel_statistics(images: Images) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
+    """Return mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
     levels = torch.arange(256, dtype=torch.float64)
     counts = torch.zeros(images.pixels.shape[3], 256, dtype=torch.float64)
-    for part in images.pixels.split(4096):  # a part of what may not fit in memory
+    for part in images.pixels.split(4096):  # in parts, since all of it may not fit in memory
         counts += torch.stack([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(3)])
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ levels
-    deviation = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+    fraction = counts / counts.sum(1, keepdim=True)
+    mean = fraction @ levels
+    deviation = (fraction @ levels.square() - mean.square()).clamp_min(0).sqrt()
     return {"mean": mean.tolist(), "deviation": deviation.tolist()}

@@ -1,134 +1,146 @@
-"""Everything a run needs to go on, in one file."""
+"""Checkpoints: everything that a run needs to go on, in one file that is whole or not there."""
 
 import contextlib
 import errno
 import sys
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from prune import Pruner
-from training.checkpoint_schema import FORMAT, is_checkpoint
-from training.nonfinite import NonFiniteGuard
+from prune.masks import Masks
+from training.state import TrainState, is_best
 from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
 
-NEWEST, PREVIOUS = "checkpoint.pt", "previous.pt"
+NEWEST, PREVIOUS, BEST = "checkpoint.pt", "previous.pt", "best.pt"
+FORMAT, OLDER_FORMAT = "sam-sparse-training/3", "sam-sparse-training/2"
+RENAMED = {"step": "schedule_step", "progress": "global_step", "sparsity": "pruner"}  # since the older format
 
 
-@dataclass
-class TrainState:
-    """All that changes during training.
+class CheckpointSchedule:
+    """When a checkpoint is due: after so many epochs, or so many minutes since the last one.
 
-    Attributes:
-        step: position in the schedule; learning rate and data follow from it. A method may set it back.
-        progress: steps taken; only grows. The axis of logs.
-        rows: one of metrics.csv for each finished epoch.
-        images: trained on, repetitions counted.
-        training_flops: that this took, at the densities the steps had.
-        partial: of the epoch at hand, in the middle of which this was saved: see engine.train_epoch. Else empty.
+    Args:
+        text: `3` for epochs, `10m` for minutes.
+
+    Raises:
+        UsageError: the text is neither.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    pruner: Pruner
-    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
-    schedule_step: int = 0
-    global_step: int = 0
-    rows: list[dict] = field(default_factory=list)
-    images: int = 0
-    training_flops: float = 0.0
-    partial: dict = field(default_factory=dict)
-
-    def state_dict(self) -> dict:
-        holders = {name: getattr(self, name).state_dict() for name in self._HOLDERS}
-        return holders | {name: getattr(self, name) for name in self._VALUES}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over what state_dict returned.
-
-        Raises:
-            UsageError: it is of another network or optimizer.
-        """
-        # How kernels are launched is a matter of this device, not of the checkpoint's.
-        launching = [
-            {k: group[k] for k in ("fused", "capturable") if k in group} for group in self.optimizer.param_groups
-        ]
+    def __init__(self, text: str = "1"):
+        minutes = text.endswith("m")
         try:
-            for name in self._HOLDERS:
-                if name in state or name != "guard":  # a later addition
-                    getattr(self, name).load_state_dict(state[name])
-            for group, options in zip(self.optimizer.param_groups, launching, strict=True):
-                group.update(options)
-            for name in self._VALUES:
-                if name in state:  # or it came with a later version of this program, and has its default
-                    setattr(self, name, state[name])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
+            value = float(text[:-1]) if minutes else int(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < 1e9:
+            raise UsageError(f"--checkpoint-every takes epochs, as 5, or minutes, as 10m, not '{text}'")
+        self._epochs, self._seconds = (None, 60 * value) if minutes else (value, None)
+        self._last = time.monotonic()
 
-    _HOLDERS = ("model", "pruner", "optimizer", "guard")
-    _VALUES = ("schedule_step", "global_step", "rows", "images", "training_flops", "partial")
+    def due_in_epoch(self) -> bool:
+        """Return whether a checkpoint is due in the middle of an epoch."""
+        return self._seconds is not None and time.monotonic() - self._last >= self._seconds
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Return whether a checkpoint is due after an epoch, counted from 1."""
+        return self.due_in_epoch() if self._epochs is None else epoch % self._epochs == 0
+
+    def saved(self) -> None:
+        """Note that a checkpoint has been written."""
+        self._last = time.monotonic()
 
 
-def load_network(model: nn.Module, pruner: Pruner, checkpoint: dict) -> None:
-    """Take weights and masks alone out of a checkpoint. Raises UsageError where they do not fit."""
-    try:
-        model.load_state_dict(checkpoint["state"]["model"])
-        pruner.masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise UsageError("the checkpoint does not fit the network of its flags") from error
+class CheckpointWriter:
+    """Writes the checkpoints of a run.
+
+    Args:
+        directory: of the run.
+        schedule: when they are due.
+        args: the flags of the run, as plain values.
+        data: what the network has to know of its data: classes (names by label), mean and deviation of each channel,
+            fingerprint of the images, number of processes.
+        writes: False in all processes except the first.
+    """
+
+    def __init__(self, directory: Path, schedule: CheckpointSchedule, args: dict, data: dict, writes: bool = True):
+        self.directory, self.schedule, self.args, self.data, self.writes = directory, schedule, args, data, writes
+
+    def save(self, state: TrainState) -> None:
+        """Write checkpoint.pt, and best.pt after an epoch that is the best on held-out images."""
+        if self.writes:
+            if state.partial is None and is_best(state.rows):
+                save_checkpoint(self.directory / BEST, state, self.args, self.data)
+            save_checkpoint(self.directory / NEWEST, state, self.args, self.data)
+        self.schedule.saved()
 
 
 def save_checkpoint(path: Path, state: TrainState, args: dict, data: dict) -> None:
-    """Write a checkpoint that is whole or not there; the one before it is kept as PREVIOUS beside a checkpoint.pt.
+    """Write a checkpoint that is whole or not there. The one before a checkpoint.pt is kept beside it as previous.pt.
 
     Args:
-        args: the flags of the run, as plain values.
-        data: what the network has to know of its data: classes (names by label), mean and deviation of each channel.
+        path: of the file.
+        state, args, data: see CheckpointWriter.
     """
     previous = path.with_name(PREVIOUS) if path.name == NEWEST else None
     save_atomically(path, {"format": FORMAT, "args": args, "data": data, "state": state.state_dict()}, previous)
 
 
 def load_newest(path: Path) -> tuple[dict, Path]:
-    """load_checkpoint and what it has read: for a damaged checkpoint.pt the one before it, with a warning on stderr."""
+    """Return a checkpoint and the file that it was read from.
+
+    For a checkpoint.pt that is damaged this is the one before it, with a warning on stderr.
+
+    Raises:
+        UsageError: see `load_checkpoint`.
+    """
     try:
         return load_checkpoint(path), path
     except DamagedError as error:
         previous = path.with_name(PREVIOUS)
-        if path.name != NEWEST or not previous.exists():
-            raise
-        with contextlib.suppress(UsageError):
-            checkpoint = load_checkpoint(previous)
-            print(f"warning: {error}; going on from '{previous}', the one before it", file=sys.stderr)
-            return checkpoint, previous
+        if path.name == NEWEST and previous.exists():
+            with contextlib.suppress(UsageError):
+                checkpoint = load_checkpoint(previous)
+                print(f"warning: {error}; going on from '{previous}', the one before it", file=sys.stderr)
+                return checkpoint, previous
         raise
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read what save_checkpoint wrote, on the CPU. Nothing but tensors and plain values is ever loaded.
+    """Read a checkpoint on the CPU. Nothing but tensors and plain values is ever loaded.
 
     Raises:
-        UsageError: no such file, a damaged one, or one of another program.
+        UsageError: there is no such file, it is damaged, or it is of another program.
     """
     try:
         checkpoint = load_whole(path)
     except FileNotFoundError as error:
         raise DamagedError(f"there is no checkpoint '{path}'") from error
     except IsADirectoryError as error:
-        raise UsageError(f"'{path}' is a directory: name the checkpoint in it, '{path / 'checkpoint.pt'}'") from error
+        raise UsageError(f"'{path}' is a directory: name the checkpoint in it, '{path / NEWEST}'") from error
     except (OSError, MemoryError) as error:
-        if getattr(error, "errno", None) == errno.EINVAL:  # a place in the file that is none
+        if getattr(error, "errno", None) == errno.EINVAL:  # an offset in the file that cannot be
             raise DamagedError(f"'{path}' is not a whole checkpoint of this program (truncated or damaged)") from error
         raise UsageError(f"cannot read '{path}' ({getattr(error, 'strerror', 'out of memory')})") from error
     except Exception as error:  # torch.load has no closed list of what damaged and foreign files raise
         raise DamagedError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
-    if not is_checkpoint(checkpoint):
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") not in (FORMAT, OLDER_FORMAT):
         raise DamagedError(
-            f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt of a run"
+            f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt "
+            "of a run"
         )
+    if checkpoint["format"] == OLDER_FORMAT:
+        checkpoint["state"] = {RENAMED.get(name, name): value for name, value in checkpoint["state"].items()}
     return checkpoint
+
+
+def load_network(model: nn.Module, masks: Masks, checkpoint: dict) -> None:
+    """Load only weights and masks from a checkpoint. Raises UsageError where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["state"]["model"])
+        masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError("the checkpoint does not fit the network of its flags") from error

@@ -1,9 +1,8 @@
-"""What a run leaves behind in its directory, and what it shows while it goes."""
+"""What a run writes into its directory except checkpoints, and what it prints."""
 
 import csv
 import io
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -20,9 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from experiment.run_directory import FREE
-from prune.flops import FlopsMeter
-from training.checkpoint import TrainState
+from prune.flops import Flops, FlopsMeter
+from training.state import TrainState
 from utils.files import write_text_atomically
 
 # What studies vary: first in TensorBoard's table.
@@ -30,48 +28,43 @@ STUDIED = ("optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity"
 
 
 class Logger:
-    """args.json, TensorBoard events, metrics.csv and result.json of one run; a bar or a line an epoch.
+    """Writes args.json, TensorBoard events, metrics.csv and result.json of one run; shows a bar or one line per epoch.
 
     Args:
         directory: of the run; exists.
-        args: the flags, as plain values.
+        about: what args.json is to hold beside the command, the git revision and versions.
         rows: of the epochs that are finished already.
-        progress: steps that are finished already; later events of an earlier process are void.
-        loss_label: what the training loss is, where that is shown.
+        global_step: steps that are finished already; later events of an earlier process are void.
+        loss_label: what the training loss is called where it is shown.
         total_epochs: of all rounds.
-        about: what args.json is to hold beside the flags.
-        writes: False in all processes but the first, where nothing is written or shown.
+        writes: False in all processes except the first, where nothing is written or shown.
     """
 
     def __init__(
         self,
         directory: Path,
-        args: dict,
-        device: str,
-        rows: list[dict],
-        progress: int,
-        loss_label: str,
-        total_epochs: int,
         about: dict | None = None,
+        rows: list[dict] | None = None,
+        global_step: int = 0,
+        loss_label: str = "loss",
+        total_epochs: int = 1,
         writes: bool = True,
     ):
-        self.writes = writes
-        self.directory, self.args, self.loss_label = directory, args, loss_label
-        self.total_epochs = total_epochs
+        self.directory, self.loss_label, self.total_epochs, self.writes = directory, loss_label, total_epochs, writes
         self.terminal = writes and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._awaits_first_step = True
         if not writes:
             return
-        known = {"args": args, "command": sys.argv, "device": device, "git": git_revision(), "versions": versions()}
-        write_text_atomically(directory / "args.json", json.dumps(known | (about or {}), indent=2) + "\n")
+        known = (about or {}) | {"command": sys.argv, "git": git_revision(), "versions": versions()}
+        write_text_atomically(directory / "args.json", json.dumps(known, indent=2) + "\n")
         threading.excepthook = _quiet_writer
-        self.writer = SummaryWriter(directory, purge_step=progress + 1)
+        self.writer = SummaryWriter(directory, purge_step=global_step + 1)
         if rows:
             self._write_metrics(rows)
 
     def progress_bar(self, epoch: int, steps: int, done: int = 0) -> tqdm:
-        """A bar over the steps of an epoch, on a terminal; silent in a file or pipe."""
+        """Return a bar over the steps of an epoch, which shows on a terminal and is silent in a file or pipe."""
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -83,7 +76,12 @@ class Logger:
         return self._bar
 
     def first_step_of_process(self, outcome: Tensor, began: float) -> bool:
-        """Whether a step, begun at a reading of perf_counter, is this process's first; then wait for its outcome."""
+        """Return whether a step is this process's first, having waited for its outcome and said how long it took.
+
+        Args:
+            outcome: of the step.
+            began: reading of perf_counter when the epoch began.
+        """
         if not self._awaits_first_step:
             return False
         outcome.tolist()
@@ -91,33 +89,33 @@ class Logger:
         self._awaits_first_step = False
         return True
 
-    def scalars(self, group: str, values: dict[str, Tensor | float], progress: int) -> None:
+    def scalars(self, group: str, values: dict[str, Tensor | float], global_step: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
         if not self.writes:
             return
-        if "loss" in values:
+        if "loss" in values and self._bar is not None:
             self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
         for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), progress)
+            self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), global_step)
 
-    def events(self, state: TrainState, meter: FlopsMeter) -> None:
-        """Log the last of the finished epochs to TensorBoard; on disk when this returns."""
+    def log_epoch(self, state: TrainState, flops: Flops) -> None:
+        """Log the last of the finished epochs to TensorBoard; it is on disk when this returns."""
         if not self.writes:
             return
-        row, progress, density = state.rows[-1], state.global_step, state.pruner.masks.density()
+        row, step, density = state.rows[-1], state.global_step, state.pruner.masks.density()
         for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
             if name in row:
-                self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], progress)
-        self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], progress)
-        self.writer.add_scalar("sparsity/now", row["sparsity"], progress)
-        self.writer.add_scalar("sparsity/ever_alive", state.pruner.ever_alive_share(), progress)
-        self.writer.add_scalar("flops/inference", meter.flops.inference(density), progress)
-        self.writer.add_scalar("flops/training_so_far", state.training_flops, progress)
+                self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], step)
+        self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], step)
+        self.writer.add_scalar("sparsity/now", row["sparsity"], step)
+        self.writer.add_scalar("sparsity/ever_alive", state.pruner.ever_alive_fraction(), step)
+        self.writer.add_scalar("flops/inference", flops.inference(density), step)
+        self.writer.add_scalar("flops/training_so_far", state.training_flops, step)
         for layer, value in density.items():
-            self.writer.add_scalar(f"density/{layer}", value, progress)
+            self.writer.add_scalar(f"density/{layer}", value, step)
         self.writer.flush()
 
-    def row(self, state: TrainState) -> None:
+    def write_row(self, state: TrainState) -> None:
         """Write metrics.csv and show the last of the finished epochs."""
         if not self.writes:
             return
@@ -130,18 +128,24 @@ class Logger:
             f"test {row['test_top1']:.2f}%   {row['images_per_second']:,.0f} images/s"
         )
 
-    def finish(self, result: dict, progress: int) -> None:
-        """Write result.json and TensorBoard's table of hyper-parameters."""
+    def finish(self, result: dict, flags: dict, global_step: int) -> None:
+        """Write result.json and TensorBoard's table of hyper-parameters.
+
+        Args:
+            result: see `run_result`.
+            flags: hyper-parameters by name.
+            global_step: steps taken.
+        """
         if not self.writes:
             return
         # TensorBoard shows the first five by alphabet: the others come after them under "training/".
-        flags = {n if n in STUDIED else f"training/{n}": v for n, v in self.args.items() if n not in FREE}
-        flags = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flags.items()}
+        named = {n if n in STUDIED else f"training/{n}": v for n, v in flags.items()}
+        named = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in named.items()}
         metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
-        for summary in hparams(flags, metrics):
+        for summary in hparams(named, metrics):
             self.writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, progress)
+            self.writer.add_scalar(name, value, global_step)
         self.writer.close()
         write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
@@ -153,12 +157,12 @@ class Logger:
         sys.stdout.flush()
 
     def _tag(self, name: str) -> str:
-        """A training loss at perturbed weights does not share its chart with one at the weights."""
+        """Return the chart's name: a loss at perturbed weights does not share its chart with one at the weights."""
         perturbed = name in ("loss", "train_loss") and self.loss_label != "loss"
         return f"{name}_at_perturbed_weights" if perturbed else name
 
     def _write_metrics(self, rows: list[dict]) -> None:
-        """Whole anew each time: never a duplicate, missing or torn row."""
+        """Write the file anew each time: never a duplicate, missing or torn row."""
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -166,22 +170,17 @@ class Logger:
         write_text_atomically(self.directory / "metrics.csv", text.getvalue())
 
 
-def settle_output() -> None:
-    """Have no word fail for want of an output or of a letter in its encoding."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
-    """What result.json holds.
+def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
+    """Return what result.json holds.
 
     The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
-    held-out images (the last epoch where none are held out); `max_over_epochs_test_top1` was picked on the test images
-    and is no estimate of anything. Both are of epochs with the sparsity of the last: a denser network is another one.
+    held-out images, or of the last epoch where none are held out. `max_over_epochs_test_top1` was picked on the test
+    images and estimates nothing. Both are of epochs with the sparsity of the last: a denser network is another one.
 
     Args:
+        state: at the end of training.
+        meter: has counted the training's operations.
+        args: the flags, as plain values.
         schedule_images: images of one schedule. `dense_training_flops` is what it would take to train the dense network on
             them with one pass a step, without pruning in rounds.
     """
@@ -196,7 +195,7 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images:
         "best_epoch": best["epoch"],
         "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),
         "sparsity": last["sparsity"],
-        "ever_alive": state.pruner.ever_alive_share(),
+        "ever_alive": state.pruner.ever_alive_fraction(),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
         "inference_flops": meter.flops.inference(density),
@@ -212,12 +211,13 @@ def summarize(state: TrainState, meter: FlopsMeter, args: dict, schedule_images:
 
 
 def _quiet_writer(thread: threading.ExceptHookArgs) -> None:
-    """No traceback for TensorBoard's thread that cannot write: the next call of the writer raises the same."""
+    """Print no traceback of TensorBoard's thread that cannot write: the next call of the writer raises the same error."""
     if not (issubclass(thread.exc_type, OSError) and type(thread.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(thread)
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of what computes."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -227,7 +227,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The commit of this program, with "-dirty" where it was changed since; None outside a git checkout."""
+    """Return the commit of this program, with "-dirty" where it was changed since; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,59 +1,73 @@
-"""The training step as CUDA graphs: a single launch in the place of hundreds."""
+"""A training update as CUDA graphs: one launch instead of hundreds."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+Kind = TypeVar("Kind", bound=Hashable)
+Result = TypeVar("Result")
 
-class GraphedUpdate:
-    """engine.update_weights, replayed from a graph.
 
-    Each kind of step (with a batch of another size, measured, before masks change by gradients) has a graph of its own.
-    A graph knows addresses, not tensors: weights, buffers, masks, and what optimizers remember have to stay where they
-    are. Batch and learning rate (the same for all parameter groups) come in by tensors of the graph's own. What is
-    returned lasts until the next call.
+class GraphedUpdate(Generic[Kind, Result]):
+    """A function of inputs, targets and a kind of step that moves an optimizer's weights, replayed from CUDA graphs.
+
+    Each kind of step, and each shape of the inputs, has a graph of its own. A graph knows addresses, not tensors: weights,
+    buffers, masks, and what optimizers remember have to stay where they are. Inputs, targets and the learning rate (the
+    same for all parameter groups) are copied into tensors of the graph's own. What is returned lasts until the next call.
+
+    Args:
+        update: the function; it does the same whenever inputs' shape and kind are the same.
+        optimizer: the one that it steps.
     """
 
     WARM_UP = 2  # steps of a kind before it is captured: they compile, pick kernels, and make the optimizer's state
 
-    def __init__(self, update: Callable):
-        self.update = update
+    def __init__(self, update: Callable[[Tensor, Tensor, Kind], Result], optimizer: torch.optim.Optimizer):
+        self._update, self._optimizer = update, optimizer
         self._seen: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, tuple] = {}
+        self._graphs: dict[Hashable, _Captured] = {}
 
-    def __call__(
-        self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        kind = (inputs.shape, measure, state.pruner.keeps_gradients(state.schedule_step))
-        self._seen[kind] += 1
-        if self._seen[kind] <= self.WARM_UP:
-            return self.update(state, recipe, inputs, targets, measure, batch_size)
-        if kind not in self._graphs:
-            self._graphs[kind] = self._capture(state, recipe, inputs, targets, measure, batch_size)
-        graph, static_inputs, static_targets, static_lr, results = self._graphs[kind]
-        static_inputs.copy_(inputs)
-        static_targets.copy_(targets)
-        static_lr.fill_(state.optimizer.param_groups[0]["lr"])
-        graph.replay()
-        return results
+    def __call__(self, inputs: Tensor, targets: Tensor, kind: Kind) -> Result:
+        """Run the update: as it is for the first steps of a kind, then from its graph."""
+        key = (inputs.shape, kind)
+        self._seen[key] += 1
+        if self._seen[key] <= self.WARM_UP:
+            return self._update(inputs, targets, kind)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(inputs, targets, kind)
+        captured = self._graphs[key]
+        captured.inputs.copy_(inputs)
+        captured.targets.copy_(targets)
+        captured.lr.fill_(self._optimizer.param_groups[0]["lr"])
+        captured.graph.replay()
+        return captured.result
 
-    def _capture(self, state, recipe, inputs: Tensor, targets: Tensor, measure: bool, batch_size: int) -> tuple:
-        """Logger a step without running it."""
+    def _capture(self, inputs: Tensor, targets: Tensor, kind: Kind) -> "_Captured":
+        """Record an update without running it."""
         inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
-        groups = state.optimizer.param_groups
+        groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         assert len(set(rates)) == 1, "a graph has one learning rate"
         graph = torch.cuda.CUDAGraph()
-        pool = next((other.pool() for other, *_ in self._graphs.values()), None)  # they never run at the same time
+        pool = next((other.graph.pool() for other in self._graphs.values()), None)  # they never run at the same time
         try:
             for group in groups:
                 group["lr"] = lr
-            # Other threads, as one that pins the memory of batches to come, may go on with what a capture forbids.
+            # Other threads, such as one that pins the memory of later batches, may do what a capture forbids.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                results = self.update(state, recipe, inputs, targets, measure, batch_size)
+                result = self._update(inputs, targets, kind)
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-        return graph, inputs, targets, lr, results
+        return _Captured(graph, inputs, targets, lr, result)
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    targets: Tensor
+    lr: Tensor
+    result: object

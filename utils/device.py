@@ -1,4 +1,4 @@
-"""Where a run computes, and whether bit for bit the same each time."""
+"""Devices: which one a run computes on, its memory, and whether its kernels are deterministic."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def pick_device(name: str, no_cuda: bool = False) -> torch.device:
-    """`auto`, or what torch.device takes. Raises UsageError for a device that is not there."""
+    """Return the device of a name: `auto`, or what torch.device takes. Raises UsageError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and not no_cuda else "cpu"
     try:
@@ -31,15 +31,16 @@ def pick_device(name: str, no_cuda: bool = False) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """Return a name for people to read."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next step rather than give it back and fault it in page by page.
+    """Make the C library keep freed memory for the next step, instead of giving it back and faulting it in page by page.
 
-    A tenth of a step of ResNet-20 on the CPU (BENCHMARKS.md). Linux with glibc; elsewhere nothing happens.
+    This saves a tenth of a step of ResNet-20 on the CPU (docs/performance.md). Does nothing except on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -48,7 +49,7 @@ def keep_freed_memory() -> None:
 
 
 def use_deterministic_kernels(wanted: bool) -> None:
-    """Only deterministic kernels, or on CUDA the fastest convolutions that a trial finds."""
+    """Allow only deterministic kernels, or let cuDNN try which of its convolutions is the fastest."""
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = not wanted, 0  # 0: try all there are
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
@@ -56,7 +57,7 @@ def use_deterministic_kernels(wanted: bool) -> None:
 
 
 def memory_size() -> int:
-    """Bytes of this machine's memory."""
+    """Return the size of this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

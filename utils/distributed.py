@@ -1,8 +1,8 @@
-"""Several processes on one training: each computes its share of every batch, and all take the same step.
+"""Several processes on one training: each computes its part of every batch, and all take the same step.
 
-Not by DistributedDataParallel: it averages over processes where an uneven batch needs the mean over images, wants images in
-every process, and reduces within the backward pass, which a second pass and --sam-local would have to switch off. Here a
-backward pass is followed by one all-reduce of everything that processes have to agree on.
+DistributedDataParallel does not serve here: it averages over processes where an uneven batch needs the mean over images,
+wants images in every process, and reduces within the backward pass, which a second pass and --sam-local would have to
+switch off. Here one all-reduce follows a backward pass, of everything that processes have to agree on.
 """
 
 import contextlib
@@ -21,21 +21,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imagedata.images import Images
 from utils.errors import TrainingError, UsageError
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CLOCKS = ("seconds", "images_per_second")  # each process has its own
-PATIENCE = timedelta(minutes=30)  # while the first process decodes images or writes; nccl's own is ten
+TIMEOUT = timedelta(minutes=30)  # the first process may decode images or write for so long; nccl's own is ten
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Which of how many processes this is; alone by default, and then everything here does nothing.
+    """Which of how many processes this is. By default there is one, and then everything here does nothing.
 
     Attributes:
-        local_rank: of the processes of this machine.
-        synchronised: batch norm looks at all images, and so has all processes run every forward and backward pass.
+        rank: of this process.
+        world: number of processes.
+        local_rank: among the processes of this machine.
+        synchronised: batch norm looks at all images, so that all processes have to run every forward and backward pass.
     """
 
     rank: int = 0
@@ -45,22 +46,21 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the first process, which writes and prints."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
-        """This process's part of a batch's first dimension: sizes differ by one at most and may be zero."""
+        """Return this process's part of a tensor's first dimension: sizes differ by one at most and may be zero."""
         return batch if self.world == 1 else batch.tensor_split(self.world)[self.rank]
 
-    def share_of(self, images: Images) -> Images:
-        """This process's part of images that are evaluated."""
-        return Images(self.share(images.pixels), self.share(images.labels))
-
     def reduce(self, model: nn.Module, sums: Tensor, gradients: bool = True) -> Tensor:
-        """After a backward pass whose loss was divided by the whole batch's size: add up gradients and sums of all.
+        """Add up gradients and sums over all processes, and average batch norm's statistics.
 
-        Batch norm's statistics become the mean over processes, so that all of a run's state is the same everywhere.
+        To be called after a backward pass whose loss was divided by the whole batch's size. All of a run's state is then
+        the same everywhere.
 
         Args:
+            model: its parameters have the gradients, its buffers are the statistics.
             sums: float32, summed over images.
             gradients: False to leave each process its own.
 
@@ -70,7 +70,7 @@ class ProcessGroup:
         if self.world == 1:
             return sums
         for p in model.parameters():
-            if p.grad is None:  # of a share without images
+            if p.grad is None:  # of a process without images
                 p.grad = torch.zeros_like(p)
         tensors = [p.grad for p in model.parameters()] if gradients else []
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -84,33 +84,33 @@ class ProcessGroup:
         return total
 
     def add(self, sums: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Return the sum over all processes, computed in place."""
         if self.world > 1:
             dist.all_reduce(sums)
         return sums
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so in any process. Waits for all of them."""
+        """Return whether a flag is set in any process. Waits for all of them."""
         return bool(self.add(torch.tensor(float(flag), device=device)).item()) if self.world > 1 else flag
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first process of each machine does it, then all others: of what should be downloaded or cached once."""
+        """Let the first process of each machine do something before the others, such as download or cache."""
         if self.local_rank:
             self.wait()
         try:
             yield
         finally:
             if not self.local_rank:
-                self.wait()  # also where it failed: the others will fail in the same way
+                self.wait()  # after a failure too: the others will fail in the same way
 
     def check_same(self, state: dict) -> None:
-        """Compare every value of nested dicts and lists across processes, tensors by hash; not what a clock says.
+        """Compare every value of nested dicts and lists across processes, tensors by hash, except times.
 
         Raises:
             TrainingError: in all processes; it names the first value that differs.
@@ -131,7 +131,7 @@ class ProcessGroup:
 
 
 def start(device: torch.device) -> ProcessGroup:
-    """Join the processes that torchrun has started, if it has: gloo on the CPU, nccl on GPUs.
+    """Join the processes that torchrun has started, if it has, by gloo on the CPU and nccl on GPUs.
 
     Raises:
         UsageError: they cannot find each other.
@@ -144,20 +144,20 @@ def start(device: torch.device) -> ProcessGroup:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_the_launcher()
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"the processes cannot find each other ({error}): launch them by torchrun") from error
     return ProcessGroup(dist.get_rank(), world, launched("LOCAL_RANK", 0))
 
 
 def stop() -> None:
-    """Leave the other processes, if there are any."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def launched(name: str, otherwise: int) -> int:
-    """A number that torchrun says in the environment."""
+    """Return a number that torchrun sets in the environment."""
     text = os.environ.get(name, str(otherwise))
     if not text.isdecimal():
         raise UsageError(f"{name} in the environment has to be a number, as torchrun sets it, not '{text}'")
@@ -165,7 +165,7 @@ def launched(name: str, otherwise: int) -> int:
 
 
 def local_device(name: str, no_cuda: bool = False) -> str:
-    """Of the GPUs of a machine the one that torchrun means for this process.
+    """Return the name of this process's device: under torchrun each process of a machine has a GPU of its own.
 
     Raises:
         UsageError: one GPU is named for several processes, or there are fewer than processes.
@@ -186,10 +186,11 @@ def local_device(name: str, no_cuda: bool = False) -> str:
 
 
 def complain(words: str, alike: bool = False) -> None:
-    """Say on stderr what went wrong, and in which process if that is not the first.
+    """Print on stderr what went wrong, and in which process if that is not the first.
 
     Args:
-        alike: all processes of a machine say so: one is enough.
+        words: one sentence.
+        alike: all processes of a machine say the same, so that one of them is enough.
     """
     rank = os.environ.get("RANK", "0")
     if not (alike and os.environ.get("LOCAL_RANK", "0") != "0"):
@@ -197,12 +198,12 @@ def complain(words: str, alike: bool = False) -> None:
 
 
 def together() -> bool:
-    """Whether processes have found each other."""
+    """Return whether processes have found each other."""
     return dist.is_initialized()
 
 
 def _end_with_the_launcher() -> None:
-    """Have Linux send SIGTERM when torchrun is gone, so that no process trains on without the others."""
+    """Make Linux send SIGTERM when torchrun is gone, so that no process trains on without the others."""
     launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -211,7 +212,7 @@ def _end_with_the_launcher() -> None:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether it tells of a process that is gone, in the words of nccl or gloo; that one has told why."""
+    """Return whether an error of nccl or gloo says that another process is gone; that one has said why."""
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the script prints them as one sentence, without a traceback."""
+"""Errors that the user can mend: a program prints them as one sentence, without a traceback."""
 
 import contextlib
 import signal
@@ -17,19 +17,19 @@ class TrainingError(Exception):
 
 
 class DamagedError(UsageError):
-    """A checkpoint that is not there, not whole, or of another program."""
+    """A checkpoint that does not exist, is not whole, or is of another program."""
 
 
 class Preempted(BaseException):
-    """A run that is to be launched again, as it was told to end. The message is one sentence; exit code 75 (EX_TEMPFAIL).
+    """A run that was told to end and can be launched again. The message is one sentence; exit code 75 (EX_TEMPFAIL).
 
-    A signal may raise it anywhere, so that nothing that handles errors takes it for one.
+    It is no Exception: a signal may raise it anywhere, and nothing that handles errors is to take it for one.
     """
 
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """Turn into TrainingErrors what is not the program's fault: a full disk, a directory that is gone, a dead worker."""
+    """Turn what is not the program's fault into TrainingErrors: a full disk, a vanished directory, a dead worker."""
     try:
         try:
             yield
@@ -51,13 +51,15 @@ def run_errors() -> Iterator[None]:
 
 def _dead_worker() -> TrainingError:
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise again, in the middle of what is said
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler would raise once more while the sentence is printed
     return TrainingError("a data worker died, perhaps out of memory: go on by --resume auto, with fewer --workers")
 
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn into a TrainingError, with what to try, that a GPU is out of memory."""
+    """Turn a GPU's out-of-memory error into a TrainingError that says what to try."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""How a network computes: in which precision, and compiled or not. Every `auto` is resolved here, once a run."""
+"""How a network computes: in which precision, and compiled or not. Every `auto` is resolved here, once per run."""
 
 import copy
 import math
@@ -11,35 +11,33 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.cuda_graph import GraphedUpdate
 from utils.errors import TrainingError, UsageError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# As measured (BENCHMARKS.md) with ResNet-20 on an H100, and with four ResNets on two cores of a CPU with AMX (their median),
-# which multiplies so fast that the rest of a step counts: seconds that compilation takes with nothing cached, and seconds a
-# step that it then saves for each FLOP of the step. On other CPUs it saved nothing that could be told from noise.
+# Seconds that compilation takes with nothing cached, and seconds that it saves per step and FLOP of the step. Measured
+# (docs/performance.md) with ResNet-20 on an H100, and with four ResNets on two cores of a CPU with AMX (their median), which
+# multiplies so fast that the rest of a step counts. On other CPUs compilation saved nothing beyond noise.
 COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 2.8e-13)}
 
-# For torch.compile. On CUDA launching counts: small kernels that do not depend on each other, as conversions of weights, go
-# into one. On CPUs a kernel that writes in bf16 into the buffer it reads is slow: each load waits for the store before it,
-# which overlaps.
+# Of torch.compile. On CUDA launches count: small independent kernels, such as conversions of weights, become one. On CPUs a
+# kernel that writes bf16 into the buffer it reads from is slow: each load waits for the overlapping store before it.
 OPTIONS = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
 
-# FLOPs of a step from which on launching kernels one by one takes no more than running them, and a graph would only need
-# memory of its own.
+# From so many FLOPs per step on, launching kernels one by one is no slower than running them, and a graph would only take
+# memory.
 GRAPHED_BELOW = 1e12
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Precision of the forward pass (weights, gradients and optimizer stay in float32), and how kernels are launched.
+    """The precision of the forward pass, and how kernels are launched. Weights, gradients and optimizer are in float32.
 
     Attributes:
         precision: one of PRECISIONS.
-        compiled: by torch.compile.
-        graphed: a training step is one CUDA graph.
+        compiled: whether by torch.compile.
+        graphed: whether a training step is one CUDA graph.
     """
 
     precision: str = "fp32"
@@ -47,17 +45,14 @@ class Execution:
     graphed: bool = False
 
     def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a forward pass."""
         return torch.autocast(device.type, HALF.get(self.precision), enabled=self.precision in HALF)
 
-    def graph(self, update: Callable) -> Callable:
-        """engine.update_weights, replayed from CUDA graphs if that is how this executes."""
-        return GraphedUpdate(update) if self.graphed else update
-
     def compile(self, function: Callable, rows: int) -> Callable:
-        """The function, compiled for a first argument of so many rows; others, as of an epoch's last batch, run as it is.
+        """Return the function, compiled for a first argument of so many rows; other sizes run as they are.
 
         Raises:
-            TrainingError: by the first call, if it cannot be compiled.
+            TrainingError: the first call found that it cannot be compiled.
         """
         if not self.compiled:
             return function
@@ -66,8 +61,8 @@ class Execution:
         def own(*arguments: object) -> object:
             return function(*arguments)
 
-        # Torch keeps what it compiled with a function's code, eight times at most, and runs what comes after as it is: each
-        # function gets a copy of its own.
+        # Torch keeps what it compiled with a function's code, eight times at most, and does not compile what comes after:
+        # each function gets a copy of the code.
         own.__code__ = own.__code__.replace()
         fast = None
 
@@ -100,18 +95,19 @@ def resolve_execution(
     cpu_kernels: str = "fast",
     watched: bool = False,
 ) -> Execution:
-    """Resolve the flags for a device and a run.
+    """Resolve --precision and --compile for a device and a run.
 
-    `auto` is bf16 where that is faster, and compilation where it earns back what it takes.
+    `auto` is bf16 where that is faster, and compilation where it saves more time than it takes.
 
     Args:
         precision: auto, or one of PRECISIONS.
         compilation: auto, on or off.
+        device: where the run computes.
         step_flops: of a training step.
         steps: of the run.
-        deterministic: bits may not depend on what was tuned when.
-        cpu_kernels: what bf16_on_cpu says of the network; counts on a CPU alone.
-        watched: the host looks at every step's gradient, which no graph can hold (in fp16 it does in any case), or other
+        deterministic: results may not depend on what was tuned when.
+        cpu_kernels: what `bf16_on_cpu` says of the network; counts only on a CPU.
+        watched: the host looks at every step's gradient, which no graph can hold (in fp16 it always does), or other
             processes take part.
 
     Raises:
@@ -131,37 +127,37 @@ def resolve_execution(
     if compilation == "on" and missing:
         raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
     if compilation == "auto":
-        # MobileNet, whose depthwise kernels are slow in bf16, loses by compilation in fp32 as well.
+        # MobileNet, whose depthwise kernels are slow in bf16, gets slower by compilation in fp32 as well.
         kind = "amx" if has_amx(device) and kernels == "fast" else device.type
         takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
-        earned = steps * step_flops * saves > takes
-        compilation = "on" if earned and not (missing or deterministic) else "off"
+        worthwhile = steps * step_flops * saves > takes
+        compilation = "on" if worthwhile and not (missing or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
     return Execution(precision, compilation == "on", graphed)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16; one that only emulates it is ten times slower than in float32."""
+    """Return whether the device multiplies in bf16; one that only emulates it is ten times slower than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(_processor() & {"avx512_bf16", "amx_bf16"})
 
 
 def has_amx(device: torch.device) -> bool:
-    """Whether the device is a CPU that multiplies matrices in bf16 as such (Intel's from Sapphire Rapids on)."""
+    """Return whether the device is a CPU with AMX, which multiplies matrices in bf16 (Intel, since Sapphire Rapids)."""
     return device.type == "cpu" and "amx_bf16" in _processor()
 
 
 def gains_from_bf16(device: torch.device) -> bool:
-    """Whether training is faster in bf16 there, by what was measured (BENCHMARKS.md): on GPUs, AMD's CPUs, and with AMX.
+    """Return whether training is faster in bf16, as measured (docs/performance.md): on GPUs, AMD's CPUs, and with AMX.
 
-    Intel's CPUs are slower in it than in float32 by AVX512-BF16 alone. What ONEDNN_MAX_CPU_ISA forbids is not looked at.
+    With AVX512-BF16 alone Intel's CPUs are slower in bf16 than in float32. ONEDNN_MAX_CPU_ISA is not taken into account.
     """
     return has_bf16(device) and (device.type == "cuda" or has_amx(device) or "AuthenticAMD" in _processor())
 
 
 def _processor() -> set[str]:
-    """The words that Linux has about the processor; none elsewhere."""
+    """Return the words that Linux has about the processor; none elsewhere."""
     try:
         return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -169,11 +165,11 @@ def _processor() -> set[str]:
 
 
 def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """What torch's bf16 kernels for CPUs are for a network on images [C, H, W]: "wrong", "slow" or "fast".
+    """Return what torch's bf16 kernels for CPUs are for a network on images [C, H, W]: "wrong", "slow" or "fast".
 
-    Wrong where a convolution with a stride meets a map of one pixel: there they read memory that nobody wrote, and now and
-    then a weight's gradient is of any size. Slow where a depthwise convolution has a stride: its backward pass takes fifteen
-    times as long as in float32. (Both seen with torch 2.14.1.)
+    They are wrong where a convolution with a stride meets a map of one pixel: they read memory that nobody wrote, and now
+    and then a weight's gradient has any size. They are slow where a depthwise convolution has a stride: its backward pass
+    takes fifteen times as long as in float32. (Both seen with torch 2.14.1.)
     """
     found = set()
 
@@ -192,7 +188,7 @@ def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
 
 
 def what_compilation_lacks(device: torch.device) -> str | None:
-    """What torch.compile needs and this machine has not, or None."""
+    """Return what torch.compile needs and this machine lacks, or None."""
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         return f"a C++ compiler ('{compiler}' is not there)"

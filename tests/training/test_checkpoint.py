@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from prune import Pruner
-from training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.state import TrainState
 from utils.errors import UsageError
 from utils.files import save_atomically
 
@@ -31,6 +32,19 @@ def test_a_checkpoint_holds_what_was_saved(saved):
     assert checkpoint["data"] == DATA
     assert torch.equal(checkpoint["state"]["model"]["weight"], state.model.weight)
     assert checkpoint["state"]["schedule_step"] == 3
+
+
+def test_a_checkpoint_of_the_format_before_is_read(saved):
+    path, state = saved
+    checkpoint = load_checkpoint(path)
+    names = {"schedule_step": "step", "global_step": "progress", "pruner": "sparsity"}
+    older = {names.get(name, name): value for name, value in checkpoint["state"].items()} | {"partial": {}}
+    torch.save(checkpoint | {"format": "sam-sparse-training/2", "state": older}, path)
+    model = nn.Linear(3, 2)
+    loaded = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), Pruner(model))
+    loaded.load_state_dict(load_checkpoint(path)["state"])
+    assert (loaded.schedule_step, loaded.partial) == (3, None)
+    assert torch.equal(model.weight, state.model.weight)
 
 
 def test_every_truncation_is_refused(saved):

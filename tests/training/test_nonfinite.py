@@ -7,12 +7,12 @@ import torch
 from running import rows
 from torch import nn
 
-from imagedata.loaders import TrainLoader
-from prune import Pruner, Timing
-from training.checkpoint import TrainState
-from training.loop import Recipe, build_objective, train_step, update_weights
+from imagedata.loaders import Batch, TrainLoader
+from prune import METHODS, Pruner
 from training.nonfinite import NonFiniteGuard
-from training.optim import build_optimizer, perturbation_of, state_holders
+from training.optim import build_optimizer, state_holders
+from training.state import TrainState
+from training.step import TrainingStep, build_objective
 from utils.precision import Execution
 
 ARMS = [("sgd", False), ("sgd-sam", False), ("sgd-sam", True), ("adam-sam", True)]
@@ -29,24 +29,21 @@ class Training:
         nn.init.constant_(self.model[1].weight, 16.0)  # gradients above 2, so that 2**127 is too large a scale
         momentum = 0.9 if name.startswith("sgd") else None
         optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
-        pruner = Pruner(
-            self.model, method, **sparse, timing=Timing(100, interval=2), optimizers=state_holders(optimizer)
-        )
-        pruner.before_training()
+        if METHODS[method].update:
+            sparse["update_interval"] = 2
+        pruner = Pruner(self.model, method, **sparse, total_steps=100, optimizers=state_holders(optimizer))
+        pruner.choose_masks()
         self.state = TrainState(self.model, optimizer, pruner, guard(self.model))
-        self.recipe = Recipe(
-            build_objective(self.model, Execution(), 8 // accumulate), Execution(),
-            perturbation_of(optimizer, self.model, pruner), update_weights, lambda step: 0.05, 99, accumulate,
-            clip_grad=1.0,
-        )  # fmt: skip
+        objective = build_objective(self.model, Execution(), 8 // accumulate)
+        self.take = TrainingStep(self.state, objective, lambda step: 0.05, accumulate, clip_grad=1.0)
 
-    def step(self, seed, spoilt=False, measure=False):
+    def step(self, seed, spoilt=False, log=False):
         g = torch.Generator().manual_seed(seed)
         inputs = torch.randn(8, 2, 5, 5, generator=g)
         targets = torch.rand(8, 5, generator=g)
         if spoilt:
             inputs[3, 1, 2, 2] = float("nan")
-        return train_step(self.state, self.recipe, inputs, targets / targets.sum(1, keepdim=True), measure)
+        return self.take(Batch(inputs, targets / targets.sum(1, keepdim=True), 8), log)
 
     def everything(self):
         """All that a step may change, the SAM memory of one-step SAM apart."""
@@ -76,10 +73,10 @@ def test_a_skipped_step_is_as_if_it_had_never_been(name, v2, accumulate):
         reference.state.optimizer.first_step()
         reference.state.optimizer.restore()  # the gradient that it perturbed along is forgotten
     for seed in (4, 5, 6):
-        _, measured = training.step(seed, measure=True)
+        _, logged = training.step(seed, log=True)
         reference.step(seed)
         if v2:
-            assert (measured["perturbation_norm"].item() == 0) == (seed == 4)
+            assert (logged["perturbation_norm"].item() == 0) == (seed == 4)
     assert all(torch.equal(a, b) for a, b in zip(reference.everything(), training.everything(), strict=True))
 
 
@@ -93,7 +90,7 @@ def test_masks_wait_for_a_step_that_is_taken(method):
         training.step(seed, spoilt=seed in (3, 4))
         changed.append(masks.version > version)
     # Due after steps 2, 4 and 6, counted from 0: the second of them is spoilt, and the one before it, which is not due, too.
-    due = [training.state.pruner.timing.due(step) for step in range(7)]
+    due = [training.state.pruner.due(step) for step in range(7)]
     expected, waiting = [], False
     for step, is_due in enumerate(due):
         waiting |= is_due
@@ -157,8 +154,8 @@ def spoil(monkeypatch):
         original = TrainLoader.batch
 
         def batch(self, step):
-            inputs, targets = original(self, step)
-            return (inputs * float("nan") if step in steps else inputs), targets
+            batch = original(self, step)
+            return batch._replace(inputs=batch.inputs * float("nan")) if step in steps else batch
 
         monkeypatch.setattr(TrainLoader, "batch", batch)
 

@@ -1,4 +1,4 @@
-"""Learning rates by formula, optimizers by name, and what two-step SAM does to batch norm."""
+"""Learning rates by formula, and optimizers by name."""
 
 import math
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from prune import Pruner
 from sam import SAM
-from training.optim import OPTIMIZERS, build_optimizer, learning_rate, perturbation_of
+from training.optim import OPTIMIZERS, build_optimizer, learning_rate
 
 
 def test_cosine_after_warmup():
@@ -48,31 +47,3 @@ def test_sam_and_its_base_have_the_same_defaults():
     for name in ("sgd", "adam", "adamw"):
         plain, sam = OPTIMIZERS[name], OPTIMIZERS[f"{name}-sam"]
         assert (plain.lr, plain.weight_decay, plain.momentum) == (sam.lr, sam.weight_decay, sam.momentum)
-
-
-@pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
-def test_running_statistics_move_once_a_step(v2):
-    """Two-step SAM: in the first pass, at w. SAM.v2: at w + e."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    optimizer = build_optimizer("sgd-sam", model, lr=0.1, weight_decay=0, momentum=0.9, rho=0.5, v2=v2)
-    perturbation = perturbation_of(optimizer, model, Pruner(model))
-    expected = torch.zeros(4)
-    for count in range(1, 5):
-        x, means = torch.randn(16, 3), []
-
-        def backward(*_, x=x, means=means):
-            optimizer.zero_grad()
-            means.append(model[0](x).mean(0).detach())
-            model(x).square().sum().backward()
-
-        perturbation.perturb(backward)
-        backward()
-        optimizer.step()
-        perturbation.restore()
-        assert len(means) == (1 if v2 else 2)
-        if not v2:
-            assert not torch.allclose(means[0], means[1])
-        expected = 0.9 * expected + 0.1 * means[0]
-        torch.testing.assert_close(model[1].running_mean, expected)
-        assert model[1].num_batches_tracked == count

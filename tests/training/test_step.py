@@ -7,46 +7,43 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from imagedata.augment import Augmentation, Normalize
 from imagedata.images import Images, channel_statistics
-from imagedata.loaders import Augmentation, EvalLoader, Normalize, TrainLoader
+from imagedata.loaders import Batch, EvalLoader, TrainLoader
 from models import build_model
-from prune import METHODS, Pruner, Timing
+from prune import METHODS, Pruner
 from prune.flops import FlopsMeter, count_flops
-from training.checkpoint import TrainState
-from training.loop import Recipe, build_objective, evaluate, train_step, update_weights
-from training.optim import OPTIMIZERS, build_optimizer, perturbation_of, state_holders
+from training.loop import evaluate
+from training.optim import OPTIMIZERS, build_optimizer, state_holders
+from training.state import TrainState
+from training.step import TrainingStep, build_objective
 from utils.precision import Execution
 
 ARMS = [(name, v2) for name in OPTIMIZERS for v2 in ((True, False) if name.endswith("-sam") else (False,))]
 
 
-def build(name="sgd", v2=False, sparsity=None, seed=0, **recipe):
+def build(name="sgd", v2=False, sparsity=None, seed=0, smooth_eps=0.0, lr_at=lambda step: 0.05, **options):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5)).double()
     mask = Pruner(model, "random" if sparsity else "none", sparsity)
-    mask.before_training()
+    mask.choose_masks()
     momentum = 0.9 if name.startswith("sgd") else None
     optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
-    state = TrainState(model, optimizer, mask)
-    return state, Recipe(
-        build_objective(model, Execution(), 8 // recipe.get("accumulate", 1), recipe.pop("smooth_eps", 0.0)),
-        Execution(),
-        perturbation_of(optimizer, model, mask),
-        update_weights,
-        **{"lr_at": lambda step: 0.05, "total_steps": 9} | recipe,
-    )
+    objective = build_objective(model, Execution(), 8 // options.get("accumulate", 1), smooth_eps)
+    return TrainingStep(TrainState(model, optimizer, mask), objective, lr_at, **options)
 
 
 def batch(seed=1, count=8):
     g = torch.Generator().manual_seed(seed)
     targets = torch.rand(count, 5, generator=g, dtype=torch.float64)
-    return torch.randn(count, 2, 5, 5, generator=g, dtype=torch.float64), targets / targets.sum(1, keepdim=True)
+    inputs = torch.randn(count, 2, 5, 5, generator=g, dtype=torch.float64)
+    return Batch(inputs, targets / targets.sum(1, keepdim=True), count)
 
 
 def run(steps=3, **kwargs):
-    state, recipe = build(**kwargs)
-    out = [train_step(state, recipe, *batch(seed), measure=True) for seed in range(steps)]
-    return state, out
+    step = build(**kwargs)
+    out = [step(batch(seed), log=True) for seed in range(steps)]
+    return step.state, out
 
 
 def same(left, right, exact=False):
@@ -59,10 +56,10 @@ def same(left, right, exact=False):
 
 def test_plain_sgd_is_the_loop_everyone_writes():
     state, out = run()
-    reference, _ = build()
+    reference = build().state
     optimizer = torch.optim.SGD(reference.model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for seed in range(3):
-        x, y = batch(seed)
+        x, y, _ = batch(seed)
         optimizer.zero_grad()
         logits = reference.model(x)
         loss = -(y * logits.log_softmax(1)).sum(1).mean()
@@ -85,14 +82,14 @@ def test_a_batch_in_parts_gives_the_same_step(name, v2):
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, v2):
-    state, recipe = build(name=name, v2=v2, sparsity=0.7)
-    layer = state.model[0]
+    step = build(name=name, v2=v2, sparsity=0.7)
+    layer = step.state.model[0]
     dead = layer.weight == 0
     assert dead.any()
     seen = []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.weight.detach().clone()))
     for seed in range(4):
-        train_step(state, recipe, *batch(seed), measure=False)
+        step(batch(seed))
         assert (layer.weight[dead] == 0).all()
     assert len(seen) == (8 if name.endswith("-sam") and not v2 else 4)
     assert all((w[dead] == 0).all() for w in seen)
@@ -102,11 +99,33 @@ def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, 
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_after_a_step_the_weights_are_not_perturbed(name, v2):
-    state, recipe = build(name=name, v2=v2, lr_at=lambda step: 0.0)
-    start = [p.detach().clone() for p in state.model.parameters()]
+    step = build(name=name, v2=v2, lr_at=lambda step: 0.0)
+    start = [p.detach().clone() for p in step.state.model.parameters()]
     for seed in range(3):
-        train_step(state, recipe, *batch(seed), measure=False)
-        assert all(torch.equal(p, w) for p, w in zip(state.model.parameters(), start, strict=True))
+        step(batch(seed))
+        assert all(torch.equal(p, w) for p, w in zip(step.state.model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
+def test_running_statistics_move_once_a_step(v2):
+    """Two-step SAM: in the first pass, at w. SAM.v2: at w + e."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = build_optimizer("sgd-sam", model, lr=0.1, weight_decay=0, momentum=0.9, rho=0.5, v2=v2)
+    state = TrainState(model, optimizer, Pruner(model))
+    step = TrainingStep(state, build_objective(model, Execution(), 16), lambda step: 0.1)
+    means = []
+    model[1].register_forward_pre_hook(lambda module, inputs: means.append(inputs[0].mean(0).detach()))
+    expected = torch.zeros(4)
+    for count in range(1, 5):
+        means.clear()
+        step(Batch(torch.randn(16, 3), torch.full((16, 2), 0.5), 16))
+        assert len(means) == (1 if v2 else 2)
+        if not v2:
+            assert not torch.allclose(means[0], means[1])
+        expected = 0.9 * expected + 0.1 * means[0]
+        torch.testing.assert_close(model[1].running_mean, expected)
+        assert model[1].num_batches_tracked == count
 
 
 class Waits(TorchDispatchMode):
@@ -135,58 +154,52 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     options = {} if method == "none" else {"sparsity": 0.2, "pattern": pattern}
     if "erk" in METHODS[method].distributions and method != "none":
         options["distribution"] = "erk"  # no layer comes out empty
-    pruner = Pruner(model, method, **options, timing=Timing(16, interval=2), optimizers=state_holders(optimizer))
+    if METHODS[method].update:
+        options["update_interval"] = 2
+    pruner = Pruner(model, method, **options, total_steps=16, optimizers=state_holders(optimizer))
     images = Images(torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 5)
     normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
     augmentation = Augmentation(40, 20, seed=0, pad=1, flip=True)
     loader = TrainLoader(images, augmentation, 5, normalize, torch.device("cpu"), 0, Execution())
-    pruner.before_training(loader.sample)
+    pruner.choose_masks(loader.sample)
     state = TrainState(model, optimizer, pruner)
-    meter = FlopsMeter(count_flops(model, (3, 8, 8)), pruner, passes=1)
-    recipe = Recipe(
-        build_objective(model, Execution(), 20),
-        Execution(),
-        perturbation_of(optimizer, model, pruner),
-        update_weights,
-        lambda step: 0.05,
-        16,
-        clip_grad=1.0,
-    )
+    meter = FlopsMeter(count_flops(model, (3, 8, 8)), pruner.masks, passes=1)
+    take = TrainingStep(state, build_objective(model, Execution(), 20), lambda step: 0.05, clip_grad=1.0)
     versions = set()
     with Waits() as waits:
         for step in range(12):
             meter.step(20, pruner.grows_by_gradient(step))
-            train_step(state, recipe, *loader.batch(step), measure=step % 3 == 0)
+            take(loader.batch(step), log=step % 3 == 0)
             versions.add(pruner.masks.version)
     assert waits.seen == []
     assert len(versions) == (7 if METHODS[method].update else 1)
 
 
 def test_clipping_bounds_the_gradient_after_the_mask():
-    state, recipe = build(sparsity=0.7, clip_grad=1e-3, lr_at=lambda step: 1.0)
-    state.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
-    before = [p.detach().clone() for p in state.model.parameters()]
-    train_step(state, recipe, *batch(), measure=False)
-    moved = sum((p - w).square().sum() for p, w in zip(state.model.parameters(), before, strict=True)).sqrt()
+    step = build(sparsity=0.7, clip_grad=1e-3, lr_at=lambda step: 1.0)
+    step.state.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
+    parameters = list(step.state.model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    step(batch())
+    moved = sum((p - w).square().sum() for p, w in zip(parameters, before, strict=True)).sqrt()
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_what_is_measured_is_of_this_step():
+def test_what_is_logged_is_of_this_step():
     _, out = run(steps=3, name="sgd-sam", v2=True)
-    assert [m["perturbation_norm"].item() for _, m in out] == pytest.approx([0, 0.3, 0.3], rel=1e-5)
-    assert out[0][1]["alignment"].item() == 0
-    assert all(-1 <= m["alignment"].item() <= 1 for _, m in out)
-    state, recipe = build()
-    assert train_step(state, recipe, *batch(), measure=False)[1] == {}
+    assert [logged["perturbation_norm"].item() for _, logged in out] == pytest.approx([0, 0.3, 0.3], rel=1e-5)
+    assert out[0].logged["alignment"].item() == 0
+    assert all(-1 <= logged["alignment"].item() <= 1 for _, logged in out)
+    assert build()(batch()).logged == {}
 
 
 def test_label_smoothing_mixes_in_the_uniform_distribution():
     smoothed, _ = run(smooth_eps=0.2)
-    reference, recipe = build()
+    reference = build()
     for seed in range(3):
-        x, y = batch(seed)
-        train_step(reference, recipe, x, 0.8 * y + 0.2 / 5, measure=False)
-    same(smoothed, reference)
+        x, y, size = batch(seed)
+        reference(Batch(x, 0.8 * y + 0.2 / 5, size))
+    same(smoothed, reference.state)
 
 
 def test_evaluate_counts_every_image_once_in_eval_mode():

@@ -1,0 +1,96 @@
+"""Everything that changes while a network trains, and what of it a checkpoint holds."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prune import Pruner
+from training.nonfinite import NonFiniteGuard
+from utils.errors import UsageError
+
+
+@dataclass
+class PartialEpoch:
+    """The part of an epoch that is done when a checkpoint is written in the middle of it.
+
+    Attributes:
+        sums: float32 [steps done, 2], each step's sum of losses and number of correct predictions.
+        images: trained on in these steps.
+        counted: the same without those of skipped steps.
+        seconds: that this took.
+        meter: state of the FlopsMeter.
+    """
+
+    sums: Tensor
+    images: int
+    counted: int
+    seconds: float
+    meter: dict
+
+
+@dataclass
+class TrainState:
+    """All that changes during training.
+
+    Attributes:
+        schedule_step: place in the schedule; learning rate and data follow from it. A method may set it back.
+        global_step: steps taken; only grows. The axis of logs.
+        rows: one row of metrics.csv for each finished epoch.
+        images: trained on, repetitions counted.
+        training_flops: that this took, at the densities that the steps had.
+        partial: of the epoch at hand, where this was saved in the middle of one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    schedule_step: int = 0
+    global_step: int = 0
+    rows: list[dict] = field(default_factory=list)
+    images: int = 0
+    training_flops: float = 0.0
+    partial: PartialEpoch | None = None
+
+    _PARTS = ("model", "pruner", "optimizer", "guard")
+    _VALUES = ("schedule_step", "global_step", "rows", "images", "training_flops")
+
+    def state_dict(self) -> dict:
+        """Return everything as tensors and plain values."""
+        parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        values = {name: getattr(self, name) for name in self._VALUES}
+        return parts | values | {"partial": vars(self.partial) if self.partial else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            UsageError: it is of another network or optimizer.
+        """
+        # How kernels are launched is a matter of this device, not of the checkpoint's.
+        launching = [
+            {k: group[k] for k in ("fused", "capturable") if k in group} for group in self.optimizer.param_groups
+        ]
+        name = ""
+        try:
+            for name in self._PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            for group, options in zip(self.optimizer.param_groups, launching, strict=True):
+                group.update(options)
+            for name in self._VALUES:
+                setattr(self, name, state[name])
+            self.partial = PartialEpoch(**state["partial"]) if state["partial"] else None
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
+
+
+def is_best(rows: list[dict]) -> bool:
+    """Return whether the last epoch is the best so far on held-out images; False where none are held out.
+
+    A sparser network is better than a denser one, whatever that reached: the target is what a run is for.
+    """
+    if "val_top1" not in rows[-1]:
+        return False
+    *earlier, last = ((row["sparsity"], row["val_top1"]) for row in rows)
+    return all(last > row for row in earlier)

@@ -1,0 +1,182 @@
+"""The training step: SGD, SAM or one-step SAM on a masked network. The algorithm is `TrainingStep.update_weights`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagedata.loaders import Batch
+from sam import SAM
+from training.batch_norm import SavedStatistics
+from training.optim import set_learning_rate
+from training.state import TrainState
+from utils.cuda_graph import GraphedUpdate
+from utils.distributed import ProcessGroup
+from utils.precision import Execution
+
+Objective = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class StepKind(NamedTuple):
+    """What one step does differently from another.
+
+    Attributes:
+        batch_size: images of the whole batch, over all processes.
+        log: whether to measure what is only logged.
+        keep_gradients: whether masks change after the step by its gradients.
+    """
+
+    batch_size: int
+    log: bool
+    keep_gradients: bool
+
+
+class StepResult(NamedTuple):
+    """What a step computed, on the device.
+
+    Attributes:
+        sums: float32 [2], the sum of losses and the number of correct predictions, at the weights of the gradient.
+        logged: scalars by name.
+    """
+
+    sums: Tensor
+    logged: dict[str, Tensor]
+
+
+class TrainingStep:
+    """One training step of any optimizer with any sparse-training method.
+
+    Args:
+        state: what it changes.
+        objective: see `build_objective`.
+        lr_at: the learning rate of a schedule step.
+        accumulate: micro-batches that a batch is cut into. The gradient is that of the whole batch's mean loss; batch norm
+            normalises each micro-batch by itself.
+        clip_grad: largest norm of the gradient, or None.
+        sam_local: two-step SAM perturbs each process along the gradient of its own images (m-sharpness, Foret et al. 2021,
+            section 4.1).
+        group: the processes that share each batch.
+        graphed: replay the step from CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        objective: Objective,
+        lr_at: Callable[[int], float],
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+        sam_local: bool = False,
+        group: ProcessGroup = ProcessGroup(),
+        graphed: bool = False,
+    ):
+        self.state, self.objective, self.lr_at = state, objective, lr_at
+        self.accumulate, self.clip_grad, self.sam_local, self.group = accumulate, clip_grad, sam_local, group
+        self._statistics = SavedStatistics(state.model)
+        self._update: Callable[[Tensor, Tensor, StepKind], StepResult] = self.update_weights
+        if graphed:
+            self._update = GraphedUpdate(self.update_weights, state.optimizer)
+
+    def __call__(self, batch: Batch, log: bool = False) -> StepResult:
+        """Take a step on a batch: set the learning rate, move the weights, and change the masks if it is time."""
+        state = self.state
+        set_learning_rate(state.optimizer, self.lr_at(state.schedule_step))
+        kind = StepKind(batch.size, log, state.pruner.keeps_gradients(state.schedule_step))
+        state.guard.begin()
+        sums, logged = self._update(batch.inputs, batch.targets, kind)
+        sums = state.guard.end(sums)
+        state.schedule_step = state.pruner.update_masks(state.schedule_step, state.guard.skipped)
+        state.global_step += 1
+        return StepResult(sums, logged)
+
+    def update_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> StepResult:
+        """Move the weights by one step of SGD, SAM or one-step SAM. Does not wait for the device.
+
+        Args:
+            inputs: float32 [B, C, H, W], this process's part of the batch.
+            targets: float32 [B, num_classes], distributions over the classes.
+            kind: see StepKind.
+        """
+        optimizer, pruner, guard = self.state.optimizer, self.state.pruner, self.state.guard
+        sam = optimizer if isinstance(optimizer, SAM) else None
+        two_step = sam is not None and not sam.v2
+
+        if two_step:  # the gradient at w, of the same batch
+            self._backward(inputs, targets, kind, add_gradients=not self.sam_local)
+            pruner.mask_gradients()
+        if sam:  # w -> w + e; one-step SAM: along the gradient of the last step
+            sam.first_step(zero_grad=True)
+        sums = self._backward(inputs, targets, kind, keep_statistics=two_step)  # the gradient at w + e
+        guard.unscale(optimizer)
+        pruner.mask_gradients(self.state.schedule_step)
+        logged = self._measure() if kind.log else {}
+        if self.clip_grad:
+            nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)
+        guard.step(optimizer, sums)  # back to w, then the base optimizer's step; one-step SAM keeps the gradient
+        pruner.mask_weights()
+        return StepResult(sums, logged)
+
+    def _backward(
+        self, inputs: Tensor, targets: Tensor, kind: StepKind, add_gradients: bool = True, keep_statistics: bool = False
+    ) -> Tensor:
+        """Compute the gradient of the batch's mean loss, in micro-batches and over all processes.
+
+        Args:
+            inputs, targets, kind: see `update_weights`.
+            add_gradients: add up the gradients of all processes.
+            keep_statistics: leave batch norm's running statistics as they are: SAM's second pass is at other weights.
+
+        Returns:
+            float32 [2], see StepResult.
+        """
+        self.state.optimizer.zero_grad()
+        if keep_statistics:
+            self._statistics.save()
+        sums = torch.zeros(2, device=inputs.device)
+        for x, y in zip(inputs.tensor_split(self.accumulate), targets.tensor_split(self.accumulate), strict=True):
+            if len(x) or self.group.synchronised:  # a process may have no images of an epoch's last batch
+                loss, part = self.objective(x, y, kind.batch_size)
+                self.state.guard.scale(loss).backward()
+                sums += part
+        sums = self.group.reduce(self.state.model, sums, add_gradients)
+        if keep_statistics:
+            self._statistics.restore()
+        return sums
+
+    def _measure(self) -> dict[str, Tensor]:
+        """Return what is only logged: norms, and how well SAM's perturbation points along the gradient it led to."""
+        logged = {"gradient_norm": gradient_norm(self.state.model)}
+        if isinstance(self.state.optimizer, SAM):
+            logged["perturbation_norm"], logged["alignment"] = self.state.optimizer.perturbation_stats()
+        return logged
+
+
+def build_objective(model: nn.Module, execution: Execution, micro_batch: int, smooth_eps: float = 0.0) -> Objective:
+    """Return the function that is differentiated.
+
+    It maps inputs, targets and the size of the whole batch they are part of to their part of the batch's mean loss, and
+    to [sum of losses, number of correct predictions].
+
+    Args:
+        model: from inputs to logits.
+        execution: its precision, and whether to compile the function.
+        micro_batch: the number of images to compile for.
+        smooth_eps: label smoothing.
+    """
+
+    def objective(inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        with execution.autocast(inputs.device):
+            logits = model(inputs)
+        logits = logits.to(targets.dtype)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smooth_eps, reduction="sum")
+        correct = targets.gather(1, logits.argmax(1, keepdim=True)).sum()
+        return loss / batch_size, torch.stack([loss.detach(), correct])
+
+    return execution.compile(objective, micro_batch)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
