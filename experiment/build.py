@@ -1,21 +1,224 @@
-"""Networks rebuilt from checkpoints, with the data they were trained on."""
+"""Flags become objects: the only place where that happens, for the recipe, the benchmarks, the analyses and the tests."""
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from experiment import run_directory as runs
-from imagedata.images import Dataset, fingerprint, hold_out
-from imagedata.loaders import Augmentation, Normalize, TrainLoader
+import models
+import training.optim
+from experiment.checks import evaluated_flags
+from experiment.flags import flag, load_layer_sparsity
+from imagedata.augment import Augmentation, Normalize
+from imagedata.images import Dataset, channel_statistics, fingerprint, hold_out
+from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
 from imagedata.sources import load_dataset
-from models import build_model
-from prune import Pruner
+from prune import METHODS, Pruner
+from prune.flops import Flops
+from training.batch_norm import refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
+from training.nonfinite import NonFiniteGuard
+from training.optim import learning_rate
+from training.state import TrainState
+from training.step import TrainingStep, build_objective
+from utils import distributed
+from utils.device import pick_device, use_deterministic_kernels
+from utils.distributed import ProcessGroup
 from utils.errors import UsageError, usage_errors
-from utils.precision import Execution
+from utils.precision import Execution, bf16_on_cpu, resolve_execution
+
+
+def check_on_meta(args: Namespace) -> None:
+    """Build network and masks without memory or data, so that impossible flags are known before data is touched.
+
+    Raises:
+        UsageError: flags that the network, the optimizer or the pruning method cannot have.
+    """
+    with usage_errors(), torch.device("meta"):
+        model = models.build_model(args.arch, args.depth, num_classes=1000, width=args.width)
+        if args.recalibrate_bn:
+            refuse_without_batch_norm(model)
+        if args.sync_bn:
+            refuse_without_batch_norm(model, "--sync-bn")
+    pruner(args, model, [], total_steps=2**62)  # how many there will be is known only with the data
+
+
+def place(args: Namespace, resumed: bool) -> tuple[torch.device, ProcessGroup]:
+    """Return the device, and the processes that share the training, having joined them."""
+    device = pick_device(distributed.local_device(args.device, args.no_cuda), args.no_cuda)
+    group = distributed.start(device)
+    use_deterministic_kernels(args.deterministic)
+    for name in ("sam_local", "sync_bn"):
+        if getattr(args, name) and group.world == 1 and not resumed:
+            raise UsageError(f"{flag(name)} has no effect in one process: launch several by torchrun, or leave it out")
+    return device, replace(group, synchronised=args.sync_bn and group.world > 1)
+
+
+def dataset(args: Namespace, group: ProcessGroup = ProcessGroup()) -> Dataset:
+    """Return the data set, with its held-out images. Raises UsageError."""
+    with group.main_first():
+        data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    if not args.val_split:
+        return data
+    with usage_errors():
+        return hold_out(data, args.val_split, args.seed)
+
+
+def describe_data(data: Dataset, group: ProcessGroup) -> dict:
+    """Return what a checkpoint tells of its data: classes, fingerprint, mean and deviation by channel, processes."""
+    statistics = channel_statistics(data.train)
+    return {"classes": data.classes, "fingerprint": fingerprint(data), **statistics, "processes": group.world}
+
+
+def augmentation(args: Namespace, data: Dataset) -> Augmentation:
+    """Return what becomes of the training images."""
+    return Augmentation(len(data.train), args.batch_size, args.seed, data.pad, data.flip, mixup=args.alpha or 0.0)
+
+
+def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
+    """Return the untrained network for a data set. Raises UsageError."""
+    with usage_errors():
+        model = models.build_model(args.arch, args.depth, len(data.classes), args.width, data.channels)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of a network's parameters."""
+    return training.optim.build_optimizer(
+        args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
+        rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
+    )  # fmt: skip
+
+
+def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int) -> Pruner:
+    """Return what keeps a network sparse. Raises UsageError."""
+    options = {option.name: getattr(args, option.name) for option in METHODS[args.prune_method].options}
+    with usage_errors():
+        return Pruner(
+            model, args.prune_method, args.sparsity, args.sparsity_distribution,
+            load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
+            args.sparsity_pattern, args.dense_layers, total_steps, args.seed, optimizers,
+            **{name: value for name, value in options.items() if value is not None},
+        )  # fmt: skip
+
+
+def execution(
+    args: Namespace, model: nn.Module, data: Dataset, flops: Flops, passes: int, steps: int, group: ProcessGroup
+) -> Execution:
+    """Return how the run computes. Write what `auto` came to into args.
+
+    Args:
+        args: the flags.
+        model: on the device.
+        data: what it trains on.
+        flops: of the network, for one image.
+        passes: forward-backward passes per step.
+        steps: of the schedule.
+        group: the processes.
+    """
+    device = next(model.parameters()).device
+    with usage_errors():
+        smallest = augmentation(args, data).smallest_part(args.accumulate, group)
+        refuse_single_values(model, data.image_shape, smallest)
+    resolved = resolve_execution(
+        args.precision,
+        "off" if group.synchronised else args.compile,
+        device,
+        step_flops=passes * args.batch_size / group.world * flops.dense_training,
+        steps=steps,
+        deterministic=args.deterministic,
+        cpu_kernels=bf16_on_cpu(model, data.image_shape),
+        watched=args.nonfinite == "skip" or group.world > 1,
+    )
+    args.precision, args.compile = resolved.precision, "on" if resolved.compiled else "off"
+    return resolved
+
+
+def state(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> TrainState:
+    """Return all that changes during training."""
+    device = next(model.parameters()).device
+    guard = NonFiniteGuard(model, args.precision == "fp16", args.nonfinite == "skip", device.type)
+    return TrainState(model, optimizer, pruner, guard)
+
+
+def loaders(
+    args: Namespace, data: Dataset, normalize: Normalize, device: torch.device, execution: Execution,
+    group: ProcessGroup = ProcessGroup(),
+) -> tuple[TrainLoader, dict[str, EvalLoader]]:  # fmt: skip
+    """Return the training batches, and the images to evaluate on by split."""
+    workers = pick_workers(data.train, device) if args.workers is None else args.workers
+    loader = TrainLoader(
+        data.train, augmentation(args, data), len(data.classes), normalize, device, workers, execution, group
+    )
+    splits = {"test": data.test} | ({"val": data.val} if data.val else {})
+    evaluators = {
+        name: EvalLoader(images, args.test_batch_size, normalize, device, resident=not workers, group=group)
+        for name, images in splits.items()
+    }
+    return loader, evaluators
+
+
+def step(
+    args: Namespace, state: TrainState, execution: Execution, steps_per_epoch: int, group: ProcessGroup = ProcessGroup()
+) -> TrainingStep:
+    """Return the training step."""
+    if group.synchronised:
+        synchronise(state.model)
+    micro_batch = -(-args.batch_size // (args.accumulate * group.world))
+    lr_at = partial(
+        learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=args.epochs * steps_per_epoch,
+        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+    )  # fmt: skip
+    return TrainingStep(
+        state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
+        args.accumulate, args.clip_grad, args.sam_local, group, execution.graphed,
+    )  # fmt: skip
+
+
+def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset, about: dict) -> None:
+    """Load a checkpoint that a run goes on from.
+
+    Args:
+        state: what it is loaded into.
+        checkpoint: what load_checkpoint returned.
+        args: the flags.
+        data: the run's data set.
+        about: see describe_data.
+
+    Raises:
+        UsageError: it is of other images, of another number of processes where that counts, or does not fit.
+    """
+    check_fits(checkpoint, data)
+    if checkpoint["data"]["fingerprint"] != about["fingerprint"]:
+        raise UsageError("the images are not those that the run began with: give it its own --data-dir")
+    processes = checkpoint["data"].get("processes", about["processes"])
+    if args.sam_local and processes != about["processes"]:
+        raise UsageError(
+            f"--sam-local perturbs along the gradient of each process's images: go on in {processes} processes as before"
+        )
+    state.load_state_dict(checkpoint["state"])
+
+
+def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
+    """Load the weights of --pretrained, which has to be of the same network for the same data. Raises UsageError."""
+    checkpoint = load_checkpoint(args.pretrained)
+    evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
+    check_fits(checkpoint, data)
+    load_network(model, Pruner(model).masks, checkpoint)
+
+
+def check_fits(checkpoint: dict, data: Dataset) -> None:
+    """Raise UsageError for a checkpoint of a network for other data."""
+    classes, channels = checkpoint["data"]["classes"], len(checkpoint["data"]["mean"])
+    if (classes, channels) != (data.classes, data.channels):
+        raise UsageError(
+            f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
+            f"data set of {len(data.classes)} and {data.channels}: give the data it was trained on"
+        )
 
 
 @dataclass(frozen=True)
@@ -23,6 +226,8 @@ class Trained:
     """A network with the weights and masks of a checkpoint.
 
     Attributes:
+        model: the network.
+        pruner: its masks.
         args: the flags of its run, with those of this command in their place.
         dataset: training images split as the run split them.
         normalize: with the figures of the run's training images, whatever `dataset` holds.
@@ -41,63 +246,37 @@ class Trained:
     same_images: bool
 
     def training_inputs(self, device: torch.device) -> Iterator[Tensor]:
-        """The batches of an epoch, as the run was trained on them."""
-        augmentation = build_augmentation(self.args, self.dataset)
-        classes = len(self.dataset.classes)
-        loader = TrainLoader(self.dataset.train, augmentation, classes, self.normalize, device, 0, Execution())
-        return (loader.batch(step)[0] for step in range(loader.steps_per_epoch))
+        """Return the inputs of an epoch's batches, as the run was trained on them."""
+        loader = TrainLoader(
+            self.dataset.train, augmentation(self.args, self.dataset), len(self.dataset.classes), self.normalize,
+            device, 0, Execution(),
+        )  # fmt: skip
+        return (loader.batch(step).inputs for step in range(loader.steps_per_epoch))
 
 
-def open_trained(args: Namespace, given: set[str], device: torch.device) -> Trained:
-    """Rebuild the network of the checkpoint `args.evaluate`.
+def trained(path: Path, args: Namespace, given: set[str], device: torch.device) -> Trained:
+    """Rebuild the network of a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        args, given: flags of this command, see flags.parse.
+        device: where the network is to be.
 
     Raises:
-        UsageError: no such checkpoint, flags that contradict it, or data it does not fit.
+        UsageError: no such checkpoint, flags that contradict it, or data that it does not fit.
     """
-    checkpoint = load_checkpoint(args.evaluate)
-    args = runs.evaluated(args, given, checkpoint["args"])
-    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
-    check_fits(checkpoint, dataset)
-    if 0 < args.val_split < len(dataset.train):
-        dataset = hold_out(dataset, args.val_split, args.seed)
-    model = build_network(args, dataset, device)
-    pruner = Pruner(model)
-    load_network(model, pruner, checkpoint)
-    data = checkpoint["data"]
+    checkpoint = load_checkpoint(path)
+    args = evaluated_flags(args, given, checkpoint["args"])
+    data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    check_fits(checkpoint, data)
+    if 0 < args.val_split < len(data.train):
+        data = hold_out(data, args.val_split, args.seed)
+    model = network(args, data, device)
+    masks = Pruner(model)
+    load_network(model, masks.masks, checkpoint)
+    about = checkpoint["data"]
     return Trained(
-        model, pruner, args, dataset, Normalize(data["mean"], data["deviation"], device),
-        epochs=len(checkpoint["state"]["rows"]), images=data["fingerprint"],
-        same_images=fingerprint(dataset) == data["fingerprint"],
+        model, masks, args, data, Normalize(about["mean"], about["deviation"], device),
+        epochs=len(checkpoint["state"]["rows"]), images=about["fingerprint"],
+        same_images=fingerprint(data) == about["fingerprint"],
     )  # fmt: skip
-
-
-def build_network(args: Namespace, dataset: Dataset, device: torch.device) -> nn.Module:
-    """The untrained network of the flags for a data set. Raises UsageError."""
-    with usage_errors():
-        model = build_model(args.arch, args.depth, len(dataset.classes), args.width, dataset.channels)
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def build_augmentation(args: Namespace, dataset: Dataset) -> Augmentation:
-    """What the flags do to a data set's training images."""
-    return Augmentation(
-        len(dataset.train), args.batch_size, args.seed, dataset.pad, dataset.flip, mixup=args.alpha or 0.0
-    )
-
-
-def load_weights(model: nn.Module, args: Namespace, dataset: Dataset) -> None:
-    """Take the weights of --pretrained, which has to be of the same network for the same data."""
-    checkpoint = load_checkpoint(args.pretrained)
-    runs.evaluated(args, {"arch", "depth", "width"}, checkpoint["args"])
-    check_fits(checkpoint, dataset)
-    load_network(model, Pruner(model), checkpoint)
-
-
-def check_fits(checkpoint: dict, dataset: Dataset) -> None:
-    """Refuse a checkpoint of a network for other data."""
-    classes, channels = checkpoint["data"]["classes"], len(checkpoint["data"]["mean"])
-    if (classes, channels) != (dataset.classes, dataset.channels):
-        raise UsageError(
-            f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
-            f"data set of {len(dataset.classes)} and {dataset.channels}: give the data it was trained on"
-        )

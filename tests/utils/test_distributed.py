@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from running import wait_for
 from torch import nn
+from training.sync_batch_norm import synchronise
 
 import main_prune_train
 from training import loop as engine
-from training.sync_batch_norm import synchronise
 from utils.distributed import ProcessGroup
 
 ROOT = Path(__file__).parents[2]

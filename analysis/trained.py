@@ -1,0 +1,81 @@
+"""What main_prune_train.py measures of a trained network: --evaluate, --recalibrate-bn and --sharpness."""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+from analysis import hessian
+from experiment import build
+from imagedata.augment import Normalize
+from imagedata.images import Dataset
+from imagedata.loaders import EvalLoader
+from training.batch_norm import recalibrated
+from training.loop import Run, evaluate
+from utils.device import device_name, pick_device, use_deterministic_kernels
+from utils.distributed import launched
+from utils.errors import Preempted, UsageError, memory_errors, usage_errors
+from utils.precision import resolve_execution
+
+RECALIBRATED = ("test_loss_recalibrated_bn", "test_top1_recalibrated_bn")
+
+
+def measured_names(args: Namespace) -> set[str]:
+    """Return what result.json holds beyond the usual with --recalibrate-bn and --sharpness."""
+    return set(RECALIBRATED if args.recalibrate_bn else ()) | ({"sharpness"} if args.sharpness else set())
+
+
+def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normalize, earlier: dict) -> dict:
+    """Return what --recalibrate-bn and --sharpness ask for, by name.
+
+    Args:
+        run: at its end.
+        args: the flags.
+        data: what it was trained on.
+        normalize: what becomes of the images.
+        earlier: result.json of a command before this one, whose measurements are kept.
+
+    Raises:
+        Preempted: a signal came.
+    """
+    model: nn.Module = run.state.model
+    device, group, say = run.loader.device, run.group, run.logger.say
+    found = {name: earlier[name] for name in (*RECALIBRATED, "sharpness") if name in earlier}
+    if measured_names(args) and group.any(run.interruption.signal is not None, device):
+        raise Preempted("ended by a signal after the last step: --resume auto goes on with the measurements")
+    if args.recalibrate_bn:
+        inputs = (run.loader.batch(step).inputs for step in range(run.loader.steps_per_epoch))
+        model = recalibrated(model, inputs, run.execution)
+        group.reduce(model, torch.zeros(1, device=device), gradients=False)  # statistics of all processes' images
+        figures = evaluate(model, run.evaluators["test"], run.execution, group)
+        found |= dict(zip(RECALIBRATED, figures, strict=True))
+        say(f"with batch norm's statistics estimated anew: test accuracy {figures[1]:.2f}%")
+    if args.sharpness and group.is_main:
+        command = f"python -m analysis.sharpness {run.logger.directory / 'checkpoint.pt'}"
+        advice = f"{command} with a --batch-size below {hessian.Settings.batch_size}"
+        with usage_errors(), memory_errors(advice):
+            sharpness = hessian.measure(model, run.state.pruner.masks, data, normalize, device, watch=say)
+        found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | sharpness
+        run.logger.scalars("sharpness", hessian.scalars(sharpness), run.state.global_step)
+    return found
+
+
+def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
+    """Print loss and accuracy of the checkpoint --evaluate on the test images."""
+    if launched("WORLD_SIZE", 1) > 1:
+        raise UsageError("--evaluate takes one process: leave torchrun out")
+    device = pick_device(args.device, args.no_cuda)
+    use_deterministic_kernels(args.deterministic)
+    trained = build.trained(args.evaluate, args, given, device)
+    args = trained.args
+    print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
+    print(trained.pruner.describe())
+    loader = EvalLoader(trained.dataset.test, args.test_batch_size, trained.normalize, device)
+    execution = resolve_execution(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
+    loss, top1 = evaluate(trained.model, loader, execution)
+    print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
+    if args.recalibrate_bn:
+        with usage_errors():
+            model = recalibrated(trained.model, trained.training_inputs(device), execution)
+        loss, top1 = evaluate(model, loader, execution)
+        print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   with batch norm's statistics estimated anew")

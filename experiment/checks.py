@@ -1,0 +1,135 @@
+"""Which combinations of flags are refused: contradictions, flags without effect, and changes to a run that goes on."""
+
+import argparse
+from pathlib import Path
+
+from experiment.flags import FREE, PATHS, RESOLVED, flag, method_options, parse, plain
+from prune import METHODS
+from training.optim import OPTIMIZERS
+from utils.errors import UsageError
+
+
+def check(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags that contradict each other or would be ignored.
+
+    Raises:
+        UsageError: one sentence that names them.
+    """
+    useless = _without_effect(args)
+    for name in sorted(given & useless.keys()):
+        raise UsageError(f"{flag(name)} has no effect {useless[name]}: leave it out, or change that")
+    _check_sparsity(args)
+    _check_training(args)
+
+
+def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    """Return the flags of a checkpoint, replaced by those given now where they may differ.
+
+    Raises:
+        UsageError: a flag that changes the mathematics differs.
+    """
+    now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
+    given = given - {name for name in RESOLVED if now[name] == "auto"}
+    differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
+    if differing == ["epochs"] and now["epochs"] > saved["epochs"] and may_grow(saved):
+        differing = []
+    if differing:
+        changes = ", ".join(f"{flag(name)} was {saved.get(name)} and is {now[name]}" for name in differing)
+        hint = " (--epochs may grow with --lr-scheduler constant and masks that stay)" if "epochs" in differing else ""
+        raise UsageError(f"a resumed run cannot change its mathematics: {changes}{hint}")
+    return _merge(args, given, saved)
+
+
+def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    """Return the flags of a checkpoint that is to be evaluated, replaced by those given now.
+
+    Raises:
+        UsageError: another network than the checkpoint's, or a flag that is for training.
+    """
+    network = ("arch", "depth", "width")
+    allowed = {
+        "dataset", "data_dir", "image_size", "test_batch_size", "device", "no_cuda", "deterministic", "evaluate",
+        "precision", "recalibrate_bn",
+    }  # fmt: skip
+    for name in sorted(given - allowed - set(network)):
+        raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")
+    for name in network:
+        if name in given and getattr(args, name) != saved[name]:
+            raise UsageError(
+                f"the checkpoint is of another network: its {flag(name)} is {saved[name]}, not {getattr(args, name)}; "
+                "leave the network's flags out"
+            )
+    if "dataset" in given:
+        saved = saved | {"data_dir": None, "image_size": None}
+    merged = _merge(args, given | {"recalibrate_bn", "sharpness"}, saved)
+    check(merged, given & allowed)
+    return merged
+
+
+def may_grow(flags: dict) -> bool:
+    """Return whether nothing in a run depends on its number of epochs."""
+    method = METHODS[flags["prune_method"]]
+    return flags["lr_scheduler"] == "constant" and not method.update and not method.tickets
+
+
+def _without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags that the others leave without effect, each with the reason."""
+    optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
+    reasons = {option.name: f"with --prune-method {args.prune_method}" for option in method_options()}
+    for option in method.options:
+        del reasons[option.name]
+    if args.prune_method == "none":
+        for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
+            reasons[name] = "with --prune-method none"
+    if optimizer.momentum is None:
+        reasons |= dict.fromkeys(("momentum", "nesterov"), f"with --optmzr {args.optmzr}")
+    if not optimizer.sam:
+        reasons |= dict.fromkeys(("sam_v2", "sam_rho", "adaptive", "sam_local"), f"with --optmzr {args.optmzr}")
+    elif args.sam_v2:
+        reasons["sam_local"] = "with --sam-v2"
+    if not args.mixup:
+        reasons["alpha"] = "without --mixup"
+    if args.dataset != "folder":
+        reasons["image_size"] = f"with --dataset {args.dataset}"
+    if args.dataset == "digits":
+        reasons["data_dir"] = "with --dataset digits"
+    return reasons
+
+
+def _check_sparsity(args: argparse.Namespace) -> None:
+    method, fixed = args.prune_method, args.sparsity_config or ":" in args.sparsity_pattern
+    if method != "none" and args.sparsity is None and not fixed:
+        raise UsageError(f"--prune-method {method} needs --sparsity, e.g. --sparsity 0.9")
+    if args.sparsity_config and args.sparsity_distribution:
+        raise UsageError("--sparsity-config says what each layer keeps: leave --sparsity-distribution out")
+    if METHODS[method].pretrained and not args.pretrained:
+        raise UsageError(f"--prune-method {method} prunes trained weights: give them by --pretrained CKPT")
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    if args.nesterov and args.momentum == 0:
+        raise UsageError("--nesterov needs a --momentum above 0")
+    if args.warmup_epochs >= args.epochs:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} has to be less than --epochs {args.epochs}")
+    if args.accumulate > args.batch_size:
+        raise UsageError(
+            f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image"
+        )
+    if args.sync_bn and args.sam_local:
+        raise UsageError(
+            "--sync-bn and --sam-local contradict each other: a process's own gradient needs its own statistics"
+        )
+    if args.sync_bn and args.compile == "on":
+        raise UsageError("--sync-bn cannot be compiled: give --compile auto or off")
+    if args.no_cuda and args.device not in ("auto", "cpu"):
+        raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
+
+
+def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:
+    merged = vars(args) | {name: value for name, value in saved.items() if name not in given}
+    for name in PATHS:
+        if merged[name]:
+            merged[name] = Path(merged[name])
+    for name in ("resume", "evaluate", "output_dir", "device", "no_cuda"):  # of this command, not of the first
+        merged[name] = getattr(args, name)
+    return argparse.Namespace(**merged)

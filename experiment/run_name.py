@@ -1,0 +1,69 @@
+"""The name of a run: its hyper-parameters."""
+
+import argparse
+import hashlib
+import re
+
+from experiment.checks import may_grow
+from experiment.flags import FREE, parse, plain, resolve
+from training.optim import OPTIMIZERS
+
+# Flags that have their place in every name.
+NAMED = {
+    "arch", "depth", "dataset", "optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity",
+    "sparsity_distribution", "sparsity_config", "sparsity_pattern", "lr", "epochs", "seed", "mixup",
+}  # fmt: skip
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return a name from the hyper-parameters: the most telling ones always, any other one where it is not the default.
+
+    Args:
+        args: complete flags, see `flags.resolve`.
+    """
+    dataset = f"folder-{args.data_dir.resolve().name}" if args.dataset == "folder" and args.data_dir else args.dataset
+    parts = [f"{args.arch}{args.depth}", dataset, _optimizer_part(args), _sparsity_part(args), f"lr{args.lr:g}"]
+    if not may_grow(vars(args)):
+        parts.append(f"epochs{args.epochs}")
+    parts += _other_parts(args)
+    if args.mixup:
+        parts.append("mixup")
+    parts.append(f"seed{args.seed}")
+    if args.remark:
+        parts.append(args.remark)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts)).strip(".-")
+    if len(name) > 200:  # file systems take 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def _optimizer_part(args: argparse.Namespace) -> str:
+    if not OPTIMIZERS[args.optmzr].sam:
+        return args.optmzr
+    return f"{args.optmzr}{'-v2' if args.sam_v2 else ''}{'-adaptive' if args.adaptive else ''}-rho{args.sam_rho:g}"
+
+
+def _sparsity_part(args: argparse.Namespace) -> str:
+    if args.prune_method == "none":
+        return "dense"
+    parts = [args.prune_method, args.sparsity_distribution, args.sparsity and f"{args.sparsity:g}"]
+    if args.sparsity_config:
+        parts.append(args.sparsity_config.stem)
+    if args.sparsity_pattern != "unstructured":
+        parts.append(args.sparsity_pattern.replace(":", "of"))
+    return "-".join(filter(None, parts))
+
+
+def _other_parts(args: argparse.Namespace) -> list[str]:
+    """Return a part for each other flag that differs from its default."""
+    same = {name: getattr(args, name) for name in ("arch", "optmzr", "mixup", "prune_method")}
+    defaults = vars(resolve(argparse.Namespace(**vars(parse([])[0]) | same)))
+    parts = []
+    for name, value in plain(args).items():
+        if name in NAMED | FREE or value == defaults[name]:
+            continue
+        text = (
+            "-" + "-".join(value) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+        )
+        parts.append(name.replace("_", "-") + ("" if value is True else text))
+    return parts
