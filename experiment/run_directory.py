@@ -71,6 +71,8 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Iterator[Located]:
     resume = Path(args.resume) if args.resume not in (None, "auto") else None
     if resume:
         directory = resume.parent
+        if not os.path.exists(resume):
+            raise UsageError(f"there is no checkpoint '{resume}'")
         if resume.name not in (NEWEST, PREVIOUS, BEST):
             raise UsageError(
                 f"--resume goes on from the checkpoint.pt or best.pt of a run's directory, not '{args.resume}'"
@@ -114,7 +116,7 @@ def _locked(directory: Path) -> Iterator[None]:
     if launched("RANK", 0) != 0:
         yield
         return
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         with _lock(directory):
             yield

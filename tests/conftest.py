@@ -17,6 +17,9 @@ from main_prune_train import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SMALL = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --log-interval 2".split()
+
+
 class Outcome:
     """Exit code, output and, where there is one, the directory of a run."""
 
@@ -30,6 +33,15 @@ class Outcome:
         return torch.load(self.directory / name, weights_only=True)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of one-step SAM with masks. Tests read it and do not change it."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    flags = "--epochs 2 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.5"
+    assert main([*SMALL, *flags.split(), "--output-dir", str(directory)]) == 0
+    return Outcome(0, "", "", directory)
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """train("--flag value ...") runs main_prune_train.py on digits, in a directory of its own, depth 8."""
@@ -38,7 +50,7 @@ def train(tmp_path, monkeypatch, capsys):
     def run(flags: str, output: str | None = "run", short: bool = True) -> Outcome:
         argv = flags.split()
         if short:
-            argv = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --log-interval 2".split() + argv
+            argv = SMALL + argv
         if output:
             argv += ["--output-dir", str(tmp_path / output)]
         code = main(argv)

@@ -127,7 +127,8 @@ def load_checkpoint(path: Path) -> dict:
         raise DamagedError(
             f"'{path}' is not a whole checkpoint of this program (truncated, damaged or foreign)"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") not in (FORMAT, OLDER_FORMAT):
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") in (FORMAT, OLDER_FORMAT)
+    if not known or not all(isinstance(checkpoint.get(part), dict) for part in ("args", "data", "state")):
         raise DamagedError(
             f"'{path}' is not a checkpoint of this program, or of another version of it: name a checkpoint.pt or best.pt "
             "of a run"
