@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training.step import TrainingStep
 from utils.precision import what_compilation_lacks
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,18 @@ def same(left, right):
         assert torch.equal(left, right)
     else:
         assert left == right or left != left
+
+
+def before_step(number, action):
+    """TrainingStep.__call__ that first calls action(state) at a global step."""
+    original = TrainingStep.__call__
+
+    def call(step, *arguments):
+        if step.state.global_step == number:
+            action(step.state)
+        return original(step, *arguments)
+
+    return call
 
 
 def child(flags, directory, **options):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import DIGITS, child, wait_for
+from running import DIGITS, before_step, child, wait_for
 
 import main_prune_train
-from analysis import hessian as sharpness
-from training import loop as engine
+from analysis import hessian, trained
+from training import loop
+from training.step import TrainingStep
 
 
 def test_output_that_nobody_reads_ends_a_run_with_a_sentence(tmp_path):
@@ -26,15 +27,6 @@ def test_output_that_nobody_reads_ends_a_run_with_a_sentence(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err == "error: nobody reads the output any more: a training goes on by --resume auto\n"
-
-
-def test_a_run_needs_neither_an_output_nor_its_alphabet(tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    for name, options in (("\xe9", {}), ("closed", {"preexec_fn": lambda: os.close(1)})):
-        process = child(f"{DIGITS} --epochs 1", tmp_path / name, env=environment, **options)
-        _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-        assert (tmp_path / name / "result.json").exists()
 
 
 def test_a_disk_that_is_full_from_the_start_is_a_sentence(tmp_path):
@@ -67,13 +59,13 @@ def test_a_disk_that_fills_up_ends_a_run_with_a_sentence_and_keeps_what_was_writ
 
 
 def test_a_directory_that_is_removed_ends_a_run_with_a_sentence(train, monkeypatch, tmp_path):
-    original = engine.evaluate
+    original = loop.evaluate
 
     def removed(*args):
         shutil.rmtree(tmp_path / "run")
         return original(*args)
 
-    monkeypatch.setattr(engine, "evaluate", removed)
+    monkeypatch.setattr(loop, "evaluate", removed)
     gone = train("--epochs 2")
     assert (gone.code, gone.err.count("\n")) == (1, 1)
     assert "cannot read or write" in gone.err
@@ -134,11 +126,11 @@ def test_output_may_be_caught(tmp_path, monkeypatch):
     assert "final test accuracy" in out.getvalue()
 
 
-def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):
+def test_a_worker_that_dies_in_a_measurement_is_a_sentence(train, monkeypatch):
     def die(*args):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    monkeypatch.setattr(main_prune_train, "recalibrated", die)
+    monkeypatch.setattr(trained, "recalibrated", die)
     failed = train("--epochs 1 --recalibrate-bn --workers 1")
     assert (failed.code, failed.err.count("\n")) == (1, 1)
     assert "a data worker died" in failed.err
@@ -154,20 +146,20 @@ def test_a_worker_that_dies_in_a_closer_look_is_a_sentence(train, monkeypatch):
     ],
 )
 def test_out_of_memory_on_a_gpu_names_what_to_try(train, monkeypatch, flags, words):
-    def full(*args):
+    def full(state):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(engine, "train_step", full)
+    monkeypatch.setattr(TrainingStep, "__call__", before_step(0, full))
     failed = train(f"--epochs 1 {flags}")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
     assert words in failed.err
 
 
-def test_out_of_memory_in_a_closer_look_names_what_to_try(train, monkeypatch):
+def test_out_of_memory_in_a_measurement_names_what_to_try(train, monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(sharpness, "measure", full)
+    monkeypatch.setattr(hessian, "measure", full)
     failed = train("--epochs 1 --sharpness")
     assert (failed.code, failed.err.count("\n")) == (1, 1)
     assert f"try python -m analysis.sharpness {failed.directory / 'checkpoint.pt'} with a --batch-size" in failed.err

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from running import same
 
 import main_prune_train
-from experiment import flags as cli
-from experiment import run_directory as runs
+from experiment import build
+from experiment.flags import build_parser, parse
+from experiment.run_directory import locate_run
 from training.checkpoint import load_checkpoint
 from utils.errors import UsageError
 
@@ -124,7 +125,7 @@ VALUES = st.sampled_from(
     ["0", "1", "-1", "2", "0.5", "0.9", "1e30", "nan", "inf", "", "x", "2:4", "4x1", "1e-9", "99999999999999999999", "auto", "é",
      "missing.pt", "/", "5m"]
 )  # fmt: skip
-OPTIONS = [action for action in cli.build_parser()._actions if action.dest != "help"]
+OPTIONS = [action for action in build_parser()._actions if action.dest != "help"]
 
 
 @st.composite
@@ -149,8 +150,8 @@ def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatc
     @given(flag_sets())
     def check(argv):
         try:
-            args = runs.locate_run(*cli.parse(argv)).args
-            main_prune_train.check_on_meta(args)
+            with locate_run(*parse(argv)) as located:
+                build.check_on_meta(located.args)
             outcomes["taken"] += 1
         except UsageError as error:
             outcomes["refused" if "\n" not in str(error) else "more than a line"] += 1

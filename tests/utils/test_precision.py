@@ -8,7 +8,7 @@ from running import NEEDS_COMPILER
 from torch import nn
 
 from models import build_model
-from training.loop import build_objective
+from training.step import build_objective
 from utils import precision
 from utils.errors import UsageError
 from utils.precision import Execution, bf16_on_cpu, resolve_execution

@@ -6,29 +6,24 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import DIGITS, child, same, wait_for
+from running import DIGITS, before_step, child, same, wait_for
 
-import main_prune_train
-from training import loop as engine
-from training.checkpoint import TrainState
+from experiment import build
 from training.logger import Logger
-from utils import signals as interruption
+from training.state import TrainState
+from training.step import TrainingStep
+from utils import signals
 
 
 @pytest.fixture
 def send(monkeypatch):
-    """send(signal, step): this process gets it while that step of the next run is computed."""
+    """send(signal, step, times): this process gets it before that step of the next run."""
 
-    def arrange(number, at):
-        original = engine.train_step
-
-        def step(state, *rest):
-            if state.global_step == at:
-                signal.raise_signal(number)
-            return original(state, *rest)
-
-        monkeypatch.setattr(engine, "train_step", step)
-        return lambda: monkeypatch.setattr(engine, "train_step", original)
+    def arrange(number, at, times=1):
+        original = TrainingStep.__call__
+        action = lambda state: [signal.raise_signal(number) for _ in range(times)]  # noqa: E731
+        monkeypatch.setattr(TrainingStep, "__call__", before_step(at, action))
+        return lambda: monkeypatch.setattr(TrainingStep, "__call__", original)
 
     return arrange
 
@@ -69,11 +64,11 @@ def test_a_signal_ends_a_run_in_the_middle_of_an_epoch_and_it_goes_on_bit_for_bi
 
 def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
     send(signal.SIGINT, 2)
-    monkeypatch.setattr(interruption, "REPEATED", 0)
+    monkeypatch.setattr(signals, "REPEATED", 0)
     save = TrainState.state_dict
 
     def slow(self):
-        if self.progress:
+        if self.global_step:
             signal.raise_signal(signal.SIGINT)
         return save(self)
 
@@ -81,31 +76,23 @@ def test_a_second_signal_ends_it_at_once(train, send, monkeypatch):
     assert train("--epochs 2").code == 130
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(train, monkeypatch):
+def test_a_signal_that_comes_twice_at_once_is_one(train, send):
     """As where a scheduler sends it to all processes, and their launcher passes it on."""
-    original = engine.train_step
-
-    def step(state, *rest):
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-        return original(state, *rest)
-
-    monkeypatch.setattr(engine, "train_step", step)
+    send(signal.SIGTERM, 2, times=2)
     ended = train("--epochs 2")
     assert ended.code == 75
     assert ended.checkpoint()["state"]["global_step"] == 3
 
 
 def test_a_signal_just_after_an_epoch_has_its_checkpoint_too(train, monkeypatch):
-    original = Logger.row
+    original = Logger.write_row
 
     def row(self, state):
         original(self, state)
         if len(state.rows) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Logger, "row", row)
+    monkeypatch.setattr(Logger, "write_row", row)
     ended = train("--epochs 8 --checkpoint-every 5")
     assert ended.code == 75
     assert ended.checkpoint()["state"]["global_step"] == 19  # a step later
@@ -116,7 +103,7 @@ def test_a_signal_before_the_first_step_ends_a_run_with_a_sentence(train, monkey
     def load(*args):
         signal.raise_signal(number)
 
-    monkeypatch.setattr(main_prune_train, "load_dataset", load)
+    monkeypatch.setattr(build, "load_dataset", load)
     ended = train("--epochs 2")
     assert (ended.code, ended.err) == (75, f"ended by {number.name}: go on by --resume auto\n")
     assert not ended.directory.exists()
@@ -138,7 +125,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_no_damage(train, monkeypatch):
     assert {path.name: path.read_bytes() for path in run.directory.glob("*.pt")} == before
 
 
-def test_a_signal_in_the_last_epoch_leaves_the_closer_look_to_another_process(train, send):
+def test_a_signal_in_the_last_epoch_leaves_the_measurements_to_another_process(train, send):
     flags = "--epochs 2 --recalibrate-bn"
     whole = train(flags, "whole")
     undo = send(signal.SIGTERM, 11)
