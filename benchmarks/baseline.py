@@ -1,11 +1,12 @@
 """The loop that everyone writes, as the benchmark's baseline: eager float32, PIL transforms, SAM tensor by tensor.
 
-With torch's defaults, which on CUDA are TF32 in convolutions.
+It takes torch's defaults, which on CUDA are TF32 in convolutions.
 """
 
 import contextlib
 import os
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from models import build_model
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images one by one through PIL, as torchvision's data sets give them."""
+    """Gives images one by one through PIL, as torchvision's data sets do."""
 
     def __init__(self, images: Images):
         self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
@@ -41,14 +42,16 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class PerTensorSAM(torch.optim.SGD):
-    """One-step SAM in the common way: a loop over the parameters, and e, w and g each kept."""
+    """One-step SAM in the common way: loops over the parameters, and keeps each of e, w and g."""
 
-    def __init__(self, params: list[Tensor], rho: float, **options):
+    def __init__(self, params: list[Tensor], rho: float, **options: Any):
         super().__init__(params, **options)
-        self.rho, self.kept = rho, {}
+        self.rho = rho
+        self.kept: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def first_step(self) -> None:
+        """Perturb along the kept gradient."""
         params = [p for group in self.param_groups for p in group["params"] if p in self.kept]
         if not params:
             return
@@ -61,6 +64,7 @@ class PerTensorSAM(torch.optim.SGD):
 
     @torch.no_grad()
     def second_step(self) -> None:
+        """Restore, keep the gradient and step."""
         for group in self.param_groups:
             for p in group["params"]:
                 kept = self.kept.setdefault(p, {})
@@ -70,13 +74,13 @@ class PerTensorSAM(torch.optim.SGD):
         self.step()
 
     def floats(self) -> int:
-        """Numbers kept between steps."""
+        """Return how many numbers are kept between steps."""
         own = sum(tensor.numel() for kept in self.kept.values() for tensor in kept.values())
         return own + sum(t.numel() for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
 
 
 class UsualLoop:
-    """A training loop with one-step SAM, a step at a time.
+    """A training loop with one-step SAM, one step after the other.
 
     Args:
         images: what to train on; None for the same batch over and over, without a data pipeline.
@@ -105,6 +109,7 @@ class UsualLoop:
         return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def run(self, steps: int) -> None:
+        """Train for so many steps."""
         self.model.train()
         total_loss, correct = 0.0, 0
         for _ in range(steps):
@@ -120,7 +125,7 @@ class UsualLoop:
 
 
 def serve(pipe: Connection, device_text: str, batch_size: int, count: int) -> None:
-    """In a process of its own, which nothing of this project has tuned: run steps when asked, with data or without.
+    """Run steps when asked, with data or without, in a process of its own that nothing of this project has tuned.
 
     Args:
         count: random images to train on, made here: sent, they would have to fit the machine's shared memory.

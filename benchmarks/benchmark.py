@@ -31,6 +31,7 @@ from imagedata.images import Images
 from imagedata.loaders import Batch
 from models import build_model
 from prune import METHODS, Pruner
+from sam import SAM
 from training.logger import git_revision, versions
 from training.optim import build_optimizer, state_holders
 from training.state import TrainState
@@ -58,7 +59,7 @@ class Setting:
 
 @contextmanager
 def usual_loop(device: torch.device, images: int) -> Iterator[Callable[[bool, int], None]]:
-    """The usual loop in a process of its own: a function that runs it with data or without, for so many steps."""
+    """Start the usual loop in a process of its own; yield a function that runs it with data or without, for some steps."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, str(device), BATCH, images))
@@ -77,26 +78,23 @@ def usual_loop(device: torch.device, images: int) -> Iterator[Callable[[bool, in
 
 
 def whole_steps(report: Report, setting: Setting) -> None:
-    """Training loops end to end: the usual one, and this project's with each optimizer, with masks and without logging."""
+    """Measure training loops end to end: the usual one, and this project's with each optimizer, with masks and logging."""
     device, steps = setting.device, setting.steps
     images = random_images(steps * BATCH)
-    make = partial(Loop, device, setting.execution, images)
-    loops = {
-        name: make(setting.scratch / name, **options)
-        for name, options in {
-            "sgd": {"optimizer": "sgd"},
-            "SAM": {"v2": False},
-            "SAM.v2": {},
-            "SAM.v2 masked": {"method": "random"},
-        }.items()
+    arms: dict[str, dict] = {
+        "sgd": {"optimizer": "sgd"},
+        "SAM": {"v2": False},
+        "SAM.v2": {},
+        "SAM.v2 masked": {"method": "random"},
     }
-    tasks = {name: loop.run for name, loop in loops.items()}
+    loops = {name: Loop(device, setting.execution, images, setting.scratch / name, **arm) for name, arm in arms.items()}
+    tasks: dict[str, Callable[[], object]] = {name: loop.run for name, loop in loops.items()}
     tasks["logging every step"] = partial(loops["SAM.v2"].run, 1)
     tasks["evaluation"] = loops["SAM.v2"].evaluate
     with usual_loop(device, len(images)) as run_usual:
         usual = {"usual": partial(run_usual, True, steps), "usual, no data": partial(run_usual, False, steps)}
         try:
-            seconds = measure(setting.turns, tasks | usual, device)
+            seconds = measure(setting.turns, {**tasks, **usual}, device)
         except (EOFError, OSError):  # its process is gone, as where workers find no shared memory: the rest is left
             print("the usual loop ended by itself: it is not measured", file=sys.stderr)
             seconds = measure(setting.turns, tasks, device)
@@ -135,19 +133,21 @@ def whole_steps(report: Report, setting: Setting) -> None:
 
 
 def alternatives(setting: Setting) -> list[Execution]:
-    """Each precision, compiled and not, as a run would execute it, and the chosen one without its graph if it has one."""
+    """Return each precision, compiled and not, as a run would execute it, and the chosen one without its graph."""
     precisions = PRECISIONS if setting.device.type == "cuda" else ("fp32", "bf16")  # fp16 is not for CPUs
     named = [resolve_execution(p, c, setting.device, STEP_FLOPS, STEPS) for p in precisions for c in ("off", "on")]
     return list(dict.fromkeys([*named, setting.execution, replace(setting.execution, graphed=False)]))
 
 
 def executions(report: Report, setting: Setting) -> None:
-    """The alternatives, and whether the one chosen is the fastest in its precision, which accuracy decides."""
-    choices, seconds = alternatives(setting), {}
+    """Measure the alternatives, and whether the chosen one is the fastest in its precision (accuracy decides that)."""
+    choices = alternatives(setting)
+    seconds: dict[str, list[float]] = {}
     for precision in dict.fromkeys(choice.precision for choice in choices):
         chosen = precision == setting.execution.precision  # others may be emulated, and take minutes
         steps, turns = (setting.steps, setting.turns) if chosen else (max(2, setting.steps // 8), 1)
-        images, tasks = random_images(steps * BATCH), {}
+        images = random_images(steps * BATCH)
+        tasks: dict[str, Callable[[], object]] = {}
         for choice in choices:
             if choice.precision == precision:
                 loop = Loop(setting.device, choice, images, setting.scratch / str(choice))
@@ -187,8 +187,8 @@ def share_of_peak(report: Report, setting: Setting, loop: Loop, step: float) -> 
 
 
 def mask_updates(report: Report, setting: Setting, images: Images, step: float) -> None:
-    """Masking alone, and a change of the masks with each method that makes one, beyond that."""
-    calls = {}
+    """Measure masking alone, and what a change of the masks takes beyond that with each method that makes one."""
+    calls: dict[str, Callable[[], object]] = {}
     for name in ("random", *DYNAMIC):
         loop = Loop(setting.device, Execution(), images, setting.scratch / name, method=name)
         for p in loop.model.parameters():
@@ -212,16 +212,16 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
 
 
 def optimizer_alone(report: Report, setting: Setting) -> None:
-    """Optimizer steps on given gradients, and the numbers that optimizers keep."""
+    """Measure optimizer steps on given gradients, and count the numbers that optimizers keep."""
     device = setting.device
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    options: dict = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     repeats = 20 if device.type == "cuda" else 1  # so that the last wait is little beside what it waits for
 
-    def repeated(step: Callable[[], object]) -> Callable[[], None]:
-        return lambda: [step() for _ in range(repeats)] and None
+    def repeated(step: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [step() for _ in range(repeats)]
 
     def parameters() -> list[Tensor]:
-        model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+        model = build_model("resnet", 20, CLASSES).to(device).to(memory_format=torch.channels_last)
         for p in model.parameters():
             p.grad = 1e-3 * torch.randn_like(p)
         return list(model.parameters())
@@ -235,8 +235,9 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
         usual.second_step()
 
     default, fused = (torch.optim.SGD(parameters(), **options, fused=f) for f in (None, True))
-    model = build_model("resnet", 20, CLASSES).to(device, memory_format=torch.channels_last)
+    model = build_model("resnet", 20, CLASSES).to(device).to(memory_format=torch.channels_last)
     ours = build_optimizer("sgd-sam", model, **options, rho=0.05, v2=True)
+    assert isinstance(ours, SAM)
     for p in model.parameters():
         p.grad = 1e-3 * torch.randn_like(p)
     usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None).optimizer
@@ -270,10 +271,10 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
 def peak_memory(
     name: str, v2: bool, device_text: str, trace: Path, pipe: multiprocessing.connection.Connection
 ) -> None:
-    """In a process of its own: bytes that torch hands out at the peak of three steps of VGG-19 at batch 32."""
+    """Send the bytes that torch hands out at the peak of three steps of VGG-19 at batch 32, in a process of its own."""
     device = torch.device(device_text)
     with torch.profiler.profile(profile_memory=True) as profile:
-        model = build_model("vgg", 19, CLASSES).to(device, memory_format=torch.channels_last)
+        model = build_model("vgg", 19, CLASSES).to(device).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(name, model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
         state = TrainState(model, optimizer, Pruner(model))
         step = TrainingStep(state, build_objective(model, Execution(), 32), lr_at=lambda step: 0.1)
@@ -291,7 +292,7 @@ def peak_memory(
 
 
 def memory(report: Report, setting: Setting) -> None:
-    """Peak memory of SAM.v2 over that of SGD."""
+    """Measure the peak memory of SAM.v2 over that of SGD."""
     peaks, context = {}, multiprocessing.get_context("spawn")
     for name in ("sgd", "sgd-sam"):
         here, there = context.Pipe()
@@ -309,7 +310,7 @@ def memory(report: Report, setting: Setting) -> None:
 
 
 def launches(report: Report, setting: Setting) -> None:
-    """Seconds from launching the command line on digits to the end of its first step."""
+    """Measure the seconds from launching the command line on digits to the end of its first step."""
     cases = (
         ("not compiled", "off", "none"),
         ("compiled, cold cache", "on", "new"),
@@ -332,7 +333,7 @@ def launches(report: Report, setting: Setting) -> None:
         }
         began = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if line.startswith("the first step took"):
                     report.add(f"from launch to the first step, {name}", time.perf_counter() - began, "s")
                     break
@@ -351,6 +352,7 @@ PARTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.benchmark", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
@@ -363,6 +365,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns its exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.turns < 1 or (args.steps is not None and args.steps < 1):
@@ -386,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.parts:
             PARTS[name](report, setting)
             gc.collect()
-            # After each part, for whoever has not the time for all.
+            # After each part, for those who have no time for all of them.
             result = about | {"figures": report.figures, "targets": report.targets}
             write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
     report.show_targets()

@@ -83,7 +83,7 @@ def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
     """Return the untrained network for a data set. Raises UsageError."""
     with usage_errors():
         model = models.build_model(args.arch, args.depth, len(data.classes), args.width, data.channels)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -198,7 +198,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags with the defaults that depend on other flags."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
-    defaults = {
+    defaults: dict = {
         "lr": optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,

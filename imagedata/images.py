@@ -64,8 +64,8 @@ def fingerprint(dataset: Dataset) -> str:
     for images in (dataset.train, dataset.test, dataset.val):
         if images is not None:
             digest.update(f"{tuple(images.pixels.shape)}".encode())
-            digest.update(images.pixels.contiguous().numpy())
-            digest.update(images.labels.numpy())
+            digest.update(images.pixels.contiguous().numpy().data)
+            digest.update(images.labels.numpy().data)
     return digest.hexdigest()
 
 

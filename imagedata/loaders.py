@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     size: int
 
 
-class Stream:
+class Stream(torch.utils.data.Dataset):
     """Cuts batches ahead of the training step in worker processes, from images that stay in the host's memory."""
 
     def __init__(self, pixels: Tensor, augmentation: Augmentation, workers: int, pin: bool, group: ProcessGroup):
@@ -46,7 +46,7 @@ class Stream:
         """Return the pixels of a step. Workers start anew where it does not follow the last one."""
         if step != self._next:
             with signals_blocked():  # and so they are in the workers from their first moment
-                loader = DataLoader(
+                loader: DataLoader = DataLoader(
                     self, batch_size=None, sampler=itertools.count(step), num_workers=self.workers,
                     pin_memory=self.pin, multiprocessing_context="fork", worker_init_fn=_ignore_signals,
                 )  # fmt: skip
@@ -60,7 +60,7 @@ class Stream:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
         plan = part_of_process(self.augmentation.part(self._plan, position), self.group, self.augmentation.mixup > 0)
-        return cut(self.pixels, *plan, self.augmentation.pad)
+        return cut(self.pixels, plan.order, plan.top, plan.left, plan.mirrored, self.augmentation.pad)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -115,7 +115,7 @@ class TrainLoader:
         self.labels, self.one_hot = images.labels.to(device), torch.eye(num_classes, device=device)
         self.pixels = images.pixels if workers else images.pixels.to(device)
         self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", group) if workers else None
-        self._cut: Callable[..., Tensor] = lambda *plan: normalize(cut(self.pixels, *plan, augmentation.pad))
+        self._cut: Callable[..., Tensor] = self._cut_on_device
         if device.type == "cuda":
             self._cut = execution.compile(self._cut, -(-augmentation.batch_size // group.world))
         self._epoch = -1
@@ -138,6 +138,9 @@ class TrainLoader:
             weight = self._weights[position]
             inputs, targets = self._mix(inputs, weight), self._mix(targets, weight)
         return Batch(inputs, targets, self.augmentation.size(position))
+
+    def _cut_on_device(self, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        return self.normalize(cut(self.pixels, order, top, left, mirrored, self.augmentation.pad))
 
     def _mix(self, tensor: Tensor, weight: float) -> Tensor:
         if self.group.world == 1:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from imagedata.images import Dataset, Images
 from utils.device import memory_size
 from utils.errors import UsageError
 from utils.files import load_whole, save_atomically
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 
 def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
@@ -36,7 +40,7 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
 
 
 def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
-    """CIFAR-10/100 by torchvision, which downloads it on first use and verifies checksums before it opens anything."""
+    """Return a loader of CIFAR-10 or CIFAR-100, which torchvision downloads on first use and verifies by checksum."""
 
     def load(data_dir: Path | None, image_size: int | None) -> Dataset:
         from torchvision import datasets  # here: two seconds, for whoever asks for --help or has mistyped a flag
@@ -55,13 +59,13 @@ def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
                     f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
                 ) from error
             splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
-        return Dataset(*splits, classes=split.classes, pad=4, flip=True)
+        return Dataset(splits[0], splits[1], classes=split.classes, pad=4, flip=True)
 
     return load
 
 
 def digits(data_dir: Path | None, image_size: int | None) -> Dataset:
-    """1,797 handwritten digits of 8x8 pixels (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998).
+    """Load 1,797 handwritten digits of 8x8 pixels (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998).
 
     Every fifth image of each class is for testing (355), the others for training (1,442).
     """
@@ -79,7 +83,7 @@ def digits(data_dir: Path | None, image_size: int | None) -> Dataset:
 
 
 def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
-    """DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val), decoded once and cached in DIR/.decoded.
+    """Load DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val), decoded once and cached in DIR/.decoded.
 
     Images are brought to image_size by cropping the larger side about the centre and resizing (bilinear). Without an
     image_size all have to be of one size. Grey images make a data set of one channel if all are grey.
@@ -104,10 +108,10 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
             raise UsageError(f"images in '{data_dir}' differ in size between train and {test}: give --image-size")
         _save_cached(cache, pixels)
     images = [Images(p, torch.tensor(split.targets)) for p, split in zip(pixels, splits, strict=True)]
-    return Dataset(*images, classes=splits[0].classes, pad=4, flip=True)
+    return Dataset(images[0], images[1], classes=splits[0].classes, pad=4, flip=True)
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[[Path | None, int | None], Dataset]] = {
     "cifar10": cifar(10),
     "cifar100": cifar(100),
     "folder": folder,
@@ -115,8 +119,8 @@ DATASETS = {
 }
 
 
-def _list_images(directory: Path) -> torch.utils.data.Dataset:
-    """torchvision's ImageFolder of a directory."""
+def _list_images(directory: Path) -> "ImageFolder":
+    """List the images of a directory by class."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -132,7 +136,7 @@ def _list_images(directory: Path) -> torch.utils.data.Dataset:
 
 
 def _missing(directory: Path) -> str:
-    """What a directory lacks to be an image folder."""
+    """Return what a directory lacks to be an image folder."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     for path in sorted(directory.iterdir()):
@@ -142,7 +146,7 @@ def _missing(directory: Path) -> str:
 
 
 def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
-    """Hash of names, contents and what becomes of them, so that a changed file is never served from the cache."""
+    """Hash names, contents and the size they are brought to, so that the cache never serves a changed file."""
     digest = hashlib.sha256(f"1 {image_size}".encode())
     for path in paths:
         try:
@@ -156,7 +160,7 @@ def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
 
 
 def _decode_all(paths: list[str], image_size: int | None, scratch: Path) -> torch.Tensor:
-    """uint8 [N, H, W, C]; C is 1 if all images are grey, else 3."""
+    """Decode images to uint8 [N, H, W, C]; C is 1 if all images are grey, else 3."""
     size = (image_size, image_size) if image_size else _decode(paths[0], None).shape[:2]
     pixels = _room_for((len(paths), *size, 3), scratch)
     grey = True
@@ -173,7 +177,7 @@ def _decode_all(paths: list[str], image_size: int | None, scratch: Path) -> torc
 
 
 def _room_for(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
-    """In memory or, where it would take more than half of that, in a file that is gone when nobody looks at it."""
+    """Return an array in memory or, if it takes more than half of that, in a file that goes with its last user."""
     size = math.prod(shape)
     if size <= memory_size() / 2:
         return np.empty(shape, dtype=np.uint8)
@@ -194,19 +198,19 @@ def _decode(path: str, image_size: int | None) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{image.mode} pixels of more than 8 bits")
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-            if image_size:
-                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-            return np.asarray(image).reshape(image.height, image.width, -1)
+            decoded = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        if image_size:
+            decoded = ImageOps.fit(decoded, (image_size, image_size), Image.Resampling.BILINEAR)
+        return np.asarray(decoded).reshape(decoded.height, decoded.width, -1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"'{path}' is not a readable image ({error}): mend or remove it") from error
 
 
 def _decode_in_threads(paths: list[str], image_size: int | None) -> Iterator[np.ndarray]:
-    """Images in order, 256 to a task: a task for each would cost more than decoding a small image."""
+    """Decode images in order, 256 in each task: one task per image would cost more than decoding a small one."""
     batches = [paths[start : start + 256] for start in range(0, len(paths), 256)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(batches), 64):  # piecewise, so that a large data set does not pile up in memory
+        for start in range(0, len(batches), 64):  # in pieces, so that a large data set does not pile up in memory
             for images in pool.map(
                 lambda batch: [_decode(path, image_size) for path in batch], batches[start : start + 64]
             ):

@@ -1,6 +1,7 @@
 """What the convolutional families share: channel counts that follow the width, repeated blocks and initial weights."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,5 +60,5 @@ def init_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # A depthwise filter has as many inputs as outputs; torch would count the outputs of all groups together.
-            mode = "fan_out" if module.groups == 1 else "fan_in"
+            mode: Literal["fan_in", "fan_out"] = "fan_out" if module.groups == 1 else "fan_in"
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")

@@ -63,20 +63,20 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         # The patches keep the images' variance, and so do not vanish beside the positions, whose variance is 1/2.
         nn.init.trunc_normal_(self.stem.weight, std=1 / math.sqrt(in_channels * PATCH**2))
-        nn.init.zeros_(self.stem.bias)
+        nn.init.constant_(self.stem.get_parameter("bias"), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         # Where the patches do not divide the image, zeros complete the last ones: no pixel is lost.
         x = self.stem(F.pad(x, (0, -width % PATCH, 0, -height % PATCH)))
         # In the weights' dtype, and so in float32 under autocast: what the blocks add is summed in it.
-        where = positions(*x.shape[2:], x.shape[1], x.device).to(self.stem.weight.dtype)
+        where = positions(x.shape[2], x.shape[3], x.shape[1], x.device).to(self.stem.weight.dtype)
         x = x.flatten(2).transpose(1, 2) + where
         return self.classifier(self.norm(self.blocks(x)).mean(1))
 
 
 def positions(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
-    """Sines and cosines of row and column, a quarter of the channels each (Vaswani et al. 2017, in two dimensions).
+    """Return sines and cosines of row and column, a quarter of the channels each (Vaswani et al. 2017, in two dimensions).
 
     Returns:
         A tensor [height * width, channels], row by row.

@@ -14,9 +14,10 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     weights: dict[str, nn.Parameter] = {}
     seen = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module.weight not in seen:
-            weights[name] = module.weight
-            seen.add(module.weight)
+        weight = module.weight if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) else None
+        if isinstance(weight, nn.Parameter) and weight not in seen:
+            weights[name] = weight
+            seen.add(weight)
     return weights
 
 

@@ -82,7 +82,7 @@ class NofM:
 
     def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
         """Return masks as Units.keep does; the counts say how far down to n a schedule has come."""
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for layers, count in counts.items():
             density = count / sum(scores[layer].numel() for layer in layers)
             n = max(self.n, math.ceil(density * self.m - 1e-6))

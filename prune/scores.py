@@ -27,7 +27,7 @@ class Scored:
     """
 
     model: nn.Module
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     generator: torch.Generator
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         loss = _losses(scored, model, temperature)
         grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        product = sum((g.detach() * g).sum() for g in grads)
+        product = torch.stack([(g.detach() * g).sum() for g in grads]).sum()
         curved = torch.autograd.grad(product, list(weights.values()))
     return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), curved, strict=True)}
 

@@ -122,11 +122,11 @@ class _AddOverProcesses(torch.autograd.Function):
     """The sum over processes, whose gradient is the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
+    def forward(ctx: object, values: Tensor) -> Tensor:
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return _AddOverProcesses.forward(None, gradient)

@@ -36,7 +36,8 @@ class CheckpointSchedule:
             value = 0
         if not 0 < value < 1e9:
             raise UsageError(f"--checkpoint-every takes epochs, as 5, or minutes, as 10m, not '{text}'")
-        self._epochs, self._seconds = (None, 60 * value) if minutes else (value, None)
+        self._epochs = None if minutes else int(value)
+        self._seconds = 60 * value if minutes else None
         self._last = time.monotonic()
 
     def due_in_epoch(self) -> bool:

@@ -143,7 +143,7 @@ class Logger:
         named = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in named.items()}
         metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
         for summary in hparams(named, metrics):
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, global_step)
         self.writer.close()

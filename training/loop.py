@@ -120,7 +120,7 @@ def train_epoch(run: Run) -> dict:
             if log:
                 epoch.check_finite(position + 1)
                 if not state.guard.skipped:
-                    scalars = {"loss": sums[0] / batch.size, "lr": epoch.lrs[-1], **logged}
+                    scalars: dict[str, Tensor | float] = {"loss": sums[0] / batch.size, "lr": epoch.lrs[-1], **logged}
                     run.logger.scalars("train", scalars, state.global_step)
             bar.update()
             if position + 1 < epoch.steps and should_pause(run):

@@ -29,7 +29,7 @@ class Optimizer:
     momentum: float | None = None
 
 
-def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults) -> dict[str, Optimizer]:
+def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults: float) -> dict[str, Optimizer]:
     """Return two optimizers of the same settings: otherwise no comparison between them means anything."""
     return {name: Optimizer(base, sam=False, **defaults), f"{name}-sam": Optimizer(base, sam=True, **defaults)}
 

@@ -69,9 +69,8 @@ class TrainState:
             UsageError: it is of another network or optimizer.
         """
         # How kernels are launched is a matter of this device, not of the checkpoint's.
-        launching = [
-            {k: group[k] for k in ("fused", "capturable") if k in group} for group in self.optimizer.param_groups
-        ]
+        keys = {"fused", "capturable"}
+        launching = [{k: v for k, v in group.items() if k in keys} for group in self.optimizer.param_groups]
         name = ""
         try:
             for name in self._PARTS:

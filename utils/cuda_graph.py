@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class GraphedUpdate(Generic[Kind, Result]):
     def __init__(self, update: Callable[[Tensor, Tensor, Kind], Result], optimizer: torch.optim.Optimizer):
         self._update, self._optimizer = update, optimizer
         self._seen: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, _Captured] = {}
+        self._graphs: dict[Hashable, _Captured[Result]] = {}
 
     def __call__(self, inputs: Tensor, targets: Tensor, kind: Kind) -> Result:
         """Run the update: as it is for the first steps of a kind, then from its graph."""
@@ -45,7 +46,7 @@ class GraphedUpdate(Generic[Kind, Result]):
         captured.graph.replay()
         return captured.result
 
-    def _capture(self, inputs: Tensor, targets: Tensor, kind: Kind) -> "_Captured":
+    def _capture(self, inputs: Tensor, targets: Tensor, kind: Kind) -> "_Captured[Result]":
         """Record an update without running it."""
         inputs, targets, lr = inputs.clone(), targets.clone(), torch.zeros((), device=inputs.device)
         groups = self._optimizer.param_groups
@@ -65,9 +66,10 @@ class GraphedUpdate(Generic[Kind, Result]):
         return _Captured(graph, inputs, targets, lr, result)
 
 
-class _Captured(NamedTuple):
+@dataclass
+class _Captured(Generic[Result]):
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     targets: Tensor
     lr: Tensor
-    result: object
+    result: Result

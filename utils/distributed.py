@@ -69,10 +69,12 @@ class ProcessGroup:
         """
         if self.world == 1:
             return sums
+        tensors = []
         for p in model.parameters():
             if p.grad is None:  # of a process without images
                 p.grad = torch.zeros_like(p)
-        tensors = [p.grad for p in model.parameters()] if gradients else []
+            if gradients:
+                tensors.append(p.grad)
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         shares = torch._foreach_div(statistics, self.world) if statistics else []
         flat = torch.cat([t.flatten() for t in (*tensors, *shares, sums)])
@@ -231,5 +233,5 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 def _hash(value: object) -> str:
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return hashlib.sha256(content.numpy()).hexdigest()
+        return hashlib.sha256(content.numpy().data).hexdigest()
     return repr(value)

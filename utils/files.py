@@ -7,12 +7,12 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None], previous: Path | None = None) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
     """Write a binary file and put it at `path`, replacing what was there in one step.
 
     A process that is killed at any moment leaves the old file or the new one; a left-over `.tmp` file is harmless.
@@ -49,7 +49,7 @@ def save_atomically(path: Path, value: object, previous: Path | None = None) -> 
     write_atomically(path, lambda file: file.write(content.getbuffer()), previous)
 
 
-def load_whole(path: Path, mmap: bool = False) -> object:
+def load_whole(path: Path, mmap: bool = False) -> Any:
     """Read what torch.save wrote, on the CPU. Nothing but tensors and plain values is ever loaded.
 
     Raises:

@@ -23,7 +23,7 @@ COMPILATION = {"cuda": (25.0, 1.5e-14), "amx": (35.0, 2.8e-13)}
 
 # Of torch.compile. On CUDA launches count: small independent kernels, such as conversions of weights, become one. On CPUs a
 # kernel that writes bf16 into the buffer it reads from is slow: each load waits for the overlapping store before it.
-OPTIONS = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
+OPTIONS: dict[str, dict] = {"cuda": {"combo_kernels": True}, "cpu": {"inplace_buffers": False}}
 
 # From so many FLOPs per step on, launching kernels one by one is no slower than running them, and a graph would only take
 # memory.
@@ -174,6 +174,7 @@ def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     found = set()
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        assert isinstance(module, nn.Conv2d)
         if max(module.stride) > 1 and max(inputs[0].shape[2:]) == 1:
             found.add("wrong")
         if max(module.stride) > 1 and module.groups > 1:
