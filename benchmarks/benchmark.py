@@ -226,14 +226,6 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
             p.grad = 1e-3 * torch.randn_like(p)
         return list(model.parameters())
 
-    def samv2() -> None:
-        ours.first_step()
-        ours.second_step()
-
-    def per_tensor() -> None:
-        usual.first_step()
-        usual.second_step()
-
     default, fused = (torch.optim.SGD(parameters(), **options, fused=f) for f in (None, True))
     model = build_model("resnet", 20, CLASSES).to(device).to(memory_format=torch.channels_last)
     ours = build_optimizer("sgd-sam", model, **options, rho=0.05, v2=True)
@@ -243,6 +235,15 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
     usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None).optimizer
     for p in usual.param_groups[0]["params"]:
         p.grad = 1e-3 * torch.randn_like(p)
+
+    def samv2() -> None:
+        ours.first_step()
+        ours.second_step()
+
+    def per_tensor() -> None:
+        usual.first_step()
+        usual.second_step()
+
     steps = {"default": default.step, "fused": fused.step, "ours": samv2, "usual": per_tensor}
     seconds = measure(300, {name: repeated(step) for name, step in steps.items()}, device)
     for name, text in {

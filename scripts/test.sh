@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Linters and tests, on all cores but at most four. Further arguments go to pytest.
+# Linters, types, the arrows between folders, and tests, on all cores but at most four. Further arguments go to pytest.
 set -euo pipefail
 flags=("$@")
 set -- requirements.txt requirements-dev.txt requirements-analysis.txt
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$0")/setup.sh"
+commands=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" -x scripts/*.sh .ci/run
+"$commands/shellcheck" -x scripts/*.sh .ci/run
+"$PYTHON" -m mypy
+"$commands/lint-imports"
 "$PYTHON" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal ${flags[@]+"${flags[@]}"}
