@@ -1,5 +1,6 @@
 """Flags become objects: the only place where that happens, for the recipe, the benchmarks, the analyses and the tests."""
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
-from imagedata.images import Dataset, channel_statistics, fingerprint, hold_out
+from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
 from imagedata.sources import load_dataset
 from prune import METHODS, Pruner
@@ -59,13 +60,26 @@ def place(args: Namespace, resumed: bool) -> tuple[torch.device, ProcessGroup]:
 
 
 def dataset(args: Namespace, group: ProcessGroup = ProcessGroup()) -> Dataset:
-    """Return the data set, with its held-out images. Raises UsageError."""
+    """Return the data set that a run trains on. Raises UsageError."""
     with group.main_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    if not args.val_split:
-        return data
     with usage_errors():
-        return hold_out(data, args.val_split, args.seed)
+        return training_part(args, data)
+
+
+def training_part(args: Namespace, data: Dataset) -> Dataset:
+    """Return the data set with its held-out images, its part to train on and its wrong labels.
+
+    The held-out images are the same whatever the part, and their labels are right. Raises ValueError.
+    """
+    classes = len(data.classes)
+    if args.val_split:
+        data = hold_out(data, args.val_split, args.seed)
+    if args.train_images:
+        data = replace(data, train=balanced_part(data.train, args.train_images, classes, args.seed))
+    if args.label_noise:
+        data = replace(data, train=with_label_noise(data.train, args.label_noise, classes, args.seed))
+    return data
 
 
 def describe_data(data: Dataset, group: ProcessGroup) -> dict:
@@ -269,8 +283,8 @@ def trained(path: Path, args: Namespace, given: set[str], device: torch.device) 
     args = evaluated_flags(args, given, checkpoint["args"])
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
     check_fits(checkpoint, data)
-    if 0 < args.val_split < len(data.train):
-        data = hold_out(data, args.val_split, args.seed)
+    with contextlib.suppress(ValueError):  # of other data than the run's, which may have fewer images
+        data = training_part(args, data)
     model = network(args, data, device)
     masks = Pruner(model)
     load_network(model, masks.masks, checkpoint)

@@ -79,6 +79,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="side that images of a folder are resized to (their own)")
     add("--val-split", type=number(int, least=0), default=0, metavar="N",
         help="hold out N training images and choose best.pt on them (%(default)s)")
+    add("--train-images", type=number(int, above=0), metavar="N",
+        help="train on N images, the same number of each class, chosen by the seed (all)")
+    add("--label-noise", type=number(float, least=0, below=1), default=0.0, metavar="P",
+        help="give this fraction of the training labels a random other class, by the seed (%(default)g)")
     add("--batch-size", type=number(int, above=0), default=128, metavar="N", help="images per step (%(default)s)")
     add("--test-batch-size", type=number(int, above=0), default=500, metavar="N",
         help="images at once in evaluation (%(default)s)")

@@ -81,6 +81,53 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
     return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
 
 
+def balanced_part(images: Images, count: int, classes: int, seed: int) -> Images:
+    """Return `count` images in random order, as many of each class as of the others to within one.
+
+    Args:
+        images: what to draw from, without replacement.
+        count: number of images.
+        classes: number of classes.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a class has too few images.
+    """
+    rng = np.random.default_rng([seed, 3])
+    order, labels = rng.permutation(len(images)), images.labels.numpy()
+    quota = np.full(classes, count // classes)
+    quota[rng.permutation(classes)[: count % classes]] += 1
+    available = np.bincount(labels, minlength=classes)
+    if (available < quota).any():
+        most = int(available.min()) * classes
+        raise ValueError(
+            f"{count:,} training images, the same number of each class, are more than there are: at most {most:,}"
+        )
+    chosen = [order[labels[order] == label][: quota[label]] for label in range(classes)]
+    return images[torch.from_numpy(rng.permutation(np.concatenate(chosen)))]
+
+
+def with_label_noise(images: Images, fraction: float, classes: int, seed: int) -> Images:
+    """Return images of which this fraction, to the nearest image, has a random other label (symmetric noise).
+
+    Args:
+        images: they stay as they are.
+        fraction: of the labels that become wrong, 0 to 1.
+        classes: number of classes, at least 2.
+        seed: of the choice.
+
+    Raises:
+        ValueError: there is one class, and no other label to give.
+    """
+    if classes < 2:
+        raise ValueError("label noise needs two classes or more: leave --label-noise out")
+    rng = np.random.default_rng([seed, 4])
+    wrong = torch.from_numpy(rng.permutation(len(images))[: round(fraction * len(images))])
+    labels = images.labels.clone()
+    labels[wrong] = (labels[wrong] + torch.from_numpy(rng.integers(1, classes, len(wrong)))) % classes
+    return Images(images.pixels, labels)
+
+
 def channel_statistics(images: Images) -> dict[str, list[float]]:
     """Return mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
     levels = torch.arange(256, dtype=torch.float64)

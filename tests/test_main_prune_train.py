@@ -374,3 +374,22 @@ def test_a_layer_that_empties_during_training_ends_it_with_a_sentence(train):
     assert failed.code == 1
     assert re.fullmatch(r"error: this sparsity leaves layer '.*' without a weight: .*\n", failed.err)
     assert not (failed.directory / "result.json").exists()
+
+
+def test_part_of_the_images_and_wrong_labels_are_recorded_and_resumed(train):
+    flags = "--epochs 2 --train-images 300 --label-noise 0.4 --val-split 100"
+    run = train(flags)
+    assert (run.code, run.err) == (0, "")
+    assert "300 training and 355 test images" in run.out
+    assert (
+        run.json("args.json")["images"] != train("--epochs 1 --train-images 300", "other").json("args.json")["images"]
+    )
+    assert "finished already" in train(f"{flags} --resume auto").out
+    assert (
+        "--label-noise was 0.4 and is 0.0" in train("--epochs 2 --train-images 300 --val-split 100 --resume auto").err
+    )
+    evaluated = train(f"--evaluate {run.directory}/checkpoint.pt", None, short=False)
+    assert f"{run.json('result.json')['test_top1']:.2f}%" in evaluated.out
+    refused = train("--epochs 1 --train-images 1442", "refused")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "the same number of each class, are more than there are: at most" in refused.err
