@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from experiment import flags
-from experiment.build import Trained, open_trained
-from experiment.flags import number
-from experiment.run_directory import FREE, plain
+from experiment import build
+from experiment.build import Trained
+from experiment.flags import FREE, number, parse, plain
 from training.batch_norm import recalibrated
 from utils.device import pick_device
 from utils.errors import UsageError, usage_errors
@@ -69,7 +68,7 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
     """
     device = pick_device(args.device)
     argv = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
-    trained = open_trained(*flags.parse(argv), device)
+    trained = build.trained(path, *parse(argv), device)
     if not trained.same_images:
         raise UsageError(f"the images are not those that '{path}' was trained on: give their directory with --data-dir")
     if not args.recalibrate_bn:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.landscape import FixedImagesLoss, fixed_images, living_weights, resolve_compilation
+from imagedata.augment import Normalize
 from imagedata.images import Dataset
-from imagedata.loaders import Normalize
 from prune.flops import count_flops
 from prune.masks import Masks
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
-from experiment.run_directory import FREE
+from experiment.flags import FREE
 from utils.errors import UsageError
 
 METRIC = "test_top1"

@@ -21,8 +21,7 @@ from analysis.command import make_writable, run_command, throttled, writing_to
 from analysis.hessian import SPACES, SPLITS, Settings, measure
 from analysis.labels import run_label
 from analysis.text_table import mean_and_std_text, number_text, text_table
-from experiment.flags import number
-from experiment.run_directory import plain
+from experiment.flags import number, plain
 from utils.device import pick_device
 from utils.errors import UsageError, usage_errors
 from utils.files import write_text_atomically

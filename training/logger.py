@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class Logger:
         self._awaits_first_step = False
         return True
 
-    def scalars(self, group: str, values: dict[str, Tensor | float], global_step: int) -> None:
+    def scalars(self, group: str, values: Mapping[str, Tensor | float], global_step: int) -> None:
         """Log scalars of one step to TensorBoard. Waits for the device."""
         if not self.writes:
             return

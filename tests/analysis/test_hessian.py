@@ -133,7 +133,7 @@ def test_a_sparse_network_with_batch_norm_has_its_hessian_and_is_left_alone():
     torch.manual_seed(0)
     model = build_model("resnet", 8, 3, 0.25).train()
     pruner = Pruner(model, "random", 0.5)
-    pruner.before_training()
+    pruner.choose_masks()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x, y = torch.randn(6, 3, 8, 8), torch.randint(3, (6,))
     loss = FixedImagesLoss(model, x, y)

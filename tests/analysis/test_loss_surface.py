@@ -18,7 +18,7 @@ def test_directions_have_the_norms_of_the_filters_and_stay_off_what_is_pruned():
     torch.manual_seed(0)
     model = build_model("resnet", 8, 10, 0.25)
     pruner = Pruner(model, "random", 0.7)
-    pruner.before_training()
+    pruner.choose_masks()
     stem = next(iter(pruner.masks.weights))
     pruner.masks.set({stem: torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 3, 3) > 0})  # the first filter is dead
     loss = FixedImagesLoss(model, torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
