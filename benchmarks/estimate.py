@@ -48,7 +48,8 @@ def measure_step(
         loop = Loop(
             device, execution, random_images(steps * BATCH), Path(scratch) / "run", optimizer, v2, network=network
         )
-        began, samples = time.perf_counter(), []
+        began = time.perf_counter()
+        samples: list[float] = []
         while not samples or (time.perf_counter() - began + steps * samples[-1] < seconds and len(samples) <= MOST):
             before = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):  # where the loop says what an epoch says

@@ -421,7 +421,9 @@ def submitted(sweep, tmp_path, monkeypatch):
 def job(left, number, program=None):
     """The exit code of one job of the array."""
     os.environ["SLURM_ARRAY_TASK_ID"] = number
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(slurm_job(left.strip(), program)))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(slurm_job(Path(left.strip()), program))
+    )
     process.start()
     process.join()
     return process.exitcode
