@@ -48,7 +48,8 @@ def measure_step(
         loop = Loop(
             device, execution, random_images(steps * BATCH), Path(scratch) / "run", optimizer, v2, network=network
         )
-        began, samples = time.perf_counter(), []
+        began = time.perf_counter()
+        samples: list[float] = []
         while not samples or (time.perf_counter() - began + steps * samples[-1] < seconds and len(samples) <= MOST):
             before = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):  # where the loop says what an epoch says
@@ -102,12 +103,11 @@ def main(argv: list[str] | None = None, lines: Iterable[str] = sys.stdin) -> int
         device = pick_device(options.device)
         epochs = count_epochs(lines)
         if not epochs:
-            parser.error(
-                "no commands of main_prune_train.py on standard input: give it what a sweep's --dry-run prints"
-            )
+            raise UsageError("no commands on standard input: give it what a sweep's --dry-run prints")
         total = estimate(epochs, device, options.seconds)
     except UsageError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     at_a_time = options.jobs if device.type == "cpu" else min(options.jobs, options.gpus)
     hours = total / 3600 / at_a_time
     print(f"all of it: about {hours:,.1f} hours ({hours / 24:,.1f} days), {at_a_time} at a time")

@@ -108,7 +108,7 @@ class Grid:
                         refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
                 if any(only and only != chosen[name] for name, only in places):
                     continue
-                name, *flags = (PLACE.sub(lambda place, chosen=chosen: chosen[place[1]], word) for word in arm)
+                name, *flags = (fill_in(word, chosen) for word in arm)
                 if arms.setdefault(name, flags) != flags:
                     refuse(f"two arms of the grid are called '{name}': give them different names")
                 taken |= {(name, chosen[name]) for name, _ in places}
@@ -131,6 +131,11 @@ class Grid:
         if not runs:
             refuse("there is nothing to run: the grid has no arm, or a setting is white space alone")
         return runs
+
+
+def fill_in(word: str, values: dict[str, str]) -> str:
+    """Put the values of settings in their places."""
+    return PLACE.sub(lambda place: values[place[1]], word)
 
 
 def read_grid(text: str, name: str) -> Grid:

@@ -12,7 +12,6 @@ import fcntl
 import importlib
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -25,6 +24,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TextIO
 
@@ -89,9 +90,8 @@ class Sweep:
         failed = self.report()
         for command in self.after if failed < len(self.runs) else []:
             words = [word.replace("{OUTPUT_DIR}", str(self.output)) for word in command]
-            if subprocess.run(
-                [sys.executable if words[0] == "python" else words[0], *words[1:]], check=False
-            ).returncode:
+            words[0] = sys.executable if words[0] == "python" else words[0]
+            if subprocess.run(words, check=False).returncode:
                 return 1
         return 1 if failed else 0
 
@@ -119,25 +119,27 @@ class Sweep:
 
     def train_runs(self, left: list[str]) -> bool:
         """Train runs, `jobs` at a time; return whether a signal ended that."""
-        waiting, running, told = left[::-1], {}, 0
+        waiting, told = left[::-1], 0
+        running: dict[int, BaseProcess] = {}
         progress = Progress(len(self.runs), done=len(self.runs) - len(left))
         with noted_signals() as signals:
             while running or (waiting and not signals):
                 while waiting and len(running) < self.jobs and not signals:
                     slot = next(slot for slot in range(self.jobs) if slot not in running)
-                    running[slot] = FORK.Process(
-                        target=self.child, args=(waiting[-1], slot, signals), name=waiting.pop()
-                    )
+                    run = waiting.pop()
+                    running[slot] = FORK.Process(target=self.child, args=(run, slot, signals), name=run)
                     running[slot].start()
                 progress.show(len(running))
-                multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=0.3)
-                for process in running.values() if len(signals) > told else []:
-                    process.terminate()
-                told = len(signals)
-                for slot in [slot for slot, process in running.items() if process.exitcode is not None]:
-                    process = running.pop(slot)
-                    progress.failed += self.failed(process.name, process.exitcode)
-                    progress.done += self.finished(process.name)
+                wait([process.sentinel for process in running.values()], timeout=0.3)
+                if (came := len(signals)) > told:
+                    for process in running.values():
+                        process.terminate()
+                    told = came
+                for slot, process in list(running.items()):
+                    if process.exitcode is not None:
+                        del running[slot]
+                        progress.failed += self.failed(process.name, process.exitcode)
+                        progress.done += self.finished(process.name)
             progress.show(0, end="\n")
         return bool(signals)
 
@@ -187,12 +189,12 @@ class Sweep:
             refuse("there is no sbatch here: leave --slurm out to train on this machine")
         with self.lock():
             left = self.left()
-            with tempfile.NamedTemporaryFile("w", prefix="left.", dir=self.output / ".sweep", delete=False) as file:
-                json.dump([str(self.output), {run: self.runs[run] for run in left}], file)
         if not left:
-            return 1 if self.report() else 0
-        command = f"sbatch --job-name={name} --array=0-{len(left) - 1}%{self.jobs} --requeue --open-mode=append".split()
-        command += ["--export=ALL", f"--output={self.output}/.sweep/slurm-%A_%a.log"]
+            return self.report()
+        with tempfile.NamedTemporaryFile("w", prefix="left.", dir=self.output / ".sweep", delete=False) as file:
+            json.dump([str(self.output), {run: self.runs[run] for run in left}], file)
+        command = ["sbatch", "--requeue", "--export=ALL", "--open-mode=append", f"--job-name={name}"]
+        command += [f"--array=0-{len(left) - 1}%{self.jobs}", f"--output={self.output}/.sweep/slurm-%A_%a.log"]
         environment = os.environ | {"SWEEP_PYTHON": sys.executable, "SWEEP_LEFT": file.name}
         return subprocess.run(command, input=SLURM_JOB, text=True, env=environment, check=False).returncode
 
@@ -241,10 +243,10 @@ def read_flags(path: Path) -> list[str]:
     return json.loads(text) if text.startswith("[") else text.removesuffix("\x1f").split("\x1f")
 
 
-def slurm_job(left: str, program: Path = PROGRAM) -> int:
+def slurm_job(left: Path, program: Path = PROGRAM) -> int:
     """Train the run that a job of an array is for; return its exit code."""
     number = os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    output, runs = json.loads(Path(left).read_text())
+    output, runs = json.loads(left.read_text())
     if not (number.isdecimal() and int(number) < len(runs)):
         refuse(f"SLURM_ARRAY_TASK_ID says which of {len(runs)} runs this job is for, and is '{number}'")
     os.environ["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", "1")
@@ -253,7 +255,7 @@ def slurm_job(left: str, program: Path = PROGRAM) -> int:
     try:
         sweep.train_here(run)
     except SystemExit as ended:
-        code = ended.code or 0
+        code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
     sweep.failed(run, code)
     return code
 
@@ -287,10 +289,10 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--slurm-job"]:
-        sys.exit(slurm_job(*sys.argv[2:]))
+        sys.exit(slurm_job(Path(sys.argv[2])))
     if len(sys.argv) < 3 or sys.stdin.isatty():
         refuse("the scripts/sweep_*.sh launch this: python -m experiment.sweep SCRIPT DIRECTORY [ARGUMENT ...] < GRID")
-    if "--dry-run" in sys.argv:
+    if {"--dry-run", "--help", "-h"}.intersection(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head may close the pipe
     with contextlib.suppress(KeyboardInterrupt):  # before the first run
         sys.exit(main(sys.argv[1:], sys.stdin.read()))

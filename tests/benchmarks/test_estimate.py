@@ -34,21 +34,27 @@ def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
 
 
 @pytest.mark.parametrize(
-    ("lines", "flags"),
+    "lines",
     [
-        ([], ""),
-        (["5 runs"], ""),
-        ([f"{TINY} --no-such-flag"], ""),
-        ([f"{TINY} --adaptive"], ""),
-        ([TINY.replace("8", "9")], ""),
-        ([f"{TINY} --batch-size 64"], ""),
-        ([TINY.replace("cifar10", "digits")], ""),
-        ([TINY], "--gpus 0"),
-        ([TINY], "--seconds 0"),
+        [],
+        ["5 runs"],
+        [f"{TINY} --no-such-flag"],
+        [f"{TINY} --adaptive"],
+        [TINY.replace("8", "9")],
+        [f"{TINY} --batch-size 64"],
+        [TINY.replace("cifar10", "digits")],
     ],
 )
-def test_bad_input_ends_in_a_sentence(lines, flags, capsys):
+def test_commands_that_cannot_be_estimated_end_in_a_sentence(lines, capsys):
+    assert run(lines) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--gpus 0", "--jobs x", "--seconds 0", "--device gpu"])
+def test_bad_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(lines, *flags.split())
+        raise SystemExit(run([TINY], *flags.split()))
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]

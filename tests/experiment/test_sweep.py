@@ -22,7 +22,7 @@ GRID = """
 RHOS = 0.1 0.2  # radius
 samv2-rho{RHOS}  --optmzr sgd-sam --sam-v2 --sam-rho {RHOS}
 """
-# What becomes of a run is said by FATES for its rho: it fails, is killed, waits for three others, or tells its sweep to end.
+# What becomes of a run is said by FATES for its rho: it fails, is killed, waits for three others, or has its sweep end.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -40,6 +40,10 @@ if fate == "fail":
     sys.exit(1)
 if fate == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+if fate == "orphan":
+    os.kill(os.getppid(), signal.SIGKILL)
+while fate == "orphan" and not (directory / "go").exists():
+    time.sleep(0.01)
 while fate == "meet" and len(list(directory.parent.glob("*/begun.json"))) < 4:
     time.sleep(0.01)
 if fate in ("SIGINT", "SIGTERM", "SIGHUP", "Ctrl-C"):
@@ -63,6 +67,7 @@ def sweep(tmp_path, monkeypatch, capfd):
     program.write_text(STAND_IN)
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "out"))
     monkeypatch.setenv("SEEDS", "0")
+    monkeypatch.setenv("FATES", "{}")
 
     def run(*arguments, grid=GRID, **settings):
         with monkeypatch.context() as patch:
@@ -241,6 +246,18 @@ def test_a_grid_that_means_nothing_is_refused(sweep, lines, sentence):
     assert sentence in done.stderr
 
 
+def test_an_estimate_measures_a_step_of_each_optimizer_and_trains_nothing(sweep):
+    flags = "--estimate --device cpu --depth 8 --width 0.25 --precision fp32".split()
+    done = sweep(*flags, grid=grid_of("sweep_v2.sh"), JOBS="2")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"resnet-8, width 0.25, (\S+ ?\S*) .* (\d+) epochs", done.stdout) == [
+        ("sgd ", "160"), ("sgd-sam ", "160"), ("sgd-sam v2", "160"),
+    ]  # fmt: skip
+    assert "2 at a time" in done.stdout
+    assert not sweep.output.exists()
+    assert refused(sweep("--estimate", "--dataset", "digits"))
+
+
 # running
 
 
@@ -350,6 +367,22 @@ def test_two_sweeps_do_not_work_in_one_directory(sweep):
     assert sweep().returncode == 0
 
 
+def test_the_runs_of_a_sweep_that_is_killed_keep_others_out_until_they_end(sweep):
+    os.environ["FATES"] = '{"0.1": "orphan"}'
+    arguments = (["sweep_test.sh", "/"], GRID, sweep.program)
+    killed = multiprocessing.get_context("fork").Process(target=main, args=arguments)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -9
+    assert "a sweep is at work" in sweep().stderr
+    directory = sweep.output / "random-0.9-samv2-rho0.1-seed0"
+    (directory / "go").touch()
+    with open(sweep.output / ".sweep" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the run
+    assert (directory / "result.json").exists()
+    assert "2 runs, 1 of them finished already" in sweep().stdout
+
+
 def test_a_directory_that_cannot_be_written_is_refused(sweep, tmp_path):
     (tmp_path / "file").touch()
     assert refused(sweep(OUTPUT_DIR=str(tmp_path / "file" / "out")))
@@ -388,7 +421,9 @@ def submitted(sweep, tmp_path, monkeypatch):
 def job(left, number, program=None):
     """The exit code of one job of the array."""
     os.environ["SLURM_ARRAY_TASK_ID"] = number
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(slurm_job(left.strip(), program)))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(slurm_job(Path(left.strip()), program))
+    )
     process.start()
     process.join()
     return process.exitcode
