@@ -19,9 +19,10 @@ from statistics import median
 import torch
 
 from benchmarks.loop import BATCH, CLASSES, Loop, random_images
-from experiment import flags as cli
+from experiment.checks import check
+from experiment.flags import number, parse, resolve
 from models import build_model
-from prune import METHODS, Options
+from prune import METHODS
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError, usage_errors
 from utils.precision import bf16_on_cpu, resolve_execution
@@ -71,15 +72,16 @@ def count_epochs(lines: Iterable[str]) -> Counter:
         command = shlex.split(line)
         if "main_prune_train.py" not in command:
             continue
-        args, given = cli.parse(command[command.index("main_prune_train.py") + 1 :])
-        cli.check(args, given)
+        args, given = parse(command[command.index("main_prune_train.py") + 1 :])
+        check(args, given)
+        args = resolve(args)
         if args.batch_size != BATCH:
             raise UsageError(f"steps are measured at --batch-size {BATCH}, and a command has {args.batch_size}")
         if not args.dataset.startswith("cifar"):
             raise UsageError(
                 f"steps are measured on images like CIFAR's, not on --dataset {args.dataset}: time a run with --epochs 1"
             )
-        trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
+        trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
         epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
     return epochs
 
@@ -87,7 +89,7 @@ def count_epochs(lines: Iterable[str]) -> Counter:
 def main(argv: list[str] | None = None, lines: Iterable[str] = sys.stdin) -> int:
     """Run the command line on commands of main_prune_train.py; other lines are skipped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate", description=__doc__.split("\n\n")[0])
-    count = cli.number(int, above=0)
+    count = number(int, above=0)
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="runs at a time (%(default)s)")
     parser.add_argument(
         "--gpus",
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None, lines: Iterable[str] = sys.stdin) -> int
         help="GPUs that runs are spread over; runs on one GPU slow each other (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="(%(default)s)")
-    parser.add_argument("--seconds", type=cli.number(float, above=0), default=SECONDS, help="to measure (%(default)g)")
+    parser.add_argument("--seconds", type=number(float, above=0), default=SECONDS, help="to measure (%(default)g)")
     options = parser.parse_args(argv)
     try:
         device = pick_device(options.device)
@@ -124,8 +126,8 @@ def estimate(epochs: Counter, device: torch.device, seconds: float) -> float:
         flush=True,
     )
     total, deadline = 0.0, time.perf_counter() + seconds
-    for number, ((network, optimizer, v2), count) in enumerate(epochs.items()):
-        share = (deadline - time.perf_counter()) / (len(epochs) - number)
+    for done, ((network, optimizer, v2), count) in enumerate(epochs.items()):
+        share = (deadline - time.perf_counter()) / (len(epochs) - done)
         samples = measure_step(network, optimizer, v2, device, share)
         total += count * median(samples) * IMAGES / BATCH
         arch, depth, width = network

@@ -12,7 +12,6 @@ Every arm becomes a run for each pruning method, sparsity and seed.
 """
 
 import difflib
-import importlib
 import itertools
 import os
 import re
@@ -72,9 +71,11 @@ class Grid:
     after: list[list[str]]
 
     def value(self, name: str) -> str:
+        """Return a setting's text, from the environment or the grid."""
         return os.environ.get(name) or self.settings[name][0]
 
     def numbers(self, name: str) -> list[str]:
+        """Return a setting's whole numbers, as text."""
         values = self.value(name).split()
         for value in values:
             if not re.fullmatch("[0-9]+", value):
@@ -82,6 +83,7 @@ class Grid:
         return values
 
     def number(self, name: str) -> int:
+        """Return a setting that is one whole number."""
         values = self.numbers(name)
         if len(values) != 1 or int(values[0]) < 1:
             refuse(f"{name} takes one whole number above 0, not '{' '.join(values)}'")
@@ -178,8 +180,9 @@ def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
 
 def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain."""
-    program = importlib.import_module("main_prune_train")
-    from experiment.flags import check, flag, parse
+    from experiment.build import check_on_meta  # here: these import torch
+    from experiment.checks import check
+    from experiment.flags import flag, parse
     from utils.errors import UsageError
 
     run, built = "all runs", set()
@@ -192,7 +195,7 @@ def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
             check(args, given)
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
             if network not in built:
-                program.check_on_meta(args)
+                check_on_meta(args)
             built.add(network)
     except UsageError as error:
         refuse(f"{error} (flags of {run}; no run was started)")

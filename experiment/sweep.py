@@ -32,7 +32,7 @@ from typing import TextIO
 from experiment.grid import absolute_paths, check_flags, read_grid, refuse
 
 PROGRAM = Path(__file__).parents[1] / "main_prune_train.py"
-DATA_LIBRARIES = ("sklearn.datasets", "torchvision.datasets")  # a run imports them when it loads its data
+IMPORTED_BY_RUNS = ("main_prune_train", "sklearn.datasets", "torchvision.datasets")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORK = multiprocessing.get_context("fork")
 PREEMPTED = 75  # a run's exit code where a signal ended it, with a checkpoint to go on from
@@ -66,15 +66,19 @@ class Sweep:
     program: Path = PROGRAM
 
     def file(self, run: str, kind: str) -> Path:
+        """Return the path of a file about a run: its command, log, or mark of failure."""
         return self.output / ".sweep" / f"{run}.{kind}"
 
     def finished(self, run: str) -> bool:
+        """Return whether a run has a result."""
         return (self.output / run / "result.json").exists()
 
     def flags(self, run: str) -> list[str]:
+        """Return all flags of a run."""
         return [*self.runs[run], "--output-dir", str(self.output / run), "--resume", "auto"]
 
     def commands(self) -> str:
+        """Return the commands of all runs, a line each."""
         return "\n".join(shlex.join(["python", PROGRAM.name, *self.flags(run)]) for run in self.runs)
 
     def train(self) -> int:
@@ -138,7 +142,7 @@ class Sweep:
                 for slot, process in list(running.items()):
                     if process.exitcode is not None:
                         del running[slot]
-                        progress.failed += self.failed(process.name, process.exitcode)
+                        progress.failed += self.failed(process.name, process.exitcode or 0)
                         progress.done += self.finished(process.name)
             progress.show(0, end="\n")
         return bool(signals)
@@ -211,6 +215,7 @@ class Progress:
         self.before, self.began, self.last = self.done, time.monotonic(), ""
 
     def show(self, running: int, end: str = "") -> None:
+        """Print the line."""
         line, rest = f"{self.done} done, {running} running, {self.failed} failed of {self.total}", ""
         if ended := self.done + self.failed - self.before:
             seconds = (time.monotonic() - self.began) / ended * (self.total - self.done - self.failed)
@@ -278,12 +283,13 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
         print(f"{sweep.commands()}\n{len(sweep.runs)} runs")
         return 0
     if "--estimate" in options:
-        flags = [f"--jobs={sweep.jobs}", f"--gpus={max(1, len(sweep.gpus))}"]
-        return importlib.import_module("benchmarks.estimate").main(flags, sweep.commands().splitlines())
+        command = [sys.executable, "-m", "benchmarks.estimate", f"--jobs={sweep.jobs}"]
+        command.append(f"--gpus={max(1, len(sweep.gpus))}")
+        return subprocess.run(command, input=sweep.commands(), text=True, cwd=PROGRAM.parent, check=False).returncode
     if "--slurm" in options:
         return sweep.submit(Path(script).stem)
-    for library in DATA_LIBRARIES:
-        importlib.import_module(library)
+    for module in IMPORTED_BY_RUNS:  # once, before the forks
+        importlib.import_module(module)
     return sweep.train()
 
 
