@@ -139,7 +139,7 @@ def test_files_and_anchors_a_page_links_to_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_source_files_a_page_names_exist(page):
     text = "\n".join([prose(PAGES[page]), *commands(PAGES[page])])
-    for name in re.findall(r"(?<![\w/.])([\w/]+\.(?:py|sh|toml))\b", text):
+    for name in re.findall(r"(?<![\w/.])(\w[\w/]*\.(?:py|sh|toml))\b", text):
         assert list(ROOT.glob(name)) + list(ROOT.glob(f"*/{name}")) or "NAME" in name, name
 
 
