@@ -13,16 +13,21 @@ from prune.patterns import Counts, NofM, Pattern, Shape
 
 
 class EmptyLayerError(ValueError):
-    """A sparsity that leaves a layer without a weight; where layers compete this is known only after scoring."""
+    """A sparsity that leaves a layer, or all paths through a network, without a weight."""
 
 
-def refuse_empty(layers: list[str]) -> None:
-    """Raise EmptyLayerError if any layer is named as one without a weight."""
-    if layers:
-        raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
-            "method can, take a finer pattern, or keep layers dense by name"
-        )
+def emptied(layers: list[str], reason: str = "") -> EmptyLayerError:
+    """Return the error for a sparsity that is too high.
+
+    Args:
+        layers: those without a weight; none where only no path is left.
+        reason: why that is one, where layers may be empty.
+    """
+    what = f"layer '{layers[0]}' without a weight" if layers else "no path of weights through the network"
+    return EmptyLayerError(
+        f"this sparsity leaves {what}: {reason}lower it, distribute it by erk where the method can, take a finer pattern, "
+        "or keep layers dense by name"
+    )
 
 
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
@@ -93,7 +98,9 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if amounts is None:
         return {tuple(sparse): budget}
     counts = _round_to_sum(amounts, budget)
-    refuse_empty([layer for layer, count in counts.items() if count == 0])
+    for layer, count in counts.items():
+        if count == 0:
+            raise emptied([layer])
     return {(layer,): count for layer, count in counts.items()}
 
 

@@ -1,14 +1,16 @@
 """The one object through which a training loop keeps a network sparse."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, refuse_empty
+from prune.budget import Budget, emptied
 from prune.masks import Masks, prunable_weights
 from prune.methods import METHODS
+from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
 from prune.schedules import Timing
 from prune.scores import Scored, magnitude
@@ -44,6 +46,7 @@ class Pruner:
         total_steps: of the training; needed where masks change during it.
         seed: of random masks and random growth.
         optimizers: what they remember of weights that die or come alive is zeroed (momentum, SAM's memory).
+        warn: is called with a sentence about what a user should know and need not mend.
         **options: of the method, such as drop_fraction=0.3; see METHODS[method].options.
 
     Raises:
@@ -62,11 +65,13 @@ class Pruner:
         total_steps: int | None = None,
         seed: int = 0,
         optimizers: Iterable[torch.optim.Optimizer] = (),
+        warn: Callable[[str], None] = warnings.warn,
         **options: float,
     ):
         if method not in METHODS:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
+        self.warn = warn
         self.pattern = find_pattern(pattern)
         self.masks = Masks(prunable_weights(model))
         self.options = self._complete(method, options)
@@ -90,16 +95,22 @@ class Pruner:
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._input_shape: tuple[int, ...] | None = None
+        self._checked = -1  # version of the masks that check_layers has seen
+        self._warned: set[str] = set()
 
     def choose_masks(self, sample: Sample | None = None) -> None:
         """Score the weights, choose the masks and zero what they drop.
 
         Args:
-            sample: see `scores.Scored`; for methods that look at images.
+            sample: see `scores.Scored`; for methods that look at images, and where a layer may come out empty.
 
         Raises:
-            EmptyLayerError: a layer is left empty.
+            EmptyLayerError: see `check_layers`.
         """
+        if sample is not None:
+            inputs, _ = sample(1)
+            self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
         rounds = self.method.rounds if self.method.score else 0
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
@@ -109,7 +120,7 @@ class Pruner:
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
-        self.refuse_empty_layers()
+        self.check_layers()
         if self.method.moves:
             assert isinstance(self.pattern, Units)
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
@@ -139,7 +150,7 @@ class Pruner:
     def update_masks(self, step: int, skipped: bool = False) -> int:
         """Change the masks if it is time. Return the step to go on with.
 
-        Where layers compete for weights one may come out empty: `refuse_empty_layers` tells, and waits for the device.
+        Where layers compete for weights one may come out empty: `check_layers` tells, and waits for the device.
 
         Args:
             step: the one just taken, counted from 0.
@@ -168,7 +179,7 @@ class Pruner:
         trained weights, put those of step `lth_rewind` in their place, and train again from there.
 
         Raises:
-            EmptyLayerError: a layer is left empty.
+            EmptyLayerError: see `check_layers`.
         """
         if not self.method.tickets or self.round == self.options["lth_rounds"]:
             return step
@@ -179,7 +190,7 @@ class Pruner:
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(self._rewound[name])
         self.masks.set(masks)
-        self.refuse_empty_layers()
+        self.check_layers()
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():
@@ -201,9 +212,26 @@ class Pruner:
         """Return whether the change of masks after a step reads the gradients of dead weights."""
         return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
 
-    def refuse_empty_layers(self) -> None:
-        """Raise EmptyLayerError if any layer has no weight left. Waits for the device."""
-        refuse_empty([name for name, count in self.masks.alive().items() if count == 0])
+    def check_layers(self) -> None:
+        """Warn of layers without a weight. Waits for the device.
+
+        Raises:
+            EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
+                `choose_masks` had no sample to tell whether other layers lead around it.
+        """
+        if self._checked == self.masks.version:
+            return
+        alive = self.masks.alive()
+        empty = [name for name, count in alive.items() if count == 0]
+        if empty and self._input_shape is None:
+            raise emptied(empty, "give choose_masks a sample if other layers lead around it, ")
+        sparse = any(count < self.masks.weights[name].numel() for name, count in alive.items())
+        if sparse and self._input_shape is not None and not reaches_output(self.model, self.masks, self._input_shape):
+            raise emptied(empty, "no path leads from the input to the output; " if empty else "")
+        if new := [name for name in empty if name not in self._warned]:
+            self.warn(f"no weight is left in {_listed(new)}; other layers still lead from the input to the output")
+            self._warned.update(new)
+        self._checked = self.masks.version
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Return the number of epochs, begun ones counted, that later rounds add to one training."""
@@ -242,6 +270,7 @@ class Pruner:
             "round": self.round,
             "postponed": self._postponed,
             "rewound": self._rewound,
+            "input_shape": self._input_shape,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -249,6 +278,7 @@ class Pruner:
         self.masks.load_state_dict(state["masks"])
         self._targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)
+        self._input_shape = state.get("input_shape")
         self.ever_alive = {
             name: torch.empty_like(self.masks.weights[name], requires_grad=False).copy_(mask)
             for name, mask in state["ever_alive"].items()
@@ -318,3 +348,9 @@ class Pruner:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
         if self.method.tickets and self.round == 0 and step + 1 == self.options["lth_rewind"]:
             self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
