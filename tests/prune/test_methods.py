@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from models import build_model
@@ -123,6 +125,30 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
         elif pattern == "4x1":
             blocks = zero.flatten(1).unflatten(0, (-1, 4))
             assert (blocks.all(1) == blocks.any(1)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    method=st.sampled_from(["magnitude", "gmp", "lth"]),
+    group=st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))),
+    sizes=st.tuples(*[st.integers(1, 23)] * 3),
+)
+@example(method="magnitude", group=(2, 4), sizes=(3, 7, 5))
+def test_every_group_of_every_layer_keeps_n_of_m_whatever_the_sizes(method, group, sizes):
+    (n, m), (inputs, hidden, outputs) = group, sizes
+    model = nn.Sequential(
+        nn.Conv2d(inputs, hidden, (1, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(hidden, outputs)
+    )
+    options = {"lth": {"lth_rounds": 2}, "gmp": {"update_interval": 1}}.get(method, {})
+    pruner = Pruner(model, method, pattern=f"{n}:{m}", total_steps=4, **options)
+    pruner.choose_masks()
+    for step in range(4):
+        pruner.update_masks(step)
+    while pruner.next_round(4) == 0:
+        pass
+    for mask in pruner.masks.masks.values():
+        for part in mask.movedim(1, -1).flatten(0, -2).split(m, dim=1):
+            assert (part.sum(1) == min(n, math.ceil(n * part.shape[1] / m))).all()
 
 
 @pytest.mark.parametrize("method", [name for name in SPARSE if METHODS[name].score])

@@ -42,7 +42,9 @@ def test_empty_layers_beside_a_living_path_are_a_warning_that_names_them(network
     pruner.choose_masks(sample)
     assert {name for name, count in pruner.masks.alive().items() if count == 0} == names
     (sentence,) = said
-    listed = re.fullmatch(r"no weight is left in (.*); other layers still lead from the input to the output", sentence)[1]
+    listed = re.fullmatch(r"no weight is left in (.*); other layers still lead from the input to the output", sentence)[
+        1
+    ]
     first = [name for name in pruner.masks.weights if name in names][:5]
     assert listed.startswith(", ".join(first))
     assert listed.endswith(f" and {len(names) - 5} other layers") == (len(names) > 5)
@@ -63,7 +65,9 @@ def test_empty_layers_beside_a_living_path_are_a_warning_that_names_them(network
 def test_a_network_without_a_path_is_refused(network, patterns):
     _, pruner, names = emptied(network, patterns)
     first = next(name for name in pruner.masks.weights if name in names)
-    with pytest.raises(EmptyLayerError, match=f"'{first}' without a weight: no path leads from the input to the output"):
+    with pytest.raises(
+        EmptyLayerError, match=f"'{first}' without a weight: no path leads from the input to the output"
+    ):
         pruner.choose_masks(sample)
 
 
