@@ -101,7 +101,7 @@ def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optim
         return Pruner(
             model, args.prune_method, args.sparsity, args.sparsity_distribution,
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
-            args.sparsity_pattern, args.dense_layers, total_steps, args.seed, optimizers, _warn,
+            args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, _warn,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from imagedata.sources import DATASETS
 from models import ARCHITECTURES
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
+from prune.methods import Value
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 from utils.precision import PRECISIONS
@@ -135,7 +136,7 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
             add(flag(option.name), action="store_true", help=f"{methods}: {option.help}")
         else:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
-                help=f"{methods}: {option.help} ({option.default})")
+                help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
 
@@ -203,8 +204,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
         "depth": ARCHITECTURES[args.arch].default_depth,
-        **{option.name: option.default for option in method.options},
     }
+    given = {option.name: getattr(args, option.name) for option in method.options}
+    complete = method.complete({name: value for name, value in given.items() if value is not None})
+    defaults |= {option.name: complete[option.name] for option in method.options if not option.late}
     if optimizer.sam:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
@@ -237,8 +240,18 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
-def option_type(option: Option) -> Callable[[str], float]:
+def option_type(option: Option) -> Callable[[str], Value]:
     """Return the argparse type of a method's option."""
+    parse = option.parse
+    if parse is not None:
+
+        def convert(text: str) -> Value:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+        return convert
     return number(type(option.default), option.least, option.above, option.below, option.most)
 
 

@@ -3,16 +3,17 @@
 import random
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from prune.budget import Budget, emptied
 from prune.masks import Masks, prunable_weights
-from prune.methods import METHODS
+from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
-from prune.schedules import Timing
+from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import Scored, magnitude
 from prune.updates import UpdateInputs
 
@@ -44,6 +45,7 @@ class Pruner:
         dense_layers: patterns of layer names that stay dense (see `masks.select_layers`). They count: the other layers
             make up for them, except with an N:M pattern, which leaves the others no choice.
         total_steps: of the training; needed where masks change during it.
+        steps_per_epoch: needed where an update_interval is in epochs.
         seed: of random masks and random growth.
         optimizers: what they remember of weights that die or come alive is zeroed (momentum, SAM's memory).
         warn: is called with a sentence about what a user should know and need not mend.
@@ -63,10 +65,11 @@ class Pruner:
         pattern: str = "unstructured",
         dense_layers: Iterable[str] = (),
         total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         seed: int = 0,
         optimizers: Iterable[torch.optim.Optimizer] = (),
         warn: Callable[[str], None] = warnings.warn,
-        **options: float,
+        **options: Value,
     ):
         if method not in METHODS:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
@@ -74,7 +77,9 @@ class Pruner:
         self.warn = warn
         self.pattern = find_pattern(pattern)
         self.masks = Masks(prunable_weights(model))
-        self.options = self._complete(method, options)
+        complete = self._complete(method, options)
+        interval = complete.pop("update_interval", None)
+        self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
         choices = self.method.distributions
         if distribution not in (None, *choices):
             raise ValueError(
@@ -89,6 +94,9 @@ class Pruner:
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense_layers)
         self.timing = self._timing(method, total_steps)
+        if self.timing is not None and interval is not None:
+            steps = interval_steps(interval, steps_per_epoch)
+            self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
         self._targets: dict[str, int] = {}  # living units of each layer, where masks move at a constant budget
@@ -285,7 +293,7 @@ class Pruner:
         }
         self._rewound = dict(state["rewound"])
 
-    def _complete(self, method: str, given: dict[str, float]) -> dict[str, float]:
+    def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""
         known = {option.name: option for option in self.method.options}
         for name, value in given.items():
@@ -293,26 +301,49 @@ class Pruner:
                 can = f"it has {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"pruning method '{method}' has no option {name}: {can}")
             known[name].check(value)
-        return {name: option.default for name, option in known.items()} | given
+        return self.method.complete(given)
 
     def _timing(self, method: str, total_steps: int | None) -> Timing | None:
-        """Return when masks change, if they do. Raises ValueError for a training that is too short for it."""
+        """Return when masks change, if they do: each step. Raises ValueError for a training that is too short for it."""
         if self.method.tickets and total_steps is not None and self.options["lth_rewind"] >= total_steps:
             raise ValueError(f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps")
         if self.method.update is None:
             return None
         if total_steps is None:
             raise ValueError(f"pruning method '{method}' changes masks during training and needs total_steps")
-        timing = Timing(total_steps, int(self.options["update_interval"]), self.options["stop_update"])
         if self.method.moves and isinstance(self.pattern, NofM):
             name = self.pattern.name
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
-        if self.method.moves and timing.interval >= timing.last:
-            raise ValueError(
-                f"masks would never move: they stay from step {timing.last} of {timing.total_steps} on and the first "
-                f"change would come after {timing.interval}; shorten the update interval, or train for longer"
-            )
+        timing = Timing(total_steps, 1, self.options["stop_update"])
+        if timing.last < 2:
+            raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
         return timing
+
+    def _with_interval(self, timing: Timing, interval: int, usual: bool) -> Timing:
+        """Return when masks change.
+
+        Args:
+            timing: without the interval.
+            interval: steps between two changes.
+            usual: it is the method's default, which is shortened where a training has too few changes.
+
+        Raises:
+            ValueError: an interval that was asked for and leaves no change before the last.
+        """
+        shorter = max(1, (timing.last - 1) // CHANGES)
+        stay = f"before they stay, from step {timing.last} of {timing.total_steps} on"
+        if usual and shorter < interval:
+            self.warn(
+                f"masks change every {shorter} steps, {(timing.last - 1) // shorter} times {stay}; every {interval} steps, as "
+                f"usual, it would be {(timing.last - 1) // interval}"
+            )
+            interval = shorter
+        elif interval >= timing.last:
+            raise ValueError(
+                f"masks would never change {stay}: their update interval is {interval} steps; take {shorter}, which gives "
+                f"{(timing.last - 1) // shorter} changes, or train for longer"
+            )
+        return replace(timing, interval=interval)
 
     def _scored(self, step: int, sample: Sample | None = None) -> Scored:
         """Return what scores look at after a step (-1: before training)."""

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -344,6 +345,40 @@ def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
     assert mask.ever_alive_fraction() == 1
 
 
+CHANGING = ["set", "rigl", "mest", "gmp"]
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_a_usual_interval_is_shortened_to_twenty_changes_and_said(method):
+    said = []
+    pruner = Pruner(Tiny(), method, 0.5, total_steps=120, steps_per_epoch=60, warn=said.append)
+    (sentence,) = said
+    assert sentence.startswith("masks change every 4 steps, 22 times before they stay, from step 90 of 120 on; every ")
+    assert [step + 1 for step in range(120) if pruner.due(step)] == [*range(4, 90, 4), 90]
+    long = Pruner(Tiny(), method, 0.5, total_steps=10**6, steps_per_epoch=500, warn=said.append)
+    assert len(said) == 1
+    assert not long.due(98)
+
+
+@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("interval", [15, 100, "1e"])
+def test_an_interval_without_a_change_is_refused_by_a_sentence_with_one_that_works(method, interval):
+    def pruner(interval):
+        return Pruner(Tiny(), method, 0.5, total_steps=20, steps_per_epoch=20, update_interval=interval)
+
+    with pytest.raises(ValueError, match="masks would never change before they stay, from step 15 of 20 on") as error:
+        pruner(interval)
+    works, changes = map(int, re.search(r"take (\d+), which gives (\d+) changes", str(error.value)).groups())
+    assert sum(pruner(works).due(step) for step in range(14)) == changes
+    assert changes == 14
+
+
+def test_an_interval_in_epochs_is_that_many_steps():
+    for interval, first in (("1e", 30), ("0.5e", 15), ("2e", 60), (7, 7)):
+        pruner = Pruner(Tiny(), "rigl", 0.5, total_steps=1000, steps_per_epoch=30, update_interval=interval)
+        assert next(step + 1 for step in range(1000) if pruner.due(step)) == first
+
+
 def test_lottery_tickets_go_back_to_the_weights_of_the_rewind_step():
     model, mask, optimizer = build("lth", 0.8, steps=20, lth_rounds=3, lth_rewind=5)
     rewound = {}
@@ -415,7 +450,10 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"method": "synflow", "sparsity": 0.5, "distribution": "erk"}, "choose global"),
         ({"method": "lth", "sparsity": 0.5, "lth_rewind": 20}, "cannot rewind to step 20"),
         ({"pattern": "channel", "sparsity": 0.97}, "take a finer pattern"),
-        ({"method": "rigl", "sparsity": 0.5, "interval": 15}, "masks would never move"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "1x"}, "or epochs such as 1e, not '1x'"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "0e"}, "or epochs such as 1e, not '0e'"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "1e"}, "give steps_per_epoch, or update_interval as a number"),
+        ({"method": "rigl", "sparsity": 0.5, "steps": 1}, "they stay from step 1 of 1 on; train for longer"),
         ({"method": "rigl", "sparsity": 0.5, "drop_fraction": 2}, "drop_fraction has to be above 0 and below 1, not 2"),
         (
             {"method": "rigl", "sparsity": 0.5, "drop_fractoin": 0.2},
