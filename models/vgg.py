@@ -7,7 +7,7 @@ average pooling and one linear layer in place of the three that hold most of the
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import conv_bn_relu, init_convolutions, scale
+from models.common import conv_bn_relu, init_weights, scale
 
 COUNTS = {  # of 3x3 convolutions on 64, 128, 256, 512 and 512 channels; the depth counts ImageNet's 3 linear layers
     16: [2, 2, 3, 3, 3],
@@ -27,7 +27,7 @@ class VGG(nn.Module):
         self.stage4 = _stage(counts[3], channels[2], channels[3])
         self.stage5 = _stage(counts[4], channels[3], channels[4])
         self.classifier = nn.Linear(channels[4], num_classes)
-        init_convolutions(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage5(self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x))))))

@@ -198,12 +198,15 @@ def test_projections_are_right_where_onednn_is_not(arch, depth, width, threads):
 
 
 @pytest.mark.parametrize("arch", ["mobilenet", "resnet", "vgg", "wideresnet"])
-def test_convolutions_start_with_the_variance_of_he(arch):
+def test_weights_start_with_the_variance_of_he(arch):
     torch.manual_seed(0)
     for name, module in prunable(build_model(arch, None, 10)).items():
         if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15), name
+            fan = math.prod(module.kernel_size) * module.out_channels / module.groups  # out
+        else:
+            fan = module.in_features
+            assert not module.bias.any()
+        assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.15), name
 
 
 def test_transformer_weights_start_small_and_its_patches_keep_the_variance():
