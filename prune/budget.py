@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from prune.masks import select_layers
-from prune.patterns import Counts, NofM, Pattern, Shape
+from prune.patterns import Counts, NofM, Pattern, Shape, Units
 
 
 class EmptyLayerError(ValueError):
@@ -84,8 +84,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
-    if not sparse:
-        raise ValueError("every layer is to stay dense: name fewer of them, or take no pruning method")
+    _refuse_all_dense(not sparse)
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
     if budget < len(sparse):
@@ -145,7 +144,9 @@ class Budget:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
                 raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+            _refuse_all_dense(not self._by_layer)
             self.sparsity = self._fixed_sparsity(sparsity, source)
+            self._refuse_emptied_layers(pattern)
         self._distribution = distribution or default
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
@@ -181,10 +182,27 @@ class Budget:
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
-        fixed = dead / sum(sizes.values()) if sizes else 0.0
+        fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
             raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
         return fixed
+
+    def _refuse_emptied_layers(self, pattern: Pattern) -> None:
+        """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""
+        assert self._by_layer is not None
+        for (name,), count in self.counts(self.sparsity).items():
+            unit = pattern.smallest_unit(self._shapes[name]) if isinstance(pattern, Units) else 1
+            if 2 * count < unit:  # see patterns.top
+                what = "a weight" if unit == 1 else f"a unit of {unit} weights"
+                raise EmptyLayerError(
+                    f"sparsity {self._by_layer[name]:g} leaves layer '{name}' without {what}: give it a lower one, or take a "
+                    "finer pattern"
+                )
+
+
+def _refuse_all_dense(dense: bool) -> None:
+    if dense:
+        raise ValueError("every layer is to stay dense: let at least one be pruned, or take no pruning method")
 
 
 def _round_to_sum(amounts: dict[str, float], total: int) -> dict[str, int]:

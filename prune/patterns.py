@@ -45,6 +45,10 @@ class Units:
             return torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
         return self._units_of(tuple(values.shape), values.device)[1]
 
+    def smallest_unit(self, shape: Shape) -> int:
+        """Return the size of the smallest unit of a layer."""
+        return 1 if self._number is None else int(torch.bincount(self._number(shape).flatten()).min())
+
     def spread(self, alive: Tensor, shape: Shape) -> Tensor:
         """Return the mask of a weight's shape whose units live where `alive`, bool [units], says so."""
         if self._number is None:
