@@ -28,7 +28,7 @@ from training.step import TrainingStep, build_objective
 from utils import distributed
 from utils.device import pick_device, use_deterministic_kernels
 from utils.distributed import ProcessGroup
-from utils.errors import UsageError, usage_errors
+from utils.errors import UsageError, memory_errors, usage_errors
 from utils.precision import Execution, bf16_on_cpu, resolve_execution
 
 
@@ -104,6 +104,19 @@ def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optim
             args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, _warn,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
+
+
+def choose_masks(pruner: Pruner, loader: TrainLoader) -> None:
+    """Choose the masks that a training begins with.
+
+    Raises:
+        UsageError: a sparsity that leaves no path through the network.
+        TrainingError: the GPU has too little memory for the scores.
+    """
+    images = int(pruner.options.get("score_images", 1))
+    advice = f"--score-images {images // 2}" if images > 1 else "a smaller --width"
+    with usage_errors(), memory_errors(f"{advice} (the memory is for choosing the masks)"):
+        pruner.choose_masks(loader.sample)
 
 
 def _warn(words: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from models import build_model
 from prune import METHODS, Pruner
+from prune.scores import Scored, grasp, synflow
 from sam import SAM
 
 CLASSES = 4
@@ -213,6 +214,31 @@ def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
     assert torch.equal(kept(mask), ~highest)
 
 
+def test_grasp_in_parts_has_the_scores_of_one_batch():
+    class WithoutNorm(nn.Module):  # which would make a part depend on its other images
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.classifier = nn.Conv2d(4, 6, 3), nn.Linear(6, CLASSES)
+            self.double()
+
+        def forward(self, x):
+            WithoutNorm.largest = max(WithoutNorm.largest, len(x))
+            return self.classifier(torch.tanh(self.conv(x)).mean((2, 3)))
+
+    WithoutNorm.largest = 0
+    model = WithoutNorm()
+    options = {"score_images": 60}
+    scores = grasp(Scored(model, layers(model), torch.Generator(), sample, options=options))
+    assert WithoutNorm.largest == 80  # 240 images in three parts
+    inputs, labels = sample(60)
+    weights = list(layers(model).values())
+    grads = torch.autograd.grad(F.cross_entropy(model(inputs) / 200, labels), weights, create_graph=True)
+    curved = torch.autograd.grad(sum((g.detach() * g).sum() for g in grads), weights)
+    for score, w, hg in zip(scores.values(), weights, curved, strict=True):
+        torch.testing.assert_close(score, (w * hg).detach(), rtol=1e-10, atol=0)
+
+
 def test_synflow_is_refused_where_flow_is_not_conserved():
     mask = Pruner(build_model("vit", 1, 10), "synflow", 0.5)
     with pytest.raises(ValueError, match="synflow has no meaning for a network with layer normalisation"):
@@ -225,8 +251,6 @@ def test_synflow_conserves_flow_and_prunes_in_a_hundred_rounds():
         nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
     )
     net = net.double()
-    from prune.scores import Scored, synflow
-
     weights = layers(net)
     scores = synflow(Scored(net, weights, torch.Generator(), lambda k: (torch.randn(k, 6), torch.zeros(k))))
     for before, after in itertools.pairwise(scores.values()):
