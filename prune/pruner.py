@@ -14,7 +14,7 @@ from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
 from prune.schedules import CHANGES, Timing, interval_steps
-from prune.scores import Scored, magnitude
+from prune.scores import NORMS, Scored, magnitude
 from prune.updates import UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -123,8 +123,10 @@ class Pruner:
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
-            assert self.method.score is not None
-            self.masks.set(self.pattern.keep(self.method.score(self._scored(-1, sample)), self.budget.counts(wanted)))
+            score = self.method.score
+            assert score is not None
+            scores = score(self._scored(-1, sample))
+            self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
@@ -193,7 +195,7 @@ class Pruner:
             return step
         self.round += 1
         wanted = 1 - (1 - self.budget.sparsity) ** (self.round / self.options["lth_rounds"])
-        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted))
+        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted), square=True)
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(self._rewound[name])

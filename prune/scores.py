@@ -73,6 +73,9 @@ def magnitude_gradient(scored: Scored) -> Scores:
     }
 
 
+# A unit of a pattern has the L2 norm of these scores; others are parts of a sum, so that a unit has their mean.
+NORMS = {magnitude, gradient, magnitude_gradient}
+
 MOST_IMAGES = 100  # that a second derivative is taken of at once
 
 READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; add your own score if it does

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prune.patterns import Counts, Pattern, Units
 from prune.schedules import cubic
-from prune.scores import READ_GRADIENTS, Score, Scored, magnitude
+from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, magnitude
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class DropAndGrow:
         room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
 
         # All layers at once: what a GPU takes time for here is launches, not work.
-        def flat(scores: dict[str, Tensor]) -> Tensor:
-            return torch.cat([pattern.pool(scores[name]) for name in targets])
+        def flat(score: Score) -> Tensor:
+            scores = score(now.scored)
+            return torch.cat([pattern.pool(scores[name], square=score in NORMS) for name in targets])
 
-        chosen = top_by_layer(flat(self.drop(now.scored)), torch.cat(alive) == 0, sizes, kept)
+        chosen = top_by_layer(flat(self.drop), torch.cat(alive) == 0, sizes, kept)
         grown = list(map(min, moved, room))
-        chosen |= top_by_layer(flat(self.grow(now.scored)), chosen, sizes, grown)
+        chosen |= top_by_layer(flat(self.grow), chosen, sizes, grown)
         parts = zip(targets, chosen.split(sizes), strict=True)
         return {name: pattern.spread(part, tuple(now.masks[name].shape)) for name, part in parts}
 
@@ -94,7 +95,7 @@ class GradualPruning:
     def __call__(self, now: UpdateInputs) -> dict[str, Tensor]:
         """Return the masks."""
         wanted = cubic(now.fraction, now.sparsity)
-        return now.pattern.keep(magnitude(now.scored), now.counts(wanted))
+        return now.pattern.keep(magnitude(now.scored), now.counts(wanted), square=True)
 
 
 def top_by_layer(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:

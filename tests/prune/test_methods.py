@@ -129,6 +129,37 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
             assert (blocks.all(1) == blocks.any(1)).all()
 
 
+@pytest.mark.parametrize("method", ["magnitude", "oneshot", "gmp", "lth"])
+def test_units_of_magnitudes_rank_by_their_l2_norm(method):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False))
+    with torch.no_grad():  # an even filter of mean 0.5 against one of mean 0.3 and a larger norm, three times
+        even, peak = torch.full((4,), 0.5), torch.tensor([1.2, 0.0, 0.0, 0.0])
+        model[0].weight.copy_(torch.stack([even, peak, even, peak, even, peak]))
+    options = {"lth": {"lth_rounds": 1}, "gmp": {"update_interval": 1}}.get(method, {})
+    pruner = Pruner(model, method, 0.5, pattern="channel", distribution="uniform", total_steps=4, **options)
+    pruner.choose_masks()
+    for step in range(4):
+        pruner.update_masks(step)
+    pruner.next_round(4)
+    assert pruner.masks.masks["0"].amax(1).tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "mest"])
+def test_moving_units_drop_the_smallest_l2_norm(method):
+    model = nn.Sequential(nn.Linear(4, 10, bias=False))
+    pruner = Pruner(model, method, 0.5, pattern="channel", total_steps=30, update_interval=2, drop_fraction=0.5)
+    pruner.choose_masks()
+    alive = pruner.masks.masks["0"].amax(1).nonzero().flatten()
+    with torch.no_grad():
+        model[0].weight[alive] = torch.tensor([1.2, 0.0, 0.0, 0.0])
+        model[0].weight[alive[:2]] = 0.5
+    model[0].weight.grad = 1 - pruner.masks.masks["0"]  # dead ones come before those that were just dropped
+    pruner.mask_gradients(1)
+    pruner.update_masks(1)
+    assert not {*alive[:2].tolist()} & {*model[0].weight.abs().amax(1).nonzero().flatten().tolist()}
+    assert (model[0].weight[alive[2:], 0] == 1.2).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     method=st.sampled_from(["magnitude", "gmp", "lth"]),
