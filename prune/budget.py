@@ -146,7 +146,8 @@ class Budget:
                 raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
             _refuse_all_dense(not self._by_layer)
             self.sparsity = self._fixed_sparsity(sparsity, source)
-            self._refuse_emptied_layers(pattern)
+            if isinstance(pattern, Units):
+                self._refuse_emptied_layers(pattern)
         self._distribution = distribution or default
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
@@ -187,11 +188,11 @@ class Budget:
             raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
         return fixed
 
-    def _refuse_emptied_layers(self, pattern: Pattern) -> None:
+    def _refuse_emptied_layers(self, pattern: Units) -> None:
         """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""
         assert self._by_layer is not None
         for (name,), count in self.counts(self.sparsity).items():
-            unit = pattern.smallest_unit(self._shapes[name]) if isinstance(pattern, Units) else 1
+            unit = pattern.smallest_unit(self._shapes[name])
             if 2 * count < unit:  # see patterns.top
                 what = "a weight" if unit == 1 else f"a unit of {unit} weights"
                 raise EmptyLayerError(

@@ -69,13 +69,19 @@ class Option:
 
 UPDATE_INTERVAL = Option(
     "update_interval", 100, "steps between two changes of the masks, or epochs such as 1e", metavar="N",
-    parse=parse_interval, shown="100, or less so that there are 20", late=True,
+    parse=parse_interval, shown="100; set 1e; mest 5e", late=True,
 )  # fmt: skip
 STOP_UPDATE = Option(
     "stop_update", 0.75, "fraction of training after which the masks stay", above=0, most=1, metavar="FRACTION"
 )
 DROP_FRACTION = Option(
-    "drop_fraction", 0.3, "fraction of a layer's living weights that moves at first", above=0, below=1, metavar="F"
+    "drop_fraction",
+    0.3,
+    "fraction of a layer's living weights that moves at first",
+    above=0,
+    below=1,
+    metavar="F",
+    shown="0.3; mest 0.2, and 0.5 with --mest-soft",
 )
 SCORE_IMAGES = Option("score_images", 10, "images of each class that the scores look at", above=0, metavar="N")
 MEST_LAMBDA = Option("mest_lambda", 1.0, "weight of the gradient in |w| + L |g|", least=0, metavar="L")
@@ -139,14 +145,18 @@ METHODS = {
     "set": Method(
         "Mocanu et al. 2018", scores.random,
         update=DropAndGrow(scores.magnitude, scores.random, constant), options=MOVING,
+        own_defaults=lambda given: {"update_interval": "1e"},
     ),
     "rigl": Method(
         "Evci et al. 2020", scores.random,
-        update=DropAndGrow(scores.magnitude, scores.gradient, cosine), options=MOVING,
+        update=DropAndGrow(scores.magnitude, scores.gradient, cosine, regrown_from_zero=False), options=MOVING,
     ),
     "mest": Method(
         "Yuan et al. 2021", scores.random,
         update=DropAndGrow(scores.magnitude_gradient, scores.random, steps), options=(*MOVING, MEST_LAMBDA, MEST_SOFT),
+        own_defaults=lambda given: {
+            "update_interval": "5e", "drop_fraction": 0.5 if given.get("mest_soft") else 0.2,
+        },
     ),
     # dense to sparse
     "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning(), options=TIMING),

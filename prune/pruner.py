@@ -15,7 +15,7 @@ from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, magnitude
-from prune.updates import UpdateInputs
+from prune.updates import MaskChange, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -178,7 +178,7 @@ class Pruner:
                 self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self._targets,
                 self.budget.sparsity, self.budget.counts,
             )  # fmt: skip
-            self._replace_masks(self.method.update(inputs))
+            self._change_masks(self.method.update(inputs))
         self._remember_weights(step)
         return step + 1
 
@@ -354,14 +354,20 @@ class Pruner:
         return Scored(self.model, weights, generator, sample, self._gradients, self.options)
 
     @torch.no_grad()
-    def _replace_masks(self, masks: dict[str, Tensor]) -> None:
+    def _change_masks(self, change: MaskChange) -> None:
         """Put new masks in place and zero what optimizers remember of weights that died or came alive."""
-        weights = [self.masks.weights[name] for name in masks]
-        before = torch._foreach_mul([self.masks.masks[name] for name in masks], 1)
-        self.masks.set(masks)
-        now = [self.masks.masks[name] for name in masks]
+        weights = [self.masks.weights[name] for name in change.masks]
+        before = torch._foreach_mul([self.masks.masks[name] for name in change.masks], 1)
+        died: list[Tensor] = []
+        if change.survivors:
+            self.masks.set(change.survivors)
+            died = list(torch._foreach_sub(before, [self.masks.masks[name] for name in change.masks]))
+        self.masks.set(change.masks)
+        now = [self.masks.masks[name] for name in change.masks]
         changed = torch._foreach_sub(now, before)  # 1 where a weight came alive, -1 where it died
         torch._foreach_abs_(changed)
+        if died:  # some of these are alive again
+            torch._foreach_maximum_(changed, died)
         unchanged = torch._foreach_neg(changed)
         torch._foreach_add_(unchanged, 1)
         for optimizer in self.optimizers:
@@ -375,7 +381,7 @@ class Pruner:
                 tensors, keeps = zip(*remembered, strict=True)
                 torch._foreach_mul_(list(tensors), list(keeps))
         if self.ever_alive:
-            torch._foreach_maximum_([self.ever_alive[name] for name in masks], now)
+            torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
 
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""

@@ -80,5 +80,5 @@ def cosine(fraction: float) -> float:
 
 
 def steps(fraction: float) -> float:
-    """Return 1, from the middle on 1/2, from three quarters on 1/4, and 0 at the end."""
-    return 0.0 if fraction >= 1 else 0.25 if fraction >= 0.75 else 0.5 if fraction >= 0.5 else 1.0
+    """Return 1, from three quarters on 1/2, and 0 at the end (MEST's code: from epochs 90 and 120 of 160)."""
+    return 0.0 if fraction >= 1 else 0.5 if fraction >= 0.75 else 1.0

@@ -14,6 +14,7 @@ from torch import nn
 
 from models import build_model
 from prune import METHODS, Pruner
+from prune.schedules import Timing
 from prune.scores import Scored, grasp, synflow
 from sam import SAM
 
@@ -187,7 +188,7 @@ def test_every_group_of_every_layer_keeps_n_of_m_whatever_the_sizes(method, grou
 @pytest.mark.parametrize("method", [name for name in SPARSE if METHODS[name].score])
 def test_scoring_changes_neither_weights_nor_statistics_nor_gradients(method):
     model, fresh = Tiny(), Tiny()
-    mask = Pruner(model, method, 0.5, total_steps=200)
+    mask = Pruner(model, method, 0.5, total_steps=8000, steps_per_epoch=10)
     mask.choose_masks(sample)
     for (name, now), before in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         alive = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(now))
@@ -378,13 +379,62 @@ def test_mest_weighs_the_gradient_and_soft_mest_is_denser_until_the_last_change(
     counts = []
     train(model, mask, optimizer, 40, on_step=lambda step: counts.append(sum(mask.masks.alive().values())))
     targets = mask.state_dict()["targets"]
-    grown = lambda fraction: sum(int(0.3 * fraction * count) for count in targets.values())  # noqa: E731
+    room = {name: w.numel() - targets[name] for name, w in layers(model).items()}
+    grown = lambda fraction: sum(min(int(fraction * n), room[name]) for name, n in targets.items())  # noqa: E731
     assert counts[3] == target
-    assert counts[4] == target + grown(1.0)  # at a sixth of the way: the whole fraction
-    assert counts[14] == target + grown(0.5)  # at a half
-    assert counts[24] == target + grown(0.25)
+    assert counts[4] == target + grown(0.5)  # at a sixth of the way
+    assert counts[19] == target + grown(0.5)
+    assert counts[24] == target + grown(0.25)  # from three quarters on
     assert counts[29:] == [target] * 11  # the last change, at three quarters of training
     assert targets == mask.masks.alive()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "interval", "moved"),
+    [
+        ("set", {}, 30, [0.3] * 24),  # each epoch
+        ("mest", {}, 150, [0.2] * 17 + [0.1] * 6),  # each five epochs
+        ("mest", {"mest_soft": True}, 150, [0.5] * 17 + [0.25] * 6),
+        ("rigl", {}, 100, None),
+        ("gmp", {}, 100, None),
+    ],
+)
+def test_a_method_changes_masks_when_and_as_much_as_its_paper_says(method, options, interval, moved):
+    epochs = 160 if method == "mest" else 200
+    pruner = Pruner(Tiny(), method, 0.5, total_steps=30 * epochs, steps_per_epoch=30, **options)
+    assert pruner.timing == Timing(30 * epochs, interval, 0.75)
+    if moved:
+        due = [step for step in range(30 * epochs) if pruner.due(step)][: len(moved)]
+        update = METHODS[method].update
+        assert [pruner.options["drop_fraction"] * update.decay(pruner.timing.fraction(step)) for step in due] == moved
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_a_weight_that_is_dropped_and_regrown_at_once_keeps_its_value_in_rigl_only(method):
+    model = nn.Sequential(nn.Linear(10, 10, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"update_interval": 2, "drop_fraction": 0.9}
+    pruner = Pruner(model, method, 0.3, total_steps=40, optimizers=[optimizer], **options)
+    pruner.choose_masks()
+    for step in range(2):
+        model[0].weight.grad = torch.ones(10, 10) + pruner.masks.masks["0"]  # regrowth of what was dropped comes first
+        pruner.mask_gradients(step)
+        optimizer.step()
+        pruner.mask_weights()
+        before = model[0].weight.detach().clone()
+        alive = pruner.masks.masks["0"].bool()
+        momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+        pruner.update_masks(step)
+    again = alive & pruner.masks.masks["0"].bool()
+    kept = again & (model[0].weight == before)
+    if method == "rigl":
+        assert torch.equal(kept, again)
+        assert torch.equal(momentum != 0, again)
+    else:
+        assert kept.sum() == 70 - 63  # the others are dropped, and many of them come back
+        assert again.sum() > kept.sum() + 10
+        assert (model[0].weight[again & ~kept] == 0).all()
+        assert torch.equal(momentum != 0, kept)
 
 
 def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
