@@ -97,20 +97,11 @@ class NofM:
         """Return masks as Units.keep does; the counts, one for each layer, say how far down to n a schedule has come."""
         masks: dict[str, Tensor] = {}
         for (layer,), count in counts.items():
-            shape = tuple(scores[layer].shape)
-            # The pattern may keep more than n / m where m does not divide the inputs, and never less.
-            n = next((n for n in range(self.n, self.m) if self.count(shape, n) >= count), self.m)
+            size = scores[layer].numel()
+            # Counts are whole: the share of n is rounded up before it is compared.
+            n = next((n for n in range(self.n, self.m) if -(-size * n // self.m) >= count), self.m)
             masks[layer] = self._best(scores[layer], n)
         return masks
-
-    def count(self, shape: Shape, n: int) -> int:
-        """Return the number of weights that a layer keeps at n of every m."""
-        whole, rest = divmod(shape[1], self.m)
-        return math.prod(shape) // shape[1] * (whole * n + self._of_rest(n, rest))
-
-    def _of_rest(self, n: int, rest: int) -> int:
-        """Return how many weights a last, shorter group keeps: at most n, since it has fewer than m."""
-        return -(-n * rest // self.m)
 
     def _best(self, scores: Tensor, n: int) -> Tensor:
         channels = scores.shape[1]
@@ -121,7 +112,7 @@ class NofM:
         if whole is not None:
             parts.append(_top_of_last(whole, n).flatten(-2))
         if rest:
-            parts.append(_top_of_last(rows[..., channels - rest :], self._of_rest(n, rest)))
+            parts.append(_top_of_last(rows[..., channels - rest :], -(-n * rest // self.m)))  # no more than n
         return torch.cat(parts, -1).movedim(-1, 1)
 
 
