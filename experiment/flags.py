@@ -129,7 +129,7 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
         help="which weights live and die together: unstructured, kernel, channel, blocks such as 4x1, N:M such as 2:4 "
              "(%(default)s)")
     add("--dense-layers", nargs="+", default=[], metavar="NAME",
-        help="layers that stay dense: stem, shortcut, classifier, or patterns of names; the others make up for them")
+        help="layers that stay dense: stem, shortcut, depthwise, classifier, or patterns of names; the others make up for them")
     for option in method_options():
         methods = ", ".join(name for name, method in METHODS.items() if option in method.options)
         if option.default is False:

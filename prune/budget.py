@@ -8,7 +8,6 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
-from prune.masks import select_layers
 from prune.patterns import Counts, NofM, Pattern, Shape, Units
 
 
@@ -113,7 +112,7 @@ class Budget:
         distribution: a key of DISTRIBUTIONS; None for `default`.
         default: the distribution where none is named.
         by_layer: the sparsity of each layer by name; layers that are not named stay dense.
-        dense_layers: patterns of layer names that stay dense, see `masks.select_layers`.
+        dense_layers: names of the layers that stay dense.
 
     Attributes:
         sparsity: the final one; by layer, that of the layers that are not dense.
@@ -134,7 +133,7 @@ class Budget:
         dense_layers: Iterable[str] = (),
     ):
         self._shapes = shapes
-        self.dense = select_layers(list(shapes), list(dense_layers))
+        self.dense = set(dense_layers)
         self._by_layer = self._fixed_layers(by_layer, pattern)
         if self._by_layer is None:
             if sparsity is None or not 0 <= sparsity < 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.budget import Budget, emptied
-from prune.masks import Masks, prunable_weights
+from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
@@ -92,7 +92,9 @@ class Pruner:
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense_layers)
+        self._depthwise = depthwise_layers(model) & shapes.keys()
+        dense = select_layers(list(shapes), list(dense_layers), self._depthwise)
+        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
@@ -106,6 +108,8 @@ class Pruner:
         self._input_shape: tuple[int, ...] | None = None
         self._checked = -1  # version of the masks that check_layers has seen
         self._warned: set[str] = set()
+        self._settled = False  # masks came to their last change
+        self._lost_filters = 0  # depthwise ones, that check_layers has warned of
 
     def choose_masks(self, sample: Sample | None = None) -> None:
         """Score the weights, choose the masks and zero what they drop.
@@ -179,6 +183,7 @@ class Pruner:
                 self.budget.sparsity, self.budget.counts,
             )  # fmt: skip
             self._change_masks(self.method.update(inputs))
+            self._settled = inputs.fraction >= 1
         self._remember_weights(step)
         return step + 1
 
@@ -241,6 +246,14 @@ class Pruner:
         if new := [name for name in empty if name not in self._warned]:
             self.warn(f"no weight is left in {_listed(new)}; other layers still lead from the input to the output")
             self._warned.update(new)
+        if self._settled or not self.method.update:
+            empty_filters, filters = self.masks.empty_filters(self._depthwise)
+            if empty_filters > self._lost_filters:
+                self._lost_filters = empty_filters
+                self.warn(
+                    f"{empty_filters:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep "
+                    "them, name depthwise among the dense layers"
+                )
         self._checked = self.masks.version
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
@@ -252,7 +265,7 @@ class Pruner:
 
     def ever_alive_fraction(self) -> float:
         """Return the fraction of prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
-        if self.method.score is None:
+        if self.method.tickets or (self.method.update and not self.method.score):
             return 1.0  # it begins dense
         alive = self.masks.alive()
         if self.ever_alive:
@@ -269,6 +282,9 @@ class Pruner:
         if dense:
             line += f"; {len(self.budget.dense)} layers ({dense:,} weights) stay dense"
             line += f", the others have {dead / (total - dense):.4f}"
+        empty, filters = self.masks.empty_filters(self.masks.weights)
+        if empty:
+            line += f"; {empty:,} of {filters:,} filters have no weight"
         return line
 
     def state_dict(self) -> dict:
