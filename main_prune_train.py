@@ -60,7 +60,7 @@ def train(located: Located, interruption: Interruption) -> None:
     if checkpoint:
         build.restore(state, checkpoint, args, data, about)
     else:
-        build.choose_masks(pruner, loader)
+        build.choose_masks(args, pruner, loader)
 
     # directory: nothing is written before everything is known, and the same in all processes
     earlier = located.read_result() if state.schedule_step >= total_steps else {}

@@ -106,8 +106,8 @@ def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optim
         )  # fmt: skip
 
 
-def choose_masks(pruner: Pruner, loader: TrainLoader) -> None:
-    """Choose the masks that a training begins with.
+def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
+    """Choose the masks that a training begins with, or take those of --pretrained.
 
     Raises:
         UsageError: a sparsity that leaves no path through the network.
@@ -116,6 +116,8 @@ def choose_masks(pruner: Pruner, loader: TrainLoader) -> None:
     images = int(pruner.options.get("score_images", 1))
     advice = f"--score-images {images // 2}" if images > 1 else "a smaller --width"
     with usage_errors(), memory_errors(f"{advice} (the memory is for choosing the masks)"):
+        if args.keep_masks:
+            load_network(pruner.model, pruner.masks, load_checkpoint(args.pretrained))
         pruner.choose_masks(loader.sample)
 
 
@@ -225,7 +227,18 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
     checkpoint = load_checkpoint(args.pretrained)
     evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
     check_fits(checkpoint, data)
-    load_network(model, Pruner(model).masks, checkpoint)
+    masks = Pruner(model).masks
+    load_network(model, masks, checkpoint)
+    sparsity = masks.sparsity()
+    if args.keep_masks and not sparsity:
+        raise UsageError(
+            "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network; leave it out"
+        )
+    if sparsity and args.prune_method == "none" and not args.keep_masks:
+        _warn(
+            f"the checkpoint's masks, of sparsity {sparsity:.4f}, are not kept and its zeros train on as weights: --keep-masks "
+            "keeps them"
+        )
 
 
 def check_fits(checkpoint: dict, data: Dataset) -> None:

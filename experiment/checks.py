@@ -81,6 +81,10 @@ def _without_effect(args: argparse.Namespace) -> dict[str, str]:
     if args.prune_method == "none":
         for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
             reasons[name] = "with --prune-method none"
+        if not args.pretrained:
+            reasons["keep_masks"] = "without --pretrained"
+    else:
+        reasons["keep_masks"] = f"with --prune-method {args.prune_method}, which makes masks of its own"
     if optimizer.momentum is None:
         reasons |= dict.fromkeys(("momentum", "nesterov"), f"with --optmzr {args.optmzr}")
     if not optimizer.sam:

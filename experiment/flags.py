@@ -96,7 +96,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--optmzr", choices=OPTIMIZERS, default="sgd",
         help="base optimizer, with or without SAM around it (%(default)s)")
     add("--epochs", type=number(int, above=0), default=160, help="passes over the training images (%(default)s)")
-    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)")
+    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw; a tenth with oneshot)")
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
     add("--weight-decay", "--wd", type=number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)")
@@ -138,6 +138,8 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
                 help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--keep-masks", action="store_true",
+        help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
 
 
@@ -200,7 +202,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags with the defaults that depend on other flags."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
     defaults: dict = {
-        "lr": optimizer.lr,
+        "lr": optimizer.fine_tuning_lr if method.pretrained else optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
         "depth": ARCHITECTURES[args.arch].default_depth,

@@ -69,6 +69,16 @@ ROOT = Path(__file__).parents[2]
         ("--update-interval 5 --prune-method snip --sparsity 0.9", "--update-interval has no effect"),
         ("--lth-rewind 999 --prune-method lth --sparsity 0.9", "cannot rewind to step 999"),
         ("--prune-method oneshot --sparsity 0.9", "give them by --pretrained"),
+        ("--keep-masks", "--keep-masks has no effect without --pretrained"),
+        (
+            "--keep-masks --pretrained x.pt --prune-method snip --sparsity 0.9",
+            "--keep-masks has no effect with --prune-m",
+        ),
+        (
+            "--update-interval 0 --prune-method set --sparsity 0.9",
+            "has to be a whole number of steps above 0, or epochs",
+        ),
+        ("--update-interval 99e --prune-method gmp --sparsity 0.9", "masks would never change before they stay"),
         ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--arch vgg --depth 20", "a VGG has depth 16 or 19, not 20"),
         ("--batch-size 1441 --arch vgg", "cannot be batch-normalised"),
