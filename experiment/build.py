@@ -194,7 +194,7 @@ def step(
     )  # fmt: skip
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
-        args.accumulate, args.clip_grad, args.sam_local, group, execution.graphed,
+        args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
     )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
     add("--sam-local", action="store_true",
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
+    add("--sam-unmasked", action="store_true",
+        help="perturb pruned weights too, as the code of S2-SAM does; training FLOPs are counted as if it did not")
 
 
 def _add_sparsity(group: argparse._ArgumentGroup) -> None:

@@ -149,13 +149,18 @@ class Pruner:
             step: the one at hand, counted from 0. Where masks change after it by gradients, these are kept first. None
                 for gradients that masks do not go by.
         """
-        if step is not None and self.keeps_gradients(step):
+        if step is not None:
+            self.keep_gradients(step)
+        self.masks.apply_to_gradients()
+
+    def keep_gradients(self, step: int) -> None:
+        """Keep the gradients as they are, if masks change after this step by them; `mask_gradients(step)` does so too."""
+        if self.keeps_gradients(step):
             if not self._gradients:  # they stay where they are, as a CUDA graph wants it
                 self._gradients = {name: torch.zeros_like(mask) for name, mask in self.masks.masks.items()}
             for name, kept in self._gradients.items():
                 gradient = self.masks.weights[name].grad
                 kept.zero_() if gradient is None else kept.copy_(gradient)
-        self.masks.apply_to_gradients()
 
     def mask_weights(self) -> None:
         """Zero the dead weights, which an optimizer may have moved."""
