@@ -21,7 +21,7 @@ from training.logger import Logger, run_result
 from training.loop import Run, fit
 from training.optim import OPTIMIZERS, passes_per_step, state_holders
 from utils.device import device_name, keep_freed_memory
-from utils.errors import memory_errors, usage_errors
+from utils.errors import memory_errors
 from utils.signals import Interruption
 
 
@@ -60,8 +60,7 @@ def train(located: Located, interruption: Interruption) -> None:
     if checkpoint:
         build.restore(state, checkpoint, args, data, about)
     else:
-        with usage_errors():
-            pruner.choose_masks(loader.sample)
+        build.choose_masks(args, pruner, loader)
 
     # directory: nothing is written before everything is known, and the same in all processes
     earlier = located.read_result() if state.schedule_step >= total_steps else {}

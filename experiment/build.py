@@ -29,7 +29,7 @@ from training.step import TrainingStep, build_objective
 from utils import distributed
 from utils.device import pick_device, use_deterministic_kernels
 from utils.distributed import ProcessGroup
-from utils.errors import UsageError, usage_errors
+from utils.errors import UsageError, memory_errors, usage_errors
 from utils.precision import Execution, bf16_on_cpu, resolve_execution
 
 
@@ -115,9 +115,28 @@ def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optim
         return Pruner(
             model, args.prune_method, args.sparsity, args.sparsity_distribution,
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
-            args.sparsity_pattern, args.dense_layers, total_steps, args.seed, optimizers,
+            args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, _warn,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
+
+
+def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
+    """Choose the masks that a training begins with, or take those of --pretrained.
+
+    Raises:
+        UsageError: a sparsity that leaves no path through the network.
+        TrainingError: the GPU has too little memory for the scores.
+    """
+    images = int(pruner.options.get("score_images", 1))
+    advice = f"--score-images {images // 2}" if images > 1 else "a smaller --width"
+    with usage_errors(), memory_errors(f"{advice} (the memory is for choosing the masks)"):
+        if args.keep_masks:
+            load_network(pruner.model, pruner.masks, load_checkpoint(args.pretrained))
+        pruner.choose_masks(loader.sample)
+
+
+def _warn(words: str) -> None:
+    distributed.complain(f"warning: {words}", alike=True)
 
 
 def execution(
@@ -189,7 +208,7 @@ def step(
     )  # fmt: skip
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
-        args.accumulate, args.clip_grad, args.sam_local, group, execution.graphed,
+        args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
     )  # fmt: skip
 
 
@@ -222,7 +241,18 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
     checkpoint = load_checkpoint(args.pretrained)
     evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
     check_fits(checkpoint, data)
-    load_network(model, Pruner(model).masks, checkpoint)
+    masks = Pruner(model).masks
+    load_network(model, masks, checkpoint)
+    sparsity = masks.sparsity()
+    if args.keep_masks and not sparsity:
+        raise UsageError(
+            "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network; leave it out"
+        )
+    if sparsity and args.prune_method == "none" and not args.keep_masks:
+        _warn(
+            f"the checkpoint's masks, of sparsity {sparsity:.4f}, are not kept and its zeros train on as weights: --keep-masks "
+            "keeps them"
+        )
 
 
 def check_fits(checkpoint: dict, data: Dataset) -> None:

@@ -81,10 +81,18 @@ def _without_effect(args: argparse.Namespace) -> dict[str, str]:
     if args.prune_method == "none":
         for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
             reasons[name] = "with --prune-method none"
+        if not args.pretrained:
+            reasons["keep_masks"] = "without --pretrained"
+        if not args.keep_masks:
+            reasons["sam_unmasked"] = "with --prune-method none"
+    else:
+        reasons["keep_masks"] = f"with --prune-method {args.prune_method}, which makes masks of its own"
     if optimizer.momentum is None:
         reasons |= dict.fromkeys(("momentum", "nesterov"), f"with --optmzr {args.optmzr}")
     if not optimizer.sam:
-        reasons |= dict.fromkeys(("sam_v2", "sam_rho", "adaptive", "sam_local"), f"with --optmzr {args.optmzr}")
+        reasons |= dict.fromkeys(
+            ("sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked"), f"with --optmzr {args.optmzr}"
+        )
     elif args.sam_v2:
         reasons["sam_local"] = "with --sam-v2"
     if not args.mixup:
@@ -114,6 +122,10 @@ def _check_training(args: argparse.Namespace) -> None:
     if args.accumulate > args.batch_size:
         raise UsageError(
             f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image"
+        )
+    if args.sam_unmasked and args.clip_grad:
+        raise UsageError(
+            "--clip-grad would clip by the gradients of pruned weights, which --sam-unmasked keeps: leave one of them out"
         )
     if args.sync_bn and args.sam_local:
         raise UsageError(

@@ -11,6 +11,7 @@ from imagedata.sources import DATASETS
 from models import ARCHITECTURES
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
+from prune.methods import Value
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 from utils.precision import PRECISIONS
@@ -99,7 +100,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--optmzr", choices=OPTIMIZERS, default="sgd",
         help="base optimizer, with or without SAM around it (%(default)s)")
     add("--epochs", type=number(int, above=0), default=160, help="passes over the training images (%(default)s)")
-    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)")
+    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw; a tenth with oneshot)")
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
     add("--weight-decay", "--wd", type=number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)")
@@ -118,6 +119,8 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
     add("--sam-local", action="store_true",
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
+    add("--sam-unmasked", action="store_true",
+        help="perturb pruned weights too, as the code of S2-SAM does; training FLOPs are counted as if it did not")
 
 
 def _add_sparsity(group: argparse._ArgumentGroup) -> None:
@@ -132,15 +135,17 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
         help="which weights live and die together: unstructured, kernel, channel, blocks such as 4x1, N:M such as 2:4 "
              "(%(default)s)")
     add("--dense-layers", nargs="+", default=[], metavar="NAME",
-        help="layers that stay dense: stem, shortcut, classifier, or patterns of names; the others make up for them")
+        help="layers that stay dense: stem, shortcut, depthwise, classifier, or patterns of names; the others make up for them")
     for option in method_options():
         methods = ", ".join(name for name, method in METHODS.items() if option in method.options)
         if option.default is False:
             add(flag(option.name), action="store_true", help=f"{methods}: {option.help}")
         else:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
-                help=f"{methods}: {option.help} ({option.default})")
+                help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--keep-masks", action="store_true",
+        help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
 
 
@@ -203,12 +208,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags with the defaults that depend on other flags."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
     defaults: dict = {
-        "lr": optimizer.lr,
+        "lr": optimizer.fine_tuning_lr if method.pretrained else optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
         "depth": ARCHITECTURES[args.arch].default_depth,
-        **{option.name: option.default for option in method.options},
     }
+    given = {option.name: getattr(args, option.name) for option in method.options}
+    complete = method.complete({name: value for name, value in given.items() if value is not None})
+    defaults |= {option.name: complete[option.name] for option in method.options if not option.late}
     if optimizer.sam:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
@@ -241,8 +248,18 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
-def option_type(option: Option) -> Callable[[str], float]:
+def option_type(option: Option) -> Callable[[str], Value]:
     """Return the argparse type of a method's option."""
+    parse = option.parse
+    if parse is not None:
+
+        def convert(text: str) -> Value:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+        return convert
     return number(type(option.default), option.least, option.above, option.below, option.most)
 
 

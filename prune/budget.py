@@ -8,21 +8,25 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
-from prune.masks import select_layers
-from prune.patterns import Counts, NofM, Pattern, Shape
+from prune.patterns import Counts, NofM, Pattern, Shape, Units
 
 
 class EmptyLayerError(ValueError):
-    """A sparsity that leaves a layer without a weight; where layers compete this is known only after scoring."""
+    """A sparsity that leaves a layer, or all paths through a network, without a weight."""
 
 
-def refuse_empty(layers: list[str]) -> None:
-    """Raise EmptyLayerError if any layer is named as one without a weight."""
-    if layers:
-        raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
-            "method can, take a finer pattern, or keep layers dense by name"
-        )
+def emptied(layers: list[str], reason: str = "") -> EmptyLayerError:
+    """Return the error for a sparsity that is too high.
+
+    Args:
+        layers: those without a weight; none where only no path is left.
+        reason: why that is one, where layers may be empty.
+    """
+    what = f"layer '{layers[0]}' without a weight" if layers else "no path of weights through the network"
+    return EmptyLayerError(
+        f"this sparsity leaves {what}: {reason}lower it, distribute it by erk where the method can, take a finer pattern, "
+        "or keep layers dense by name"
+    )
 
 
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
@@ -79,8 +83,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
-    if not sparse:
-        raise ValueError("every layer is to stay dense: name fewer of them, or take no pruning method")
+    _refuse_all_dense(not sparse)
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
     if budget < len(sparse):
@@ -93,7 +96,9 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if amounts is None:
         return {tuple(sparse): budget}
     counts = _round_to_sum(amounts, budget)
-    refuse_empty([layer for layer, count in counts.items() if count == 0])
+    for layer, count in counts.items():
+        if count == 0:
+            raise emptied([layer])
     return {(layer,): count for layer, count in counts.items()}
 
 
@@ -107,7 +112,7 @@ class Budget:
         distribution: a key of DISTRIBUTIONS; None for `default`.
         default: the distribution where none is named.
         by_layer: the sparsity of each layer by name; layers that are not named stay dense.
-        dense_layers: patterns of layer names that stay dense, see `masks.select_layers`.
+        dense_layers: names of the layers that stay dense.
 
     Attributes:
         sparsity: the final one; by layer, that of the layers that are not dense.
@@ -128,7 +133,7 @@ class Budget:
         dense_layers: Iterable[str] = (),
     ):
         self._shapes = shapes
-        self.dense = select_layers(list(shapes), list(dense_layers))
+        self.dense = set(dense_layers)
         self._by_layer = self._fixed_layers(by_layer, pattern)
         if self._by_layer is None:
             if sparsity is None or not 0 <= sparsity < 1:
@@ -138,7 +143,10 @@ class Budget:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
                 raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+            _refuse_all_dense(not self._by_layer)
             self.sparsity = self._fixed_sparsity(sparsity, source)
+            if isinstance(pattern, Units):
+                self._refuse_emptied_layers(pattern)
         self._distribution = distribution or default
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
@@ -174,10 +182,27 @@ class Budget:
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
-        fixed = dead / sum(sizes.values()) if sizes else 0.0
+        fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
             raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
         return fixed
+
+    def _refuse_emptied_layers(self, pattern: Units) -> None:
+        """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""
+        assert self._by_layer is not None
+        for (name,), count in self.counts(self.sparsity).items():
+            unit = pattern.smallest_unit(self._shapes[name])
+            if 2 * count < unit:  # see patterns.top
+                what = "a weight" if unit == 1 else f"a unit of {unit} weights"
+                raise EmptyLayerError(
+                    f"sparsity {self._by_layer[name]:g} leaves layer '{name}' without {what}: give it a lower one, or take a "
+                    "finer pattern"
+                )
+
+
+def _refuse_all_dense(dense: bool) -> None:
+    if dense:
+        raise ValueError("every layer is to stay dense: let at least one be pruned, or take no pruning method")
 
 
 def _round_to_sum(amounts: dict[str, float], total: int) -> dict[str, int]:

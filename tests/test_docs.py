@@ -171,8 +171,7 @@ def test_the_table_of_options_is_that_of_the_code():
     declared = {}
     for name, method in METHODS.items():
         for option in method.options:
-            default = "off" if option.default is False else str(option.default)
-            declared.setdefault("--" + option.name.replace("_", "-"), ([], default))[0].append(name)
+            declared.setdefault("--" + option.name.replace("_", "-"), ([], option.default_shown))[0].append(name)
     rows = table(section(METHODS_PAGE, "Options"))
     assert {row[0].strip("`"): (re.findall(r"`(\w+)`", row[1]), row[2]) for row in rows} == declared
 

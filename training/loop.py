@@ -60,7 +60,7 @@ def fit(run: Run) -> None:
     Raises:
         Preempted: a signal came.
         TrainingError: the loss is no longer finite.
-        EmptyLayerError: the masks came to leave a layer empty.
+        EmptyLayerError: the masks came to leave no path through the network.
     """
     state = run.state
     while True:
@@ -186,7 +186,7 @@ class EpochTotals:
         loss, top1 = (self._sums.double().sum(0) / self._counted).tolist()
         seconds = time.perf_counter() - self._speed_began
         state.training_flops += self._run.meter.read()
-        state.pruner.refuse_empty_layers()
+        state.pruner.check_layers()
         state.images += self._images
         state.partial = None
         return {

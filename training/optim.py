@@ -28,6 +28,11 @@ class Optimizer:
     weight_decay: float
     momentum: float | None = None
 
+    @property
+    def fine_tuning_lr(self) -> float:
+        """Return the default learning rate for trained weights, which the usual one would undo."""
+        return self.lr / 10
+
 
 def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults: float) -> dict[str, Optimizer]:
     """Return two optimizers of the same settings: otherwise no comparison between them means anything."""
