@@ -172,7 +172,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does")
     add("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     add("--log-interval", type=number(int, above=0), default=50, metavar="STEPS",
-        help="steps between two logged steps (%(default)s)")
+        help="steps between two logged steps; the last one of an epoch is logged too (%(default)s)")
 # fmt: on
 
 
