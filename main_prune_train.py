@@ -11,7 +11,7 @@ import torch
 from analysis.trained import evaluate_checkpoint, measure_trained, measured_names
 from experiment import build
 from experiment.exit_code import exit_code, smaller_batch
-from experiment.flags import FREE, PER_PROCESS, parse, plain
+from experiment.flags import FREE, PER_PROCESS, flag_errors, parse, plain
 from experiment.run_directory import Located, locate_run
 from imagedata.augment import Normalize
 from imagedata.images import Dataset
@@ -21,7 +21,7 @@ from training.logger import Logger, run_result
 from training.loop import Run, fit
 from training.optim import OPTIMIZERS, passes_per_step, state_holders
 from utils.device import device_name, keep_freed_memory
-from utils.errors import memory_errors, usage_errors
+from utils.errors import memory_errors
 from utils.signals import Interruption
 
 
@@ -29,7 +29,7 @@ def train(located: Located, interruption: Interruption) -> None:
     """Train a network from fresh weights, or go on from the checkpoint of an interrupted run."""
     args, directory, checkpoint = located.args, located.directory, located.checkpoint
     schedule = CheckpointSchedule(args.checkpoint_every)
-    build.check_on_meta(args)
+    build.check_on_meta(args, resumed=checkpoint is not None)
     device, group = build.place(args, resumed=checkpoint is not None)
 
     # data
@@ -60,7 +60,7 @@ def train(located: Located, interruption: Interruption) -> None:
     if checkpoint:
         build.restore(state, checkpoint, args, data, about)
     else:
-        with usage_errors():
+        with flag_errors():
             pruner.choose_masks(loader.sample)
 
     # directory: nothing is written before everything is known, and the same in all processes

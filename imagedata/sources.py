@@ -56,7 +56,7 @@ def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
             except (OSError, RuntimeError, tarfile.TarError) as error:
                 raise UsageError(
                     f"CIFAR-{classes} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
-                    f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
+                    f"put its '{cls.filename}' there, name the place that has it by --data-dir, or train without one on --dataset digits or folder"
                 ) from error
             splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
         return Dataset(splits[0], splits[1], classes=split.classes, pad=4, flip=True)
@@ -117,6 +117,12 @@ DATASETS: dict[str, Callable[[Path | None, int | None], Dataset]] = {
     "folder": folder,
     "digits": digits,
 }
+
+SIZES = {
+    "cifar10": (10, 3),
+    "cifar100": (100, 3),
+    "digits": (10, 1),
+}  # classes and channels that are known without the data
 
 
 def _list_images(directory: Path) -> "ImageFolder":

@@ -6,7 +6,10 @@ A distribution is a function of (shapes, budget) that returns each layer's part 
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
 
 from prune.masks import select_layers
 from prune.patterns import Counts, NofM, Pattern, Shape
@@ -14,15 +17,6 @@ from prune.patterns import Counts, NofM, Pattern, Shape
 
 class EmptyLayerError(ValueError):
     """A sparsity that leaves a layer without a weight; where layers compete this is known only after scoring."""
-
-
-def refuse_empty(layers: list[str]) -> None:
-    """Raise EmptyLayerError if any layer is named as one without a weight."""
-    if layers:
-        raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
-            "method can, take a finer pattern, or keep layers dense by name"
-        )
 
 
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
@@ -75,7 +69,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
         With the dense layers' weights the counts sum to round((1 - sparsity) * all weights).
 
     Raises:
-        ValueError: the sparsity cannot be reached, or a layer would be left empty.
+        ValueError: the sparsity cannot be reached.
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
@@ -93,7 +87,6 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if amounts is None:
         return {tuple(sparse): budget}
     counts = _round_to_sum(amounts, budget)
-    refuse_empty([layer for layer, count in counts.items() if count == 0])
     return {(layer,): count for layer, count in counts.items()}
 
 
@@ -104,8 +97,8 @@ class Budget:
         shapes: shape of each prunable weight by layer.
         pattern: an N:M pattern fixes the sparsity of every layer.
         sparsity: fraction of all prunable weights that is zero in the end; None where `by_layer` or the pattern says it.
-        distribution: a key of DISTRIBUTIONS; None for `default`.
-        default: the distribution where none is named.
+        distribution: a key of DISTRIBUTIONS; None for the first of `choices`.
+        choices: distributions that the method has.
         by_layer: the sparsity of each layer by name; layers that are not named stay dense.
         dense_layers: patterns of layer names that stay dense, see `masks.select_layers`.
 
@@ -114,7 +107,7 @@ class Budget:
         dense: names of the layers that keep every weight.
 
     Raises:
-        ValueError: a sparsity that cannot be reached, or arguments that leave each other no choice.
+        ValueError: a sparsity that cannot be reached or leaves a layer empty, or arguments that leave each other no choice.
     """
 
     def __init__(
@@ -123,11 +116,11 @@ class Budget:
         pattern: Pattern,
         sparsity: float | None,
         distribution: str | None,
-        default: str,
+        choices: Sequence[str],
         by_layer: dict[str, float] | None = None,
         dense_layers: Iterable[str] = (),
     ):
-        self._shapes = shapes
+        self._shapes, self._pattern, self._choices = shapes, pattern, choices
         self.dense = select_layers(list(shapes), list(dense_layers))
         self._by_layer = self._fixed_layers(by_layer, pattern)
         if self._by_layer is None:
@@ -137,10 +130,11 @@ class Budget:
         else:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
-                raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+                raise ValueError(f"{source} leaves nothing to distribute: leave out distribution={distribution}")
             self.sparsity = self._fixed_sparsity(sparsity, source)
-        self._distribution = distribution or default
-        self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
+        self._distribution = distribution or choices[0]
+        counts = self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
+        self.refuse_empty([layer for layers, count in counts.items() if count == 0 for layer in layers])
 
     def counts(self, sparsity: float) -> Counts:
         """Return how many weights each group of layers outside `dense` keeps at a sparsity."""
@@ -152,6 +146,61 @@ class Budget:
             for name, final in self._by_layer.items()
         }
 
+    def refuse_empty(self, empty: list[str], scores: dict[str, Tensor] | None = None) -> None:
+        """Raise EmptyLayerError, which says what works here, if any layer is named as one without a weight.
+
+        Args:
+            empty: names of layers.
+            scores: that the masks were chosen by, if they still are what they were.
+        """
+        if not empty:
+            return
+        ways = []
+        if self._by_layer is not None:
+            ways.append(f"lower that of '{empty[0]}' in layer_sparsity")
+        else:
+            highest = self._highest(scores)
+            ways.append(f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity")
+            if self._distribution != "erk" and "erk" in self._choices:
+                shares = distribute("erk", self._shapes, self.sparsity, self.dense)
+                if all(count >= self._fewest(layers, None) for layers, count in shares.items()):
+                    ways.append("distribution=erk")
+        if self._pattern.name != "unstructured":
+            ways.append("take a finer pattern")
+        raise EmptyLayerError(f"this sparsity leaves layer '{empty[0]}' without a weight: {', or '.join(ways)}")
+
+    def _highest(self, scores: dict[str, Tensor] | None) -> float:
+        """Return the highest sparsity, to four digits, that leaves no layer empty; 0 where that is not known."""
+        if scores is None and self._distribution == "global":
+            return 0.0
+        fewest: Counts = {}
+        low, high = 0, math.floor(1e4 * self.sparsity)
+        while low < high:
+            middle = (low + high + 1) // 2
+            counts = self.counts(middle / 1e4)
+            fewest = fewest or {layers: self._fewest(layers, scores) for layers in counts}
+            if all(count >= fewest[layers] for layers, count in counts.items()):
+                low = middle
+            else:
+                high = middle - 1
+        return low / 1e4
+
+    def _fewest(self, layers: tuple[str, ...], scores: dict[str, Tensor] | None) -> int:
+        """Return how many weights layers that compete have to keep so that each keeps one; see `patterns.top`."""
+        pattern = self._pattern
+        if isinstance(pattern, NofM):
+            return 1
+        values = [scores[name] if scores else torch.zeros(self._shapes[name]) for name in layers]
+        sizes = torch.cat([pattern.sizes(value) for value in values])
+        if scores is None:
+            return -(-int(sizes.max()) // 2)
+        pooled = [pattern.pool(value) for value in values]
+        layer = torch.cat([part.new_full((len(part),), number) for number, part in enumerate(pooled)])
+        order = torch.cat(pooled).sort(descending=True, stable=True).indices
+        best = [int((layer[order] == number).int().argmax()) for number in range(len(layers))]  # each layer's best unit
+        sizes = sizes[order]
+        return -(-int((2 * sizes.cumsum(0) - sizes)[max(best)]) // 2)
+
     def _fixed_layers(self, by_layer: dict[str, float] | None, pattern: Pattern) -> dict[str, float] | None:
         """Return each layer's sparsity where a file or the pattern says it."""
         if by_layer is None:
@@ -159,7 +208,7 @@ class Budget:
                 return None
             return {name: 1 - pattern.density for name in self._shapes if name not in self.dense}
         if pattern.density is not None:
-            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave the sparsities by layer out")
+            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave layer_sparsity out")
         for name, value in by_layer.items():
             if name not in self._shapes:
                 nearest = difflib.get_close_matches(name, self._shapes, 1, cutoff=0)[0]
@@ -176,7 +225,9 @@ class Budget:
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
         fixed = dead / sum(sizes.values()) if sizes else 0.0
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
+            raise ValueError(
+                f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
+            )
         return fixed
 
 

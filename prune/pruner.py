@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, refuse_empty
+from prune.budget import Budget
 from prune.masks import Masks, prunable_weights
 from prune.methods import METHODS
 from prune.patterns import NofM, Units, find_pattern
@@ -82,7 +82,7 @@ class Pruner:
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense_layers)
+        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices, layer_sparsity, dense_layers)
         self.timing = self._timing(method, total_steps)
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
@@ -100,16 +100,17 @@ class Pruner:
         Raises:
             EmptyLayerError: a layer is left empty.
         """
-        rounds = self.method.rounds if self.method.score else 0
+        rounds, scores = self.method.rounds if self.method.score else 0, {}
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
             assert self.method.score is not None
-            self.masks.set(self.pattern.keep(self.method.score(self._scored(-1, sample)), self.budget.counts(wanted)))
+            scores = self.method.score(self._scored(-1, sample))
+            self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted)))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
-        self.refuse_empty_layers()
+        self.refuse_empty_layers(scores if rounds == 1 else None)
         if self.method.moves:
             assert isinstance(self.pattern, Units)
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
@@ -201,9 +202,13 @@ class Pruner:
         """Return whether the change of masks after a step reads the gradients of dead weights."""
         return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
 
-    def refuse_empty_layers(self) -> None:
-        """Raise EmptyLayerError if any layer has no weight left. Waits for the device."""
-        refuse_empty([name for name, count in self.masks.alive().items() if count == 0])
+    def refuse_empty_layers(self, scores: dict[str, Tensor] | None = None) -> None:
+        """Raise EmptyLayerError if any layer has no weight left. Waits for the device.
+
+        Args:
+            scores: that alone led to the masks: with them the error knows which sparsity works.
+        """
+        self.budget.refuse_empty([name for name, count in self.masks.alive().items() if count == 0], scores)
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Return the number of epochs, begun ones counted, that later rounds add to one training."""
@@ -268,7 +273,10 @@ class Pruner:
     def _timing(self, method: str, total_steps: int | None) -> Timing | None:
         """Return when masks change, if they do. Raises ValueError for a training that is too short for it."""
         if self.method.tickets and total_steps is not None and self.options["lth_rewind"] >= total_steps:
-            raise ValueError(f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps")
+            raise ValueError(
+                f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps: take lth_rewind=0, "
+                f"or another step below {total_steps}"
+            )
         if self.method.update is None:
             return None
         if total_steps is None:
@@ -278,9 +286,13 @@ class Pruner:
             name = self.pattern.name
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
         if self.method.moves and timing.interval >= timing.last:
+            shorter = max(
+                (n for power in (1, 10, 100, 1000) for n in (power, 2 * power, 5 * power) if n < timing.last), default=0
+            )
             raise ValueError(
                 f"masks would never move: they stay from step {timing.last} of {timing.total_steps} on and the first "
-                f"change would come after {timing.interval}; shorten the update interval, or train for longer"
+                f"change would come after {timing.interval}: {f'take update_interval={shorter}, or ' if shorter else ''}"
+                "train for longer"
             )
         return timing
 
