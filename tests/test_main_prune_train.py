@@ -107,7 +107,7 @@ def test_tensorboard_shows_what_one_step_sam_bets_on(train):
     run = train(f"{SPARSE_SAM} --epochs 2")
     logged = scalars(run.directory)
     steps = [2, 4, 6, 8, 10, 12]
-    assert [step for step, _ in logged["loss/batch_at_perturbed_weights"]] == steps
+    assert [step for step, _ in logged["loss/train_batch_at_perturbed_weights"]] == steps
     for name in ("lr", "gradient_norm", "perturbation_norm", "alignment"):
         assert [step for step, _ in logged[f"optimizer/{name}"]] == steps
     assert [value for _, value in logged["optimizer/perturbation_norm"]] == pytest.approx([0.05] * 6, rel=1e-3)

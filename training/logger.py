@@ -99,7 +99,7 @@ class Logger:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self.loss_label} {float(loss):.3f}")
-        self.writer.add_scalar(self._loss_tag("batch"), float(loss), global_step)
+        self.writer.add_scalar(self._loss_tag("train_batch"), float(loss), global_step)
         self.scalars(STEP, values, global_step)
 
     def scalars(self, group: str, values: Mapping[str, Tensor | float], global_step: int) -> None:
@@ -219,16 +219,14 @@ def table_row(result: dict, flags: dict) -> dict[str, str | float]:
 
     The table shows five columns, the first by name: what studies vary. All flags are behind them, under "training/".
     """
-    variant = " two-step" if flags["sam_v2"] is False and flags["sam_rho"] is not None else ""
-    variant = " one-step" if flags["sam_v2"] else variant
-    row: dict[str, str | float] = {
+    variant = "" if flags["sam_rho"] is None else " one-step" if flags["sam_v2"] else " two-step"
+    row: dict[str, str | float] = {  # the same names in all runs, or the table leaves them out
         "optimizer": flags["optmzr"] + variant + (" adaptive" if flags["adaptive"] else ""),
         "prune_method": flags["prune_method"],
+        "sam_rho": flags["sam_rho"] or 0.0,
         "seed": str(flags["seed"]),  # a word: which one it is counts, not how large it is
         "sparsity": flags["sparsity"] or round(result["sparsity"], 4),  # a pattern or a file says it where no flag does
     }
-    if flags["sam_rho"] is not None:
-        row["sam_rho"] = flags["sam_rho"]
     words = {True: "yes", False: "no", None: "none"}
     for name, value in flags.items():
         plain = type(value) in (int, float, str)
