@@ -310,9 +310,13 @@ def flag(name: str) -> str:
 
 
 def directory(text: str) -> Path:
-    """Convert a flag's text to a path that is not empty: the empty one would be the current directory."""
+    """Convert a flag's text to a path that is not empty, which would be the current directory, and that TensorBoard takes."""
     if not text:
         raise argparse.ArgumentTypeError("has to name a directory")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("has to be a name in UTF-8") from None
     return Path(text)
 
 

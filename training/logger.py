@@ -229,8 +229,11 @@ def table_row(result: dict, flags: dict) -> dict[str, str | float]:
     }
     words = {True: "yes", False: "no", None: "none"}
     for name, value in flags.items():
-        plain = type(value) in (int, float, str)
-        row[f"training/{name}"] = value if plain else words[value] if value in (True, False, None) else str(value)
+        if value is None or isinstance(value, bool):
+            value = words[value]
+        elif not isinstance(value, int | float):
+            value = str(value).encode(errors="replace").decode()  # a path may have any bytes
+        row[f"training/{name}"] = value
     return row
 
 
