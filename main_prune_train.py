@@ -29,7 +29,7 @@ def train(located: Located, interruption: Interruption) -> None:
     """Train a network from fresh weights, or go on from the checkpoint of an interrupted run."""
     args, directory, checkpoint = located.args, located.directory, located.checkpoint
     schedule = CheckpointSchedule(args.checkpoint_every)
-    build.check_on_meta(args)
+    build.check_on_meta(args, resumed=checkpoint is not None)
     device, group = build.place(args, resumed=checkpoint is not None)
 
     # data
@@ -95,7 +95,7 @@ def train(located: Located, interruption: Interruption) -> None:
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
     result |= measure_trained(run, args, data, normalize, earlier)
-    logger.finish(result, {n: v for n, v in plain(args).items() if n not in FREE}, state.global_step)
+    logger.finish(result, {n: v for n, v in plain(args).items() if n not in FREE})
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
 

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imagedata.sources import DATASETS
@@ -36,14 +38,83 @@ RESOLVED = ("precision", "compile")
 PATHS = ("data_dir", "sparsity_config", "pretrained")
 
 
+# Keywords of Pruner in the sentences by which prune refuses its arguments, and the flags that they are.
+KEYWORDS = {
+    "sparsity": "sparsity", "distribution": "sparsity_distribution", "pattern": "sparsity_pattern",
+    "layer_sparsity": "sparsity_config", "dense_layers": "dense_layers",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors, and which names the flag that a mistyped one is near to."""
+    """A parser whose errors are UsageErrors, and which names the flag or value that a mistyped one is near to."""
 
     def error(self, message: str) -> None:  # type: ignore[override]  # argparse's own exits
         """Raise UsageError."""
-        found = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message, re.DOTALL)
-        near = difflib.get_close_matches(found[1], self._option_string_actions, 1) if found else []
-        raise UsageError(f"{message} ({f'did you mean {near[0]}? ' if near else ''}see --help)")
+        meant = ""
+        if found := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            meant = near_flag(found[1], list(self._option_string_actions))
+        elif found := re.match(r"argument (--[^\s/]+).*?: invalid choice: '(.*?)' \(", message):
+            choices = self._option_string_actions[found[1]].choices
+            meant = near_value(found[1], found[2], list(choices or ()))
+        raise UsageError(f"{message} ({f'did you mean {meant}? ' if meant else ''}see --help)")
+
+
+def near_flag(text: str, flags: list[str]) -> str:
+    """Return the flag that a mistyped one stands for, or "" where none is near.
+
+    Near are a flag of almost the same letters, one made of the first letters of its words (--learning-rate is --lr), and
+    the only one that has it as a word (--rho is --sam-rho).
+    """
+    names = {name.lstrip("-"): name for name in flags}
+    word = text.lstrip("-").replace("_", "-").lower()
+    initials = "".join(part[:1] for part in word.split("-"))
+    containing = [name for name in names if word in name.split("-")]
+    near = difflib.get_close_matches(word, names, 1, cutoff=0.75)
+    near += [initials] if len(initials) > 1 and initials in names else []
+    near += containing if len(containing) == 1 else []
+    return names[near[0]] if near else ""
+
+
+def near_value(name: str, text: str, choices: list[str]) -> str:
+    """Return the flags that say what a value stands for that a flag does not have, or "" where none is near."""
+    word = text.lower()
+    if name == "--arch" and (
+        found := re.fullmatch(r"([a-z_-]*[a-z])[-_]?(\d+)(?:[-_x](\d+(?:\.\d+)?))?(?:[-_]bn)?", word)
+    ):
+        family = {"wrn": "wideresnet"}.get(found[1], re.sub("[-_]", "", found[1]))
+        if family in choices:
+            width = f" --width {found[3]}" if found[3] else ""
+            return f"{name} {family} --depth {found[2]}{width}"
+    if name == "--optmzr" and "sam" in word:
+        base = next((base for base in ("adamw", "adam") if base in word), "sgd")
+        one_step = " --sam-v2" if re.search("v2|s2|one", word) else ""
+        adaptive = " --adaptive" if "asam" in word or "adaptive" in word else ""
+        return f"{name} {base}-sam{one_step}{adaptive}"
+    near = (
+        [choice for choice in choices if choice == word]
+        or [choice for choice in choices if len(word) > 1 and choice.startswith(word)]
+        or [max((choice for choice in choices if word.startswith(choice)), key=len, default="")]
+    )
+    near = list(filter(None, near)) or difflib.get_close_matches(word, choices, 1, cutoff=0.7)
+    return " or ".join(f"{name} {choice}" for choice in near)
+
+
+@contextmanager
+def flag_errors() -> Iterator[None]:
+    """Turn the ValueErrors by which sam, prune and models refuse their arguments into UsageErrors that name flags."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(as_flags(str(error))) from error
+
+
+def as_flags(sentence: str) -> str:
+    """Return a sentence of prune with flags for its keywords: update_interval=10 is --update-interval 10."""
+    names = KEYWORDS | {option.name: option.name for option in method_options()}
+    keywords = "|".join(names)
+    sentence = re.sub(rf"\b({keywords})=(?=\S)", lambda found: flag(names[found[1]]) + " ", sentence)
+    bare = "|".join(name for name in names if "_" in name)
+    return re.sub(rf"(?<![-\w'])({bare})\b", lambda found: flag(names[found[1]]), sentence)
 
 
 def build_parser() -> Parser:
@@ -181,7 +252,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does")
     add("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     add("--log-interval", type=number(int, above=0), default=50, metavar="STEPS",
-        help="steps between two logged steps (%(default)s)")
+        help="steps between two logged steps; the last one of an epoch is logged too (%(default)s)")
 # fmt: on
 
 
@@ -227,8 +298,16 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """Return the flags as values that JSON and a checkpoint can hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
+    """Return the flags as values that JSON and a checkpoint can hold: files are found from any directory."""
+    return {
+        name: absolute(value) if name in PATHS else str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(args).items())
+    }
+
+
+def absolute(path: Path | str | None) -> str | None:
+    """Return the absolute path of a file that a flag names, or None where it names none."""
+    return os.path.abspath(path) if path else None
 
 
 def method_options() -> list[Option]:
@@ -242,9 +321,13 @@ def flag(name: str) -> str:
 
 
 def directory(text: str) -> Path:
-    """Convert a flag's text to a path that is not empty: the empty one would be the current directory."""
+    """Convert a flag's text to a path that is not empty, which would be the current directory, and that TensorBoard takes."""
     if not text:
         raise argparse.ArgumentTypeError("has to name a directory")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("has to be a name in UTF-8") from None
     return Path(text)
 
 

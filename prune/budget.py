@@ -15,20 +15,6 @@ class EmptyLayerError(ValueError):
     """A sparsity that leaves a layer, or all paths through a network, without a weight."""
 
 
-def emptied(layers: list[str], reason: str = "") -> EmptyLayerError:
-    """Return the error for a sparsity that is too high.
-
-    Args:
-        layers: those without a weight; none where only no path is left.
-        reason: why that is one, where layers may be empty.
-    """
-    what = f"layer '{layers[0]}' without a weight" if layers else "no path of weights through the network"
-    return EmptyLayerError(
-        f"this sparsity leaves {what}: {reason}lower it, distribute it by erk where the method can, take a finer pattern, "
-        "or keep layers dense by name"
-    )
-
-
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
     """Give every layer the same density."""
     density = budget / sum(math.prod(shape) for shape in shapes.values())
@@ -98,7 +84,10 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     counts = _round_to_sum(amounts, budget)
     for layer, count in counts.items():
         if count == 0:
-            raise emptied([layer])
+            raise EmptyLayerError(
+                f"sparsity={sparsity:g} and distribution={name} leave layer '{layer}' without a weight: lower the sparsity, "
+                "or keep layers dense by name"
+            )
     return {(layer,): count for layer, count in counts.items()}
 
 
@@ -117,6 +106,7 @@ class Budget:
     Attributes:
         sparsity: the final one; by layer, that of the layers that are not dense.
         dense: names of the layers that keep every weight.
+        distribution: how layers share the sparsity; None where each has its own.
 
     Raises:
         ValueError: a sparsity that cannot be reached, or arguments that leave each other no choice.
@@ -142,18 +132,19 @@ class Budget:
         else:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
-                raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+                raise ValueError(f"{source} leaves nothing to distribute: leave out distribution={distribution}")
             _refuse_all_dense(not self._by_layer)
             self.sparsity = self._fixed_sparsity(sparsity, source)
             if isinstance(pattern, Units):
                 self._refuse_emptied_layers(pattern)
-        self._distribution = distribution or default
+        self.distribution = None if self._by_layer is not None else distribution or default
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
     def counts(self, sparsity: float) -> Counts:
         """Return how many weights each group of layers outside `dense` keeps at a sparsity."""
-        if self._by_layer is None:
-            return distribute(self._distribution, self._shapes, sparsity, self.dense)
+        if self.distribution is not None:
+            return distribute(self.distribution, self._shapes, sparsity, self.dense)
+        assert self._by_layer is not None
         fraction = sparsity / self.sparsity if self.sparsity else 0.0  # of the way there, for schedules
         return {
             (name,): round((1 - fraction * final) * math.prod(self._shapes[name]))
@@ -167,7 +158,7 @@ class Budget:
                 return None
             return {name: 1 - pattern.density for name in self._shapes if name not in self.dense}
         if pattern.density is not None:
-            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave the sparsities by layer out")
+            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave layer_sparsity out")
         for name, value in by_layer.items():
             if name not in self._shapes:
                 nearest = difflib.get_close_matches(name, self._shapes, 1, cutoff=0)[0]
@@ -184,7 +175,9 @@ class Budget:
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
         fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
+            raise ValueError(
+                f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
+            )
         return fixed
 
     def _refuse_emptied_layers(self, pattern: Units) -> None:

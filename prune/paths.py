@@ -1,16 +1,17 @@
 """Whether the living weights still connect the input of a network with its output."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from prune.masks import Masks, prunable_weights
+from prune.masks import prunable_weights
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def reaches_output(model: nn.Module, masks: Masks, input_shape: tuple[int, ...]) -> bool:
+def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
     """Return whether any path of living weights leads from the input to the output. Waits for the device.
 
     This is SynFlow's flow (Tanaka et al. 2020) in a network whose living weights are 1 and whose normalisation is the
@@ -19,14 +20,14 @@ def reaches_output(model: nn.Module, masks: Masks, input_shape: tuple[int, ...])
 
     Args:
         model: the network, which stays as it is.
-        masks: of its weights.
+        alive: masks of its weights by layer; a layer without one is dense.
         input_shape: of one input, without the batch.
     """
     shadow = copy.deepcopy(model).double().eval()
     weights = prunable_weights(shadow)
     with torch.no_grad():
         for name, weight in weights.items():
-            mask = masks.masks.get(name)
+            mask = alive.get(name)
             weight.fill_(1) if mask is None else weight.copy_(mask)
     for module in shadow.modules():
         if isinstance(module, NORMS):

@@ -2,13 +2,13 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, emptied
+from prune.budget import Budget, EmptyLayerError
 from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
@@ -124,6 +124,7 @@ class Pruner:
             inputs, _ = sample(1)
             self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
         rounds = self.method.rounds if self.method.score else 0
+        scores: dict[str, Tensor] = {}
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
@@ -134,7 +135,7 @@ class Pruner:
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
-        self.check_layers()
+        self.check_layers(scores if rounds == 1 else None)
         if self.method.moves:
             assert isinstance(self.pattern, Units)
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
@@ -232,8 +233,11 @@ class Pruner:
         """Return whether the change of masks after a step reads the gradients of dead weights."""
         return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
 
-    def check_layers(self) -> None:
+    def check_layers(self, scores: dict[str, Tensor] | None = None) -> None:
         """Warn of layers without a weight. Waits for the device.
+
+        Args:
+            scores: that alone led to the masks: with them an error can name the highest sparsity that works.
 
         Raises:
             EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
@@ -244,10 +248,10 @@ class Pruner:
         alive = self.masks.alive()
         empty = [name for name, count in alive.items() if count == 0]
         if empty and self._input_shape is None:
-            raise emptied(empty, "give choose_masks a sample if other layers lead around it, ")
+            raise self._too_sparse(empty, "give choose_masks a sample if other layers lead around it, ", scores)
         sparse = any(count < self.masks.weights[name].numel() for name, count in alive.items())
-        if sparse and self._input_shape is not None and not reaches_output(self.model, self.masks, self._input_shape):
-            raise emptied(empty, "no path leads from the input to the output; " if empty else "")
+        if sparse and self._input_shape is not None and not self._connects(self.masks.masks):
+            raise self._too_sparse(empty, "no path leads from the input to the output; " if empty else "", scores)
         if new := [name for name in empty if name not in self._warned]:
             self.warn(f"no weight is left in {_listed(new)}; other layers still lead from the input to the output")
             self._warned.update(new)
@@ -373,6 +377,35 @@ class Pruner:
         weights = {name: w for name, w in self.masks.weights.items() if name not in self.budget.dense}
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
         return Scored(self.model, weights, generator, sample, self._gradients, self.options)
+
+    def _connects(self, alive: Mapping[str, Tensor]) -> bool:
+        """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""
+        if self._input_shape is None:
+            return all(bool(mask.any()) for mask in alive.values())
+        return reaches_output(self.model, alive, self._input_shape)
+
+    def _too_sparse(self, empty: list[str], reason: str, scores: dict[str, Tensor] | None) -> EmptyLayerError:
+        """Return the error for a sparsity that leaves layers, or all paths, without a weight. It says what works."""
+        what = f"layer '{empty[0]}' without a weight" if empty else "no path of weights through the network"
+        highest = self._highest_sparsity(scores) if scores and self.budget.distribution else 0.0
+        ways = [f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity"]
+        if "erk" in self.method.distributions and self.budget.distribution != "erk":
+            ways.append("distribution=erk")
+        if self.pattern.name != "unstructured":
+            ways.append("a finer pattern")
+        return EmptyLayerError(
+            f"this sparsity leaves {what}: {reason}{', or '.join(ways)}, or keep layers dense by name"
+        )
+
+    def _highest_sparsity(self, scores: dict[str, Tensor]) -> float:
+        """Return the highest sparsity, to four digits, whose masks of these scores work; 0 where none does."""
+        low, high = 0, int(1e4 * self.budget.sparsity)
+        while low < high:
+            middle = (low + high + 1) // 2
+            counts = self.budget.counts(middle / 1e4)
+            works = self._connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
+            low, high = (middle, high) if works else (low, middle - 1)
+        return low / 1e4
 
     @torch.no_grad()
     def _change_masks(self, change: MaskChange) -> None:

@@ -112,8 +112,7 @@ def synflow(scored: Scored) -> Scores:
     Raises:
         ValueError: layer normalisation, as in transformers: flow is conserved where outputs scale with their inputs.
     """
-    if any(isinstance(module, nn.LayerNorm) for module in scored.model.modules()):
-        raise ValueError("synflow has no meaning for a network with layer normalisation: take another pruning method")
+    refuse_layer_normalisation(scored.model)
     model, weights = _copy(scored)
     model.double().eval()
     with torch.no_grad():
@@ -122,6 +121,14 @@ def synflow(scored: Scored) -> Scores:
     ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
     grads = torch.autograd.grad(model(ones).sum(), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def refuse_layer_normalisation(model: nn.Module) -> None:
+    """Raise ValueError for a network that synflow cannot score; this is known without scoring it."""
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        raise ValueError(
+            "synflow has no meaning for a network with layer normalisation: take another pruning method, such as snip"
+        )
 
 
 def _abs(tensors: dict[str, Tensor]) -> Scores:
