@@ -131,3 +131,9 @@ def test_a_run_with_a_sparsity_file_resumes_from_any_directory(train, tmp_path, 
     monkeypatch.chdir(tmp_path.parent)
     assert main(["--resume", str(run.directory / "checkpoint.pt")]) == 0, capsys.readouterr().err
     assert "test accuracy" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_not_utf_8_is_refused(train):
+    bad = train("--epochs 1 --output-dir caf\udce9", None)
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "argument --output-dir/--save-model: has to be a name in UTF-8" in bad.err
