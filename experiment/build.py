@@ -2,7 +2,7 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,8 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
     if args.pretrained and not resumed:
         pretrained(args)
     try:
-        pruner(args, model, [], total_steps=2**62)  # how many there will be is known only with the data
+        # How many steps there will be is known only with the data, and so is what to warn of.
+        pruner(args, model, [], total_steps=2**62, warn=lambda words: None)
     except UsageError as error:
         if not (isinstance(error.__cause__, EmptyLayerError) and args.dataset not in SIZES):
             raise
@@ -124,14 +125,21 @@ def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int) -> Pruner:
+def _warn(words: str) -> None:
+    distributed.complain(f"warning: {words}", alike=True)
+
+
+def pruner(
+    args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int,
+    warn: Callable[[str], None] = _warn,
+) -> Pruner:  # fmt: skip
     """Return what keeps a network sparse. Raises UsageError."""
     options = {option.name: getattr(args, option.name) for option in METHODS[args.prune_method].options}
     with flag_errors():
         return Pruner(
             model, args.prune_method, args.sparsity, args.sparsity_distribution,
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
-            args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, _warn,
+            args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, warn,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
 
@@ -149,10 +157,6 @@ def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
         if args.keep_masks:
             load_network(pruner.model, pruner.masks, load_checkpoint(args.pretrained))
         pruner.choose_masks(loader.sample)
-
-
-def _warn(words: str) -> None:
-    distributed.complain(f"warning: {words}", alike=True)
 
 
 def execution(

@@ -84,11 +84,26 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     counts = _round_to_sum(amounts, budget)
     for layer, count in counts.items():
         if count == 0:
+
+            def works(lower: float) -> bool:
+                least = round((1 - lower) * sum(sizes.values())) - kept_dense
+                return min(_round_to_sum(DISTRIBUTIONS[name](sparse, least) or {}, least).values()) > 0
+
+            erk = "" if name == "erk" else ", or distribution=erk"
             raise EmptyLayerError(
-                f"sparsity={sparsity:g} and distribution={name} leave layer '{layer}' without a weight: lower the sparsity, "
-                "or keep layers dense by name"
+                f"sparsity={sparsity:g} leaves layer '{layer}' without a weight: take sparsity="
+                f"{highest_sparsity(works, sparsity):g}, the highest that works here{erk}, or keep layers dense by name"
             )
     return {(layer,): count for layer, count in counts.items()}
+
+
+def highest_sparsity(works: Callable[[float], bool], below: float) -> float:
+    """Return the highest sparsity below one that does not work, to four digits; 0 where none works."""
+    low, high = 0, int(1e4 * below)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if works(middle / 1e4) else (low, middle - 1)
+    return low / 1e4
 
 
 class Budget:
@@ -125,6 +140,7 @@ class Budget:
         self._shapes = shapes
         self.dense = set(dense_layers)
         self._by_layer = self._fixed_layers(by_layer, pattern)
+        self.distribution = None if self._by_layer is not None else distribution or default
         if self._by_layer is None:
             if sparsity is None or not 0 <= sparsity < 1:
                 raise ValueError(f"sparsity has to be at least 0 and less than 1, not {sparsity}")
@@ -137,7 +153,6 @@ class Budget:
             self.sparsity = self._fixed_sparsity(sparsity, source)
             if isinstance(pattern, Units):
                 self._refuse_emptied_layers(pattern)
-        self.distribution = None if self._by_layer is not None else distribution or default
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
     def counts(self, sparsity: float) -> Counts:

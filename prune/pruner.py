@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, EmptyLayerError
+from prune.budget import Budget, EmptyLayerError, highest_sparsity
 from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
@@ -333,7 +333,10 @@ class Pruner:
     def _timing(self, method: str, total_steps: int | None) -> Timing | None:
         """Return when masks change, if they do: each step. Raises ValueError for a training that is too short for it."""
         if self.method.tickets and total_steps is not None and self.options["lth_rewind"] >= total_steps:
-            raise ValueError(f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps")
+            raise ValueError(
+                f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps: take lth_rewind=0, "
+                f"or another step below {total_steps}"
+            )
         if self.method.update is None:
             return None
         if total_steps is None:
@@ -367,7 +370,7 @@ class Pruner:
             interval = shorter
         elif interval >= timing.last:
             raise ValueError(
-                f"masks would never change {stay}: their update interval is {interval} steps; take {shorter}, which gives "
+                f"masks would never change {stay}: their update interval is {interval} steps; take update_interval={shorter}, which gives "
                 f"{(timing.last - 1) // shorter} changes, or train for longer"
             )
         return replace(timing, interval=interval)
@@ -387,25 +390,22 @@ class Pruner:
     def _too_sparse(self, empty: list[str], reason: str, scores: dict[str, Tensor] | None) -> EmptyLayerError:
         """Return the error for a sparsity that leaves layers, or all paths, without a weight. It says what works."""
         what = f"layer '{empty[0]}' without a weight" if empty else "no path of weights through the network"
-        highest = self._highest_sparsity(scores) if scores and self.budget.distribution else 0.0
+        highest = 0.0
+        if scores and self.budget.distribution:
+
+            def works(sparsity: float) -> bool:
+                counts = self.budget.counts(sparsity)
+                return self._connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
+
+            highest = highest_sparsity(works, self.budget.sparsity)
         ways = [f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity"]
         if "erk" in self.method.distributions and self.budget.distribution != "erk":
             ways.append("distribution=erk")
         if self.pattern.name != "unstructured":
-            ways.append("a finer pattern")
+            ways.append("take a finer pattern")
         return EmptyLayerError(
             f"this sparsity leaves {what}: {reason}{', or '.join(ways)}, or keep layers dense by name"
         )
-
-    def _highest_sparsity(self, scores: dict[str, Tensor]) -> float:
-        """Return the highest sparsity, to four digits, whose masks of these scores work; 0 where none does."""
-        low, high = 0, int(1e4 * self.budget.sparsity)
-        while low < high:
-            middle = (low + high + 1) // 2
-            counts = self.budget.counts(middle / 1e4)
-            works = self._connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
-            low, high = (middle, high) if works else (low, middle - 1)
-        return low / 1e4
 
     @torch.no_grad()
     def _change_masks(self, change: MaskChange) -> None:

@@ -46,21 +46,21 @@ def test_the_sparsity_that_the_error_names_is_the_highest_that_works(options):
 
 def test_erk_is_named_where_the_method_has_it_and_it_works():
     options = {"method": "magnitude", "sparsity": 0.8}
-    with pytest.raises(EmptyLayerError, match=", or distribution=erk$"):
+    with pytest.raises(EmptyLayerError, match=", or distribution=erk"):
         masks(distribution="global", **options)
     assert min(masks(distribution="erk", **options).masks.alive().values()) > 0
     with pytest.raises(EmptyLayerError) as error:
         masks(method="random", sparsity=0.999)
-    assert "erk" not in str(error.value)
+    assert "distribution=erk" not in str(error.value)
 
 
 def test_without_the_scores_no_sparsity_is_made_up():
     pruner = Pruner(network(), "lth", 0.8, "global", total_steps=10, lth_rounds=1)
     pruner.choose_masks()
-    with pytest.raises(EmptyLayerError, match="without a weight: lower the sparsity, or distribution=erk"):
+    with pytest.raises(EmptyLayerError, match="lower the sparsity, or distribution=erk"):
         pruner.next_round(10)
 
 
 def test_a_layer_that_a_file_empties_is_named_with_the_file():
-    with pytest.raises(EmptyLayerError, match="lower that of '0' in layer_sparsity"):
+    with pytest.raises(EmptyLayerError, match="layer '0' without a weight: give it a lower one"):
         Pruner(network(), "magnitude", layer_sparsity={"0": 0.9999})
