@@ -229,7 +229,7 @@ class SAM(torch.optim.Optimizer):
         """
         self._bring_back()
         if self._shared.phase != CLOSED:
-            self._shared.phase, self._shared.zeroed = CLOSED, False
+            self._shared.phase, self._shared.zeroed = CLOSED, not self._has_gradients()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as any optimizer does."""
@@ -270,7 +270,8 @@ class SAM(torch.optim.Optimizer):
         if not (number or (isinstance(rho, Tensor) and rho.ndim == 0 and rho.is_floating_point())):
             raise ValueError(f"rho has to be a finite number or a scalar tensor, not {rho!r}")
         # The constructor of Optimizer calls this for the first groups, when there is no base optimizer to add them to.
-        (super() if self.base_optimizer is None else self.base_optimizer).add_param_group(param_group)
+        add = super().add_param_group if self.base_optimizer is None else self.base_optimizer.add_param_group
+        add(param_group)
         for p in param_group["params"]:
             if getattr(p, "_fsdp_flattened", False):
                 raise ValueError("FSDP1 leaves each process a part of the norm: shard with fully_shard (FSDP2) instead")
@@ -441,8 +442,6 @@ class SAM(torch.optim.Optimizer):
 
     def _remember(self) -> None:
         """Make the gradients of this step the direction of the next."""
-        if any(p.grad is not None and p.grad.is_sparse for p in self._parameters()):
-            raise RuntimeError("SAM does not support sparse gradients: build the layer with sparse=False")
         for lot in self._lots():
             if self.direction == "ema":
                 lot.average.lerp_(lot.gather(lot.gradients()), 1 - self.beta)
@@ -466,8 +465,9 @@ class SAM(torch.optim.Optimizer):
     def _lots(self) -> "list[_Lot]":
         """Return the parameters to perturb, in lots, made anew when groups or what has gradients have changed."""
         shared, kept = self._shared, self._shared.kept
+        known = self.state if self.direction == "momentum" else kept
         found = [
-            (group, [p for p in group["params"] if p.requires_grad and (p.grad is not None or p in kept)])
+            (group, [p for p in group["params"] if p.requires_grad and (p.grad is not None or p in known)])
             for group in self.param_groups
         ]
         signature = [(id(group), [id(p) for p in params]) for group, params in found]
@@ -599,7 +599,10 @@ class _Lot:
         return (t if t.placements == self.sharding[1] else t.redistribute(placements=self.sharding[1])).to_local()
 
     def gradients(self) -> list[Tensor | None]:
-        return [self.local(p.grad) for p in self.owners]
+        grads = [p.grad for p in self.owners]
+        if any(g is not None and g.is_sparse for g in grads):
+            raise RuntimeError("SAM does not support sparse gradients: build the layer with sparse=False")
+        return [self.local(g) for g in grads]
 
     def views_of(self, flat: Tensor) -> list[Tensor]:
         return [flat.as_strided(*place) for place in self.layout]
