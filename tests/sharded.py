@@ -27,7 +27,7 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.3}
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
 def shard(model):

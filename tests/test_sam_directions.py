@@ -104,7 +104,12 @@ def test_a_momentum_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"direction": "sideways"}, {"norm_over": "some"}, {"direction": "ema", "beta": 1.0}, {"direction": "ema", "v2": False}],
+    [
+        {"direction": "sideways"},
+        {"norm_over": "some"},
+        {"direction": "ema", "beta": 1.0},
+        {"direction": "ema", "v2": False},
+    ],
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match="direction|norm_over|beta"):
