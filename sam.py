@@ -88,7 +88,8 @@ class SAM(torch.optim.Optimizer):
         # One list and one state: what a scheduler sets reaches the base optimizer, and saving is torch's own.
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.defaults.update(self.base_optimizer.defaults)
-        if direction == "momentum" and not all(map(_has_momentum, self.param_groups)):
+        has_momentum = [group.get("momentum") or (group.get("betas") or [0])[0] for group in self.param_groups]
+        if direction == "momentum" and not all(has_momentum):
             raise ValueError(f"direction='momentum' needs one: {base_optimizer.__name__} has none as it is called here")
 
     # One line: hooks, modes, and a context
@@ -106,9 +107,9 @@ class SAM(torch.optim.Optimizer):
         # Before other hooks: those of fully_shard gather the weights.
         handles.append(model.register_forward_pre_hook(_Hook(self._before_forward), prepend=True))
         for module in model.modules():  # parts are saved and loaded on their own too
-            handles.append(module.register_state_dict_pre_hook(_Hook(self._leave)))
+            handles.append(module.register_state_dict_pre_hook(_Hook(lambda module: self._leave())))
             # A load ends the step, whose end would bring back what was there before.
-            handles.append(module.register_load_state_dict_pre_hook(_Hook(self.restore)))
+            handles.append(module.register_load_state_dict_pre_hook(_Hook(lambda module: self.restore())))
             if hasattr(module, "reshard") and hasattr(module, "unshard"):
                 self._shared.sharded.append(module)
         return self
@@ -251,7 +252,7 @@ class SAM(torch.optim.Optimizer):
         e_norm, g_norm = (_norm(lots, list(flats)) for flats in zip(*pairs, strict=True))
         dot = torch.zeros_like(e_norm)
         for lot, (e, g) in zip(lots, pairs, strict=True):
-            dot += _sum_over_shards(_real(e.conj() * g).sum().to(dot), lot.sharding)
+            dot += _sum_over_shards((e.conj() * g).sum().real.to(dot), lot.sharding)
         return e_norm, dot / (e_norm * g_norm).clamp_min(torch.finfo(torch.float32).tiny)
 
     # Groups and state
@@ -350,13 +351,11 @@ class SAM(torch.optim.Optimizer):
         groups[:] = base.param_groups
         base.state, base.param_groups = own, groups
 
-    def __deepcopy__(self, memo: dict) -> "SAM":
-        """Refuse: a copy would move the same parameters."""
-        raise TypeError("SAM cannot be copied apart from its parameters: build one around theirs and load_state_dict")
-
     def __reduce__(self) -> tuple:
-        """Refuse: a pickle would not have the parameters."""
-        raise TypeError("SAM cannot be pickled: save its state_dict()")
+        """Refuse to copy and to pickle: both would be apart from the parameters."""
+        raise TypeError(
+            "SAM cannot be copied or pickled: build one around the other model and load_state_dict(state_dict())"
+        )
 
     # What moves weights
 
@@ -634,12 +633,11 @@ class _Hook:
 
     def __init__(self, function: Callable | None = None):
         self.function = function
-        self.takes_module = function is not None and bool(inspect.signature(function).parameters)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if self.function is not None:
-            self.function(*[module] * self.takes_module)
+            self.function(module)
 
     def __reduce__(self) -> tuple:
         return _Hook, ()
@@ -654,10 +652,6 @@ def _check_base(base: Any) -> None:
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{base.__name__} evaluates its closure as often as it likes and cannot go in SAM")
-
-
-def _has_momentum(group: dict) -> bool:
-    return bool(group.get("momentum") or (group.get("betas") or [0])[0])
 
 
 def _sharding(p: Tensor) -> tuple | None:
@@ -682,10 +676,6 @@ def _norm(lots: list[_Lot], flats: list[Tensor]) -> Tensor:
             norm = _sum_over_shards(norm.double() ** 2, lot.sharding).sqrt().to(norm.dtype)
         norms.append(norm)
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _real(t: Tensor) -> Tensor:
-    return t.real if t.is_complex() else t
 
 
 def _ordinary(value: Any) -> Any:
