@@ -316,6 +316,8 @@ class SAM(torch.optim.Optimizer):
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         shapes = {key: p.shape for key, p in zip(keys, self._parameters(), strict=False)}
         state = {key: {k: _ordinary(v) for k, v in values.items()} for key, values in state_dict["state"].items()}
+        for key, gradient in (state_dict.get("sam_memory") or {}).items():  # where earlier versions had it
+            state.setdefault(key, {})["sam_buffer"] = gradient
         for key, values in state.items():
             if values.keys() & {"old_p", "e_w"}:
                 raise ValueError(

@@ -150,3 +150,18 @@ def test_copies_are_refused_in_one_sentence():
         copy.deepcopy(optimizer)
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(optimizer)
+
+
+def test_a_state_of_an_earlier_version_goes_on_bit_for_bit():
+    model, other = network(), network()
+    optimizer, resumed = (SAM(m.parameters(), torch.optim.SGD, lr=0.1, rho=0.3) for m in (model, other))
+    first, second = batches(2)
+    documented_step(model, optimizer, first)
+    state = optimizer.state_dict()
+    memory = {index: values["sam_buffer"] for index, values in state["state"].items()}
+    groups = [{k: v for k, v in group.items() if k != "sam_holds"} for group in state["param_groups"]]
+    resumed.load_state_dict({"state": {}, "param_groups": groups, "sam_memory": memory})
+    other.load_state_dict(model.state_dict())
+    for m, o in ((model, optimizer), (other, resumed)):
+        documented_step(m, o, second)
+    assert_same(weights(model), weights(other))
