@@ -144,7 +144,7 @@ class SAM(torch.optim.Optimizer):
 
     # The two halves
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Move the weights from w_t to w_t + e_t, in place.
@@ -184,7 +184,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the second half of a step; with a closure a whole one, or the rest of one that has begun.
@@ -220,7 +220,7 @@ class SAM(torch.optim.Optimizer):
             self._perturb()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Bring w_t back, bit for bit, if the weights are perturbed. Safe to call at any time and any number of times.
@@ -636,7 +636,7 @@ class _Hook:
     def __init__(self, function: Callable | None = None):
         self.function = function
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if self.function is not None:
             self.function(module)

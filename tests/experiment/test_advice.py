@@ -26,7 +26,7 @@ from utils.errors import UsageError
         ("--data-dir x", "take --dataset folder, or leave it out"),
         (
             "--prune-method rigl --sparsity 0.9 --epochs 2 --update-interval 100",
-            "take --update-interval 1, which gives 8 changes",
+            "take --update-interval 1, which gives 17 changes",
         ),
         ("--prune-method lth --sparsity 0.9 --lth-rewind 99", "take --lth-rewind 0, or another step below 12"),
         ("--prune-method random --sparsity 0.9 --sparsity-pattern 2:4", "leave out --sparsity 0.9"),

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,11 +159,14 @@ def test_lists_are_separated_by_any_white_space_and_jobs_is_no_octal_number(swee
     assert len(commands(sweep("--dry-run", RHOS="0.1\n0.2", SEEDS=" 0\t1\n2 ", JOBS="08"))) == 6
 
 
-def test_paths_are_relative_to_where_the_sweep_was_called(sweep, tmp_path):
-    (command, _) = commands(sweep("--dry-run", "--data-dir", "images", "--pretrained=a=b.pt", OUTPUT_DIR="here"))
+def test_paths_are_relative_to_where_the_sweep_was_called(sweep, trained, tmp_path):
+    (command, _) = commands(sweep("--dry-run", "--data-dir", "images", OUTPUT_DIR="here"))
     assert value("--data-dir", command) == str(tmp_path / "images")
-    assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
     assert Path(value("--output-dir", command)).parent == tmp_path / "here"
+    shutil.copy(trained.directory / "checkpoint.pt", tmp_path / "a=b.pt")
+    network = "--dataset digits --depth 8 --width 0.5".split()
+    (command, _) = commands(sweep("--dry-run", *network, "--pretrained=a=b.pt"))
+    assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

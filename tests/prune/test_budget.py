@@ -36,7 +36,7 @@ def test_the_sparsity_that_the_error_names_is_the_highest_that_works(options):
     sparsity = 0.999 if options["method"] == "random" else 0.8
     with pytest.raises(EmptyLayerError, match="take sparsity=.*, the highest that works here") as error:
         masks(sparsity=sparsity, **options)
-    highest = float(re.search(r"sparsity=([\d.]+)", str(error.value))[1])
+    highest = float(re.search(r"take sparsity=([\d.]+)", str(error.value))[1])
     assert 0 < highest < sparsity
     assert min(masks(sparsity=highest, **options).masks.alive().values()) > 0
     units = 9 if "pattern" in options else 1

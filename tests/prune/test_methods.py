@@ -473,7 +473,9 @@ def test_an_interval_without_a_change_is_refused_by_a_sentence_with_one_that_wor
 
     with pytest.raises(ValueError, match="masks would never change before they stay, from step 15 of 20 on") as error:
         pruner(interval)
-    works, changes = map(int, re.search(r"take (\d+), which gives (\d+) changes", str(error.value)).groups())
+    works, changes = map(
+        int, re.search(r"take update_interval=(\d+), which gives (\d+) changes", str(error.value)).groups()
+    )
     assert sum(pruner(works).due(step) for step in range(14)) == changes
     assert changes == 14
 
