@@ -21,7 +21,7 @@ from training.logger import Logger, run_result
 from training.loop import Run, fit
 from training.optim import OPTIMIZERS, passes_per_step, state_holders
 from utils.device import device_name, keep_freed_memory
-from utils.errors import memory_errors, usage_errors
+from utils.errors import memory_errors
 from utils.signals import Interruption
 
 
@@ -29,7 +29,7 @@ def train(located: Located, interruption: Interruption) -> None:
     """Train a network from fresh weights, or go on from the checkpoint of an interrupted run."""
     args, directory, checkpoint = located.args, located.directory, located.checkpoint
     schedule = CheckpointSchedule(args.checkpoint_every)
-    build.check_on_meta(args)
+    build.check_on_meta(args, resumed=checkpoint is not None)
     device, group = build.place(args, resumed=checkpoint is not None)
 
     # data
@@ -60,8 +60,7 @@ def train(located: Located, interruption: Interruption) -> None:
     if checkpoint:
         build.restore(state, checkpoint, args, data, about)
     else:
-        with usage_errors():
-            pruner.choose_masks(loader.sample)
+        build.choose_masks(args, pruner, loader)
 
     # directory: nothing is written before everything is known, and the same in all processes
     earlier = located.read_result() if state.schedule_step >= total_steps else {}
@@ -96,7 +95,7 @@ def train(located: Located, interruption: Interruption) -> None:
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
     result |= measure_trained(run, args, data, normalize, earlier)
-    logger.finish(result, {n: v for n, v in plain(args).items() if n not in FREE}, state.global_step)
+    logger.finish(result, {n: v for n, v in plain(args).items() if n not in FREE})
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
 

@@ -1,70 +1,88 @@
-"""What commands that look at trained networks have in common: how they name them, open them and end."""
+"""Trained networks for the commands that look at them: how the command line names them, and how they are opened."""
 
 import argparse
-import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
-from experiment import flags as cli
-from experiment.build import Trained, open_trained
-from experiment.flags import number
+from experiment import build
+from experiment.build import Trained
+from experiment.flags import FREE, number, parse, plain
 from training.batch_norm import recalibrated
 from utils.device import pick_device
-from utils.errors import TrainingError, UsageError, memory_errors, usage_errors
+from utils.errors import UsageError, usage_errors
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name the networks and say how to compute with them."""
-    parser.add_argument("checkpoints", metavar="CKPT", type=Path, nargs="+", help="checkpoint.pt or best.pt of a run")
+    """Add the arguments that name networks and say how to compute with them."""
+    parser.add_argument(
+        "checkpoints",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        help="a checkpoint.pt or best.pt, or a directory: every checkpoint.pt below it",
+    )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where the images are now (where the run had them)"
     )
-    parser.add_argument("--device", default="auto", help="(%(default)s)")
-    parser.add_argument("--batch-size", type=number(int, above=0), default=250, metavar="N", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="where to compute (%(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, above=0),
+        default=250,
+        metavar="N",
+        help="images per forward pass (%(default)s)",
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
     parser.add_argument(
-        "--recalibrate-bn", action="store_true", help="with batch norm's statistics estimated anew at the weights"
+        "--recalibrate-bn", action="store_true", help="estimate batch norm's statistics anew, at the weights"
     )
 
 
-def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
-    """What a checkpoint holds, and its network with the statistics of batch norm that the arguments want.
+def find_checkpoints(paths: Iterable[Path]) -> list[Path]:
+    """List the checkpoints that paths name: a file is one, a directory stands for every checkpoint.pt below it.
 
     Raises:
-        UsageError: no such checkpoint, or other images than its run had.
+        UsageError: a directory without a checkpoint.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        below = sorted(path.rglob("checkpoint.pt")) if path.is_dir() else [path]
+        if not below:
+            raise UsageError(f"there is no checkpoint.pt in or below '{path}': name a run's directory or one above it")
+        for checkpoint in below:
+            found.setdefault(checkpoint.resolve(), checkpoint)
+    return list(found.values())
+
+
+def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
+    """Open a checkpoint.
+
+    Returns:
+        What it holds, and its network, with batch norm's statistics as the arguments ask.
+
+    Raises:
+        UsageError: there is no such checkpoint, or the images are not those of its run.
     """
     device = pick_device(args.device)
-    flags = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
-    trained = open_trained(*cli.parse(flags), device)
+    argv = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
+    trained = build.trained(path, *parse(argv), device)
     if not trained.same_images:
-        raise UsageError(f"the images are not those that '{path}' was trained on: name their place by --data-dir")
+        raise UsageError(f"the images are not those that '{path}' was trained on: give their directory with --data-dir")
     if not args.recalibrate_bn:
         return trained, trained.model
     with usage_errors():
         return trained, recalibrated(trained.model, trained.training_inputs(device))
 
 
-def answer(parser: ArgumentParser, args: Namespace, run: Callable[[Namespace], None]) -> int:
-    """Run a command. Returns its exit code; bad input ends in the parser's way, with 2."""
-    try:
-        with memory_errors(f"--batch-size {max(1, args.batch_size // 2)}"):
-            run(args)
-    except UsageError as error:
-        parser.error(str(error))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def study_settings(trained: Trained) -> dict:
+    """Return what a run has in common with its repetitions by other seeds: flags and images."""
+    args = plain(trained.args)
+    return {k: v for k, v in args.items() if k not in FREE | {"seed", "compile"}} | {"images": trained.images}
 
 
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn what cannot be written into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"cannot write to '{output}' ({error.strerror}): name another --output") from error
+def smaller_batch(args: Namespace) -> str:
+    """Return what to try where a GPU is out of memory."""
+    return f"--batch-size {max(1, args.batch_size // 2)}"

@@ -1,4 +1,4 @@
-"""How sharp the minimum is that a trained network lies in: eigenvalues and trace of the Hessian, and SAM's own measure."""
+"""Sharpness of a trained network's minimum: eigenvalues and trace of the Hessian, and SAM's own measure."""
 
 import math
 from collections.abc import Callable
@@ -8,28 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.landscape import FixedImagesLoss, fixed_images, living
+from analysis.landscape import FixedImagesLoss, fixed_images, living_weights, resolve_compilation
+from imagedata.augment import Normalize
 from imagedata.images import Dataset
-from imagedata.loaders import Normalize
 from prune.flops import count_flops
 from prune.masks import Masks
-from utils.precision import Execution, resolve_execution, what_compilation_lacks
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how closely.
+    """What `measure` measures, and how precisely.
 
     Attributes:
-        images: of each split.
+        images: number of images of each split.
         splits: train, test.
-        spaces: living: over the weights that are not pruned (biases and normalisation included); all: over all.
-        top: how many of the largest eigenvalues.
+        spaces: `living` for the weights that are not pruned (with biases and normalisation), `all` for all weights.
+        top: number of largest eigenvalues.
         tolerance: relative residual at which an eigenvalue is accepted.
-        trace_samples: random vectors, at least 2; 0 for no trace.
-        rhos, adaptive_rhos: radii of SAM's neighbourhood, plain and adaptive.
-        steps: of the ascent in it.
-        batch_size: images at once.
+        trace_samples: number of random vectors, at least 2; 0 for no trace.
+        rhos: radii of SAM's neighbourhood.
+        adaptive_rhos: radii of adaptive SAM's neighbourhood.
+        steps: number of ascent steps in each neighbourhood.
+        batch_size: images per forward pass.
     """
 
     images: int = 2000
@@ -46,43 +46,47 @@ class Settings:
 
 SPLITS, SPACES = Settings.splits, Settings.spaces
 
-# On a CPU: seconds that compilation takes, and seconds that it saves for each FLOP of a Hessian product. One over 250 images
-# took ResNet-20 2.5 s on a core, and 1.5 s compiled.
-COMPILATION_TAKES, COMPILATION_SAVES = 40.0, 7.5e-12
-
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """value: lambda; residual: ||Hv - lambda v|| / |lambda| of its unit eigenvector v."""
+    """An eigenvalue of the Hessian.
+
+    Attributes:
+        value: lambda.
+        residual: ||Hv - lambda v|| / |lambda| of its unit eigenvector v.
+    """
 
     value: float
     residual: float
 
 
 def top_eigenvalues(
-    landscape: FixedImagesLoss, count: int, free: Tensor | None = None, tolerance: float = 1e-3, seed: int = 0
+    loss: FixedImagesLoss, count: int, selected: Tensor | None = None, tolerance: float = 1e-3, seed: int = 0
 ) -> list[Eigenvalue]:
-    """The algebraically largest eigenvalues of the Hessian, in descending order, by ARPACK's implicitly restarted Lanczos.
+    """Find the algebraically largest eigenvalues of the Hessian by ARPACK's implicitly restarted Lanczos method.
 
     Args:
-        count: how many.
-        free: bool [P]: over these weights only, the rows and columns of the others left out.
-        tolerance: relative; each residual is computed anew and returned, so that it can be checked.
+        loss: whose Hessian.
+        count: how many eigenvalues.
+        selected: bool [P]; keep only the rows and columns of these weights. All by default.
+        tolerance: relative residual at which an eigenvalue is accepted.
+        seed: of the start vector.
 
     Returns:
-        Fewer than `count` where the others did not converge; none of a Hessian that is zero or not finite.
+        Eigenvalues in descending order, each with its residual computed anew. Fewer than `count` where the others did not
+        converge; none for a Hessian that is zero or not finite.
 
     Raises:
-        ValueError: fewer than count + 1 weights.
+        ValueError: there are fewer than count + 1 weights.
     """
-    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh  # here: it costs every start 0.3 s
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh  # here, because it takes 0.3 s
 
-    product, size = _restricted(landscape, free)
+    product, size = _product_over(loss, selected)
     if not 0 < count < size:
         raise ValueError(f"a Hessian of {size} weights has no {count} eigenvalues to be found by Lanczos")
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     start = np.random.default_rng(seed).standard_normal(size)
-    krylov = min(size, max(2 * count + 1, 12))  # vectors: enough for a few eigenvalues, and no product too many for one
+    krylov = min(size, max(2 * count + 1, 12))  # vectors: enough for a few eigenvalues, not too many products for one
     try:
         values, vectors = eigsh(operator, count, which="LA", v0=start, ncv=krylov, tol=tolerance)
     except ArpackError as error:  # nothing converged, or the Hessian is zero or not finite
@@ -95,14 +99,16 @@ def top_eigenvalues(
     return found
 
 
-def trace(landscape: FixedImagesLoss, samples: int, free: Tensor | None = None, seed: int = 0) -> tuple[float, float]:
-    """Hutchinson's estimate of the Hessian's trace by random signs, and its standard error.
+def trace(loss: FixedImagesLoss, samples: int, selected: Tensor | None = None, seed: int = 0) -> tuple[float, float]:
+    """Estimate the Hessian's trace with random signs (Hutchinson's method); return it with its standard error.
 
     Args:
-        samples: random vectors, at least 2.
-        free: see top_eigenvalues.
+        loss: whose Hessian.
+        samples: number of random vectors, at least 2.
+        selected: bool [P]; keep only the rows and columns of these weights. All by default.
+        seed: of the random vectors.
     """
-    product, size = _restricted(landscape, free)
+    product, size = _product_over(loss, selected)
     generator = np.random.default_rng(seed)
     signs = (generator.choice([-1.0, 1.0], size) for _ in range(samples))
     values = [float(vector @ product(vector)) for vector in signs]
@@ -110,34 +116,39 @@ def trace(landscape: FixedImagesLoss, samples: int, free: Tensor | None = None, 
 
 
 def sam_sharpness(
-    landscape: FixedImagesLoss, rho: float, steps: int, free: Tensor | None = None, adaptive: bool = False
+    loss: FixedImagesLoss, rho: float, steps: int, selected: Tensor | None = None, adaptive: bool = False
 ) -> tuple[float, float]:
-    """How much the loss rises within radius rho: max L(w + e) - L(w) over ||e / T|| <= rho, T = |w| if adaptive, else 1.
+    """Measure how much the loss rises within radius rho: max L(w + e) - L(w) over ||e / T|| <= rho.
 
-    In u = e / T, projected ascent u <- P(u + rho T g / ||T g||) from u = 0, P onto the ball: the first step leads to SAM's
-    own perturbation (Foret et al. 2021, equation 2; adaptive: Kwon et al. 2021, equation 8).
+    T is |w| if adaptive, else 1. The maximum is approached by projected ascent in u = e / T from u = 0:
+    u <- P(u + rho T g / ||T g||), where P projects onto the ball. Its first step is SAM's own perturbation (Foret et al.
+    2021, equation 2; adaptive: Kwon et al. 2021, equation 8).
 
     Args:
-        free: only these weights move.
+        loss: the function that rises.
+        rho: radius of the neighbourhood.
+        steps: number of ascent steps.
+        selected: bool [P]; only these weights move. All by default.
+        adaptive: take the neighbourhood of ASAM.
 
     Returns:
-        The rise after the first step, and the largest of all steps: lower bounds of the maximum, both.
+        The rise after the first step, and the largest rise of all steps. Both are lower bounds of the maximum.
     """
-    scale = landscape.weights.abs() if adaptive else torch.ones_like(landscape.weights)
-    if free is not None:
-        scale = scale * free
-    base, gradient = landscape.gradient()
+    scale = loss.weights.abs() if adaptive else torch.ones_like(loss.weights)
+    if selected is not None:
+        scale = scale * selected
+    base, gradient = loss.gradient()
     moved, rises = torch.zeros_like(scale), []
     for step in range(1, steps + 1):
         direction = scale * gradient
         moved = moved + rho * direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
         moved = moved * (rho / moved.norm().clamp_min(rho))
-        weights = landscape.weights + scale * moved
+        weights = loss.weights + scale * moved
         if step < steps:
-            loss, gradient = landscape.gradient(weights)
+            value, gradient = loss.gradient(weights)
         else:
-            loss, _ = landscape.loss(weights)
-        rises.append(loss - base)
+            value, _ = loss.loss(weights)
+        rises.append(value - base)
     return rises[0], max(rises)
 
 
@@ -149,63 +160,76 @@ def measure(
     device: torch.device,
     settings: Settings = Settings(),
     compilation: str = "auto",
-    watch: Callable[[str], object] = lambda what: None,
+    watch: Callable[[str], object] = lambda text: None,
 ) -> dict:
-    """All of it for one network, on the same images for every network of a data set.
+    """Measure the sharpness of one network, on the same images for every network of a data set.
 
-    In the dtype of the model, without autocast; batch norm in evaluation mode; no augmentation, no label smoothing.
+    Computes in the dtype of the model, without autocast; batch norm is in evaluation mode, and there is no augmentation
+    and no label smoothing.
 
     Args:
-        compilation: auto, on or off, of Hessian products.
-        watch: called with what is measured next.
+        model: the network.
+        masks: its masks.
+        dataset: the images to draw from.
+        normalize: turns pixels into inputs.
+        device: where to compute.
+        settings: what to measure.
+        compilation: auto, on or off, for Hessian products.
+        watch: called with the name of what is measured next.
 
     Returns:
-        {"settings": ..., split: {"loss", "top1", space: {"eigenvalues": [{"value", "residual"}], "trace",
-        "trace_standard_error", "sam": [{"rho", "adaptive", "one_step", "lower_bound", "steps"}]}}}; None for a figure that
-        is not finite.
+        {"settings": ..., split: {"images", "loss", "top1", space: {"weights", "eigenvalues": [{"value", "residual"}],
+        "trace", "trace_standard_error", "sam": [{"rho", "adaptive", "steps", "one_step", "lower_bound"}]}}}, with None for
+        a figure that is not finite.
     """
-    execution = _execution(compilation, device, model, dataset, settings)
+    per_space = 4 * settings.top + settings.trace_samples  # products with the Hessian, at least
+    products = len(settings.splits) * len(settings.spaces) * per_space
+    flops = 2.0 * count_flops(model, dataset.image_shape).dense_training
+    execution = resolve_compilation(compilation, device, products * settings.images * flops)
     results: dict = {"settings": asdict(settings)}
     for split in settings.splits:
         images = fixed_images(getattr(dataset, split), settings.images)
         inputs = normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        landscape = FixedImagesLoss(model, inputs, images.labels.to(device), settings.batch_size, execution)
-        loss, top1 = landscape.loss()
-        results[split] = {"images": len(images), "loss": loss, "top1": top1}
+        loss = FixedImagesLoss(model, inputs, images.labels.to(device), settings.batch_size, execution)
+        mean_loss, top1 = loss.loss()
+        results[split] = {"images": len(images), "loss": mean_loss, "top1": top1}
         for space in settings.spaces:
-            free = living(model, masks) if space == "living" else None
-            figures: dict = {"weights": int(free.sum()) if free is not None else len(landscape.weights)}
-            if settings.top:
-                watch(f"{split}, {space} weights: eigenvalues")
-                found = top_eigenvalues(landscape, settings.top, free, settings.tolerance)
-                figures["eigenvalues"] = [asdict(eigenvalue) for eigenvalue in found]
-            if settings.trace_samples:
-                watch(f"{split}, {space} weights: trace")
-                estimate, error = trace(landscape, settings.trace_samples, free)
-                figures |= {"trace": _finite(estimate), "trace_standard_error": _finite(error)}
-            figures["sam"] = []
-            radii = [(rho, False) for rho in settings.rhos] + [(rho, True) for rho in settings.adaptive_rhos]
-            for rho, adaptive in radii:
-                watch(f"{split}, {space} weights: {'adaptive ' if adaptive else ''}rho {rho:g}")
-                one, bound = sam_sharpness(landscape, rho, settings.steps, free, adaptive)
-                figures["sam"].append(
-                    {
-                        "rho": rho, "adaptive": adaptive, "steps": settings.steps,
-                        "one_step": _finite(one), "lower_bound": _finite(bound),
-                    }
-                )  # fmt: skip
-            results[split][space] = figures
+            selected = living_weights(model, masks) if space == "living" else None
+            results[split][space] = _figures(loss, selected, settings, watch, f"{split} images, {space} weights")
     return results
 
 
+def _figures(
+    loss: FixedImagesLoss, selected: Tensor | None, settings: Settings, watch: Callable[[str], object], place: str
+) -> dict:
+    """Measure one split in one space of weights; `place` names both."""
+    figures: dict = {"weights": len(loss.weights) if selected is None else int(selected.sum())}
+    if settings.top:
+        watch(f"{place}: eigenvalues")
+        found = top_eigenvalues(loss, settings.top, selected, settings.tolerance)
+        figures["eigenvalues"] = [asdict(eigenvalue) for eigenvalue in found]
+    if settings.trace_samples:
+        watch(f"{place}: trace")
+        estimate, error = trace(loss, settings.trace_samples, selected)
+        figures |= {"trace": _finite(estimate), "trace_standard_error": _finite(error)}
+    figures["sam"] = []
+    for adaptive, radii in ((False, settings.rhos), (True, settings.adaptive_rhos)):
+        for rho in radii:
+            watch(f"{place}: {'adaptive ' if adaptive else ''}rho {rho:g}")
+            one_step, bound = sam_sharpness(loss, rho, settings.steps, selected, adaptive)
+            rises = {"one_step": _finite(one_step), "lower_bound": _finite(bound)}
+            figures["sam"].append({"rho": rho, "adaptive": adaptive, "steps": settings.steps} | rises)
+    return figures
+
+
 def scalars(results: dict) -> dict[str, float]:
-    """The figures of `measure` by name, for TensorBoard."""
-    named = {}
+    """Name the figures of `measure` for TensorBoard; leave out those that are not finite."""
+    named: dict[str, float | None] = {}
     for split in results["settings"]["splits"]:
         for space in results["settings"]["spaces"]:
             figures, place = results[split][space], f"{split}/{space}"
-            for number, eigenvalue in enumerate(figures.get("eigenvalues", []), 1):
-                named[f"{place}/eigenvalue_{number}"] = eigenvalue["value"]
+            for rank, eigenvalue in enumerate(figures.get("eigenvalues", []), 1):
+                named[f"{place}/eigenvalue_{rank}"] = eigenvalue["value"]
             if "trace" in figures:
                 named[f"{place}/trace"] = figures["trace"]
             for sam in figures["sam"]:
@@ -218,28 +242,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _execution(
-    compilation: str, device: torch.device, model: nn.Module, dataset: Dataset, settings: Settings
-) -> Execution:
-    """fp32; compiled, where `auto` may choose, if products are many and large enough."""
-    if compilation == "auto":
-        a_space = 4 * settings.top + settings.trace_samples  # products, at least
-        products = len(settings.splits) * len(settings.spaces) * a_space
-        flops = 2 * count_flops(model, dataset.image_shape).dense_training
-        saved = COMPILATION_SAVES * products * settings.images * flops
-        worthwhile = device.type == "cpu" and saved > COMPILATION_TAKES  # on CUDA nobody has measured it
-        compilation = "on" if worthwhile and not what_compilation_lacks(device) else "off"
-    return resolve_execution("fp32", compilation, device)
-
-
-def _restricted(landscape: FixedImagesLoss, free: Tensor | None) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """The product with the Hessian over free weights, for scipy: float64 vectors, whatever the network computes in."""
-    weights = landscape.weights
-    free = torch.ones_like(weights, dtype=torch.bool) if free is None else free
+def _product_over(loss: FixedImagesLoss, selected: Tensor | None) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """Return the product with the Hessian over selected weights, for scipy's float64 vectors, and their length."""
+    weights = loss.weights
+    chosen = torch.ones_like(weights, dtype=torch.bool) if selected is None else selected
 
     def product(vector: np.ndarray) -> np.ndarray:
-        whole = torch.zeros_like(weights)
-        whole[free] = torch.from_numpy(vector.ravel()).to(whole)
-        return landscape.hessian_product(whole)[free].double().cpu().numpy()
+        full = torch.zeros_like(weights)
+        full[chosen] = torch.from_numpy(vector.ravel()).to(full)
+        return loss.hessian_product(full)[chosen].double().cpu().numpy()
 
-    return product, int(free.sum())
+    return product, int(chosen.sum())

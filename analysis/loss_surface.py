@@ -1,75 +1,83 @@
-"""Pictures of the loss around trained networks: python -m analysis.loss_surface CKPT...
+"""Draw the loss around trained networks, along random directions that are normalised filter by filter.
 
-Along random directions that are normalised filter by filter (Li et al., "Visualizing the Loss FixedImagesLoss of Neural Nets",
-NeurIPS 2018): every filter of a direction has the norm of the network's own filter, so that networks compare whatever
-the scale of their weights. Biases and normalisation stay, and so do pruned weights: the direction is zero there. All
-checkpoints get the same random numbers, images, range, colours and axes. Draws line.png, contour.png and surface.png and
-writes the numbers behind them to surface.npz. Float32, batch norm in evaluation mode, no label smoothing.
+Each filter of a direction has the norm of the network's own filter (Li et al., "Visualizing the Loss Landscape of Neural
+Nets", NeurIPS 2018), so that networks compare whatever the scale of their weights: at 0.5 every filter has moved by half
+its norm. Biases and normalisation stay, and so do pruned weights. All networks get the same random numbers, images, range,
+colours and axes. Writes line, contour and surface (.png and .pdf), and the numbers behind them (surface.npz). Float32,
+batch norm in evaluation mode, no label smoothing.
 """
 
 import argparse
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from analysis import surface_plots
-from analysis.checkpoints import add_checkpoints, answer, open_checkpoint, writing
+from analysis.checkpoints import add_checkpoints, find_checkpoints, open_checkpoint, smaller_batch
+from analysis.command import make_writable, matplotlib_imports, progress, run_command, writing_to
 from analysis.hessian import SPLITS
-from analysis.landscape import FixedImagesLoss, fixed_images, living
-from analysis.results import label
+from analysis.labels import run_label
+from analysis.landscape import FixedImagesLoss, fixed_images, living_weights, resolve_compilation
 from experiment.flags import number
+from prune.flops import count_flops
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.files import write_atomically
-from utils.precision import resolve_execution, what_compilation_lacks
 
 
-def filter_normalized(landscape: FixedImagesLoss, free: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction [P], each filter of the norm of the network's (Li et al. 2018, section 4).
+def filter_normalized(loss: FixedImagesLoss, selected: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a random direction [P] in which each filter has the norm of the network's (Li et al. 2018, section 4).
 
     A filter is all weights that lead to one output channel or unit. Parameters of one dimension do not move.
 
     Args:
-        free: bool [P]; the others do not move.
-        generator: on the CPU: the same numbers on every device.
+        loss: holds the network's weights.
+        selected: bool [P]; only these weights move.
+        generator: on the CPU, for the same numbers on every device.
     """
-    noise = torch.randn(len(landscape.weights), generator=generator).to(landscape.weights) * free
+    noise = torch.randn(len(loss.weights), generator=generator).to(loss.weights) * selected
     parts = []
-    for d, w in zip(
-        landscape.parameters_of(noise).values(), landscape.parameters_of(landscape.weights).values(), strict=True
-    ):
+    for d, w in zip(loss.parameters_of(noise).values(), loss.parameters_of(loss.weights).values(), strict=True):
         if w.ndim < 2:
             parts.append(torch.zeros(w.numel(), dtype=w.dtype, device=w.device))
             continue
         d, w = d.flatten(1), w.flatten(1)
         norm = d.norm(dim=1, keepdim=True)
-        scale = torch.where(norm > 0, w.norm(dim=1, keepdim=True) / norm, 0.0)  # a filter may be pruned altogether
+        scale = torch.where(norm > 0, w.norm(dim=1, keepdim=True) / norm, 0.0)  # a whole filter may be pruned
         parts.append((d * scale).flatten())
     return torch.cat(parts)
 
 
-def grid(landscape: FixedImagesLoss, directions: list[Tensor], axis: Tensor, progress: tqdm) -> np.ndarray:
-    """Mean loss at w + sum of axis[i] * direction, over all combinations.
+def loss_grid(
+    loss: FixedImagesLoss, directions: list[Tensor], axis: np.ndarray, advance: Callable[[], object]
+) -> np.ndarray:
+    """Evaluate the mean loss at w + sum of axis[i] * direction, for all combinations.
+
+    Args:
+        loss: the function.
+        directions: one or two, [P] each.
+        axis: the steps along a direction.
+        advance: called after each point.
 
     Returns:
         float64 [len(axis)] for one direction; [len(axis), len(axis)] for two, the first along the columns.
     """
     losses = []
-    for values in torch.cartesian_prod(*[axis] * len(directions)).view(-1, len(directions)).tolist():
-        moved = landscape.weights.clone()
-        for value, direction in zip(reversed(values), directions, strict=True):
-            moved += value * direction
-        losses.append(landscape.loss(moved)[0])
-        progress.update()
+    for steps in np.ndindex(*[len(axis)] * len(directions)):
+        moved = loss.weights.clone()
+        for step, direction in zip(reversed(steps), directions, strict=True):
+            moved += float(axis[step]) * direction
+        losses.append(loss.loss(moved)[0])
+        advance()
     return np.array(losses).reshape([len(axis)] * len(directions))
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.loss_surface",
         description=__doc__,
@@ -77,64 +85,70 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoints(parser)
     add = parser.add_argument
-    add("--dimensions", type=int, choices=(1, 2), nargs="+", default=(1, 2), help="line, plane (1 2)")
-    add("--range", type=number(float, above=0), default=1.0, metavar="R",
-        help="from -R to R, in norms of the filters (%(default)g)")  # fmt: skip
+    add("--dimensions", type=int, choices=(1, 2), nargs="+", default=(1, 2), help="1 for a line, 2 for a plane (1 2)")
+    add("--range", type=number(float, above=0), default=0.5, metavar="R",
+        help="draw from -R to R, in norms of the filters (%(default)g)")  # fmt: skip
     add("--resolution", type=number(int, least=3, most=1001), default=21, metavar="N",
-        help="points on an axis; made odd, so that the network itself is one (%(default)s)")  # fmt: skip
-    add("--split", choices=SPLITS, default="train", help="(%(default)s)")
-    add("--images", type=number(int, above=0), default=1000, metavar="N", help="(%(default)s)")
-    add("--seed", type=number(int, least=0), default=0, help="of the directions (%(default)s)")
-    add("--labels", nargs="+", metavar="TEXT", help="a title for each checkpoint (optimizer, rho, method, sparsity)")
-    add("--output", type=Path, default=Path("loss_surface"), metavar="DIR", help="for the files (%(default)s)")
+        help="points per axis; made odd, so that one of them is the network itself (%(default)s)")  # fmt: skip
+    add("--split", choices=SPLITS, default="train", help="images to take the loss of (%(default)s)")
+    add("--images", type=number(int, above=0), default=1000, metavar="N", help="number of images (%(default)s)")
+    add("--seed", type=number(int, least=0), default=0, help="seed of the directions (%(default)s)")
+    add("--labels", nargs="+", metavar="TEXT", help="one title per network (optimizer, rho, method, sparsity)")
+    add("--output", type=Path, metavar="DIR", help="directory of the files (loss_surface beside the first checkpoint)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    return answer(parser, parser.parse_args(argv), run)
+    """Run the command line and return its exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(run, args, smaller_batch(args))
 
 
 def run(args: Namespace) -> None:
-    if args.labels and len(args.labels) != len(args.checkpoints):
-        raise UsageError(f"{len(args.labels)} --labels for {len(args.checkpoints)} checkpoints: give one for each")
-    with writing(args.output):
-        args.output.mkdir(parents=True, exist_ok=True)
-    device = pick_device(args.device)
+    """Measure and draw the surfaces of all networks."""
+    with matplotlib_imports():
+        from analysis import surface_plots  # here: --help and the sentence above need no matplotlib
+    checkpoints = find_checkpoints(args.checkpoints)
+    if args.labels and len(args.labels) != len(checkpoints):
+        raise UsageError(f"{len(args.labels)} --labels for {len(checkpoints)} checkpoints: give one per checkpoint")
+    output = args.output or checkpoints[0].parent / "loss_surface"
+    labels, networks = _networks(args, checkpoints)
+    make_writable(output)
     half = args.resolution // 2
-    axis = torch.arange(-half, half + 1, dtype=torch.float64) * (args.range / half)
-    numbers: dict[str, np.ndarray] = {"axis": axis.numpy(), "checkpoints": np.array([str(p) for p in args.checkpoints])}
-    opened = [open_checkpoint(path, args) for path in args.checkpoints]
-    numbers["labels"] = np.array(args.labels or [label(vars(trained.args)) for trained, _ in opened])
+    axis = np.arange(-half, half + 1) * (args.range / half)
+    numbers = {
+        "axis": axis, "labels": np.array(args.labels or labels), "checkpoints": np.array([str(p) for p in checkpoints])
+    }  # fmt: skip
     points = sum(len(axis) ** dimensions for dimensions in set(args.dimensions))
-    execution = resolve_execution("fp32", compilation(args, device, points), device)
-    with tqdm(total=points * len(opened), unit="point", desc="loss", disable=None) as progress:
-        lines, planes = [], []
-        for trained, model in opened:
-            images = fixed_images(getattr(trained.dataset, args.split), args.images)
-            inputs = trained.normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
-            landscape = FixedImagesLoss(model, inputs, images.labels.to(device), args.batch_size, execution)
-            generator = torch.Generator().manual_seed(args.seed)
-            free = living(model, trained.pruner.masks)
-            directions = [filter_normalized(landscape, free, generator) for _ in range(2)]
-            if 1 in args.dimensions:
-                lines.append(grid(landscape, directions[:1], axis, progress))
-            if 2 in args.dimensions:
-                planes.append(grid(landscape, directions, axis, progress))
-    numbers |= {name: np.stack(parts) for name, parts in {"line": lines, "plane": planes}.items() if parts}
-    with writing(args.output):
-        write_atomically(args.output / "surface.npz", lambda file: np.savez(file, **numbers))
-        for path in surface_plots.draw(numbers, args.output):
-            print(path)
-    print(args.output / "surface.npz")
+    with progress(points * len(networks), "points") as advance:
+        for name, dimensions in (("line", 1), ("plane", 2)):
+            if dimensions in args.dimensions:
+                grids = [loss_grid(loss, directions[:dimensions], axis, advance) for loss, directions in networks]
+                numbers[name] = np.stack(grids)
+    with writing_to(output):
+        write_atomically(output / "surface.npz", lambda file: np.savez(file, allow_pickle=False, **numbers))
+        files = surface_plots.draw(numbers, output)
+    print("\n".join(map(str, [*files, output / "surface.npz"])))
 
 
-def compilation(args: Namespace, device: torch.device, points: int) -> str:
-    """`auto` is on where a CPU has so many forward passes to do that compiling must be worth it."""
-    if args.compile != "auto":
-        return args.compile
-    many = device.type == "cpu" and points * args.images > 100_000
-    return "on" if many and not what_compilation_lacks(device) else "off"
+def _networks(args: Namespace, checkpoints: list[Path]) -> tuple[list[str], list[tuple[FixedImagesLoss, list[Tensor]]]]:
+    """Open the checkpoints; return a label per network, and its loss with two directions."""
+    device = pick_device(args.device)
+    points = sum((2 * (args.resolution // 2) + 1) ** dimensions for dimensions in set(args.dimensions))
+    labels, networks = [], []
+    for path in checkpoints:
+        trained, model = open_checkpoint(path, args)
+        images = fixed_images(getattr(trained.dataset, args.split), args.images)
+        inputs = trained.normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        forward = count_flops(model, trained.dataset.image_shape).dense_training / 3  # a training step is three passes
+        execution = resolve_compilation(args.compile, device, points * len(images) * forward)
+        loss = FixedImagesLoss(model, inputs, images.labels.to(device), args.batch_size, execution)
+        generator = torch.Generator().manual_seed(args.seed)
+        selected = living_weights(model, trained.pruner.masks)
+        labels.append((run_label(vars(trained.args)), f"seed {trained.args.seed}"))
+        networks.append((loss, [filter_normalized(loss, selected, generator) for _ in range(2)]))
+    names = [name for name, _ in labels]
+    return [name if names.count(name) == 1 else f"{name}, {seed}" for name, seed in labels], networks
 
 
 if __name__ == "__main__":

@@ -1,96 +1,89 @@
-"""Reading what runs left behind: a table with a row a run, whatever became of it."""
+"""Read what runs left behind into a table with one row per run, finished or not."""
 
 import json
 from pathlib import Path
 
 import pandas as pd
 
-from experiment.run_directory import FREE
+from analysis.labels import count_text, optimizer_name
+from experiment.flags import FREE
+from utils.errors import UsageError
 
-# What tells runs of a study apart, but is not a setting that is studied.
-REPETITION = "seed"
-# Resolved by how long a run is, and so by the optimizer.
-CONSEQUENCE = "compile"
-# Flags that the column `optimizer` stands for.
-OPTIMIZER_FLAGS = ("optmzr", "sam_v2", "adaptive", "sam_local")
 METRIC = "test_top1"
-
-
-def optimizer_name(args: dict) -> str:
-    """As papers call it: sgd, sgd SAM, sgd SAM.v2, sgd ASAM, sgd SAM local ..."""
-    base = args["optmzr"].removesuffix("-sam")
-    if base == args["optmzr"]:
-        return base
-    name = f"{base} {'A' if args['adaptive'] else ''}SAM{'.v2' if args['sam_v2'] else ''}"
-    return f"{name} local" if args.get("sam_local") else name
-
-
-def label(args: dict) -> str:
-    """What a run did, in a few words: sgd SAM.v2, rho 0.05, random 0.9."""
-    parts = [optimizer_name(args)]
-    if args["sam_rho"] is not None:
-        parts.append(f"rho {args['sam_rho']:g}")
-    parts.append(
-        "dense" if args["prune_method"] == "none" else f"{args['prune_method']} {args['sparsity'] or ''}".strip()
-    )
-    return ", ".join(parts)
+RHO, SPARSITY, SEED = "--sam_rho", "--sparsity", "--seed"
+# Resolved by the length of a run and so by its optimizer: it tells no settings apart.
+COMPILE = "--compile"
+# Flags that the column `optimizer` stands for.
+OPTIMIZER_FLAGS = ("--optmzr", "--sam_v2", "--adaptive", "--sam_local")
 
 
 def read_runs(directories: list[Path]) -> pd.DataFrame:
-    """One row for each run below the directories.
+    """Read all runs below the directories.
 
     Returns:
-        Columns `directory` (Path), `state` (finished; repeated if a run before it is the same; failed where a sweep saw it
-        fail; incomplete), `epochs_done`, `optimizer`, `data` (a name for its images, by their content), `processes`,
-        `commit`, `device`, `torch`, every flag but those that say only where and how a run goes, and for finished runs
-        the figures of result.json.
+        One row per run: `directory` (Path), `state` (finished; repeated if it is the same as a run before it; failed where
+        a sweep saw it fail; incomplete), `epochs_done`, `optimizer`, `data` (a name for its images, by their content),
+        `processes`, `commit`, `device`, `torch`, every flag except those that only say where and how a run goes, and the
+        figures of result.json for finished runs.
 
     Raises:
-        ValueError: no runs there, or a file of a run that cannot be read.
+        UsageError: there are no runs, none has begun, or a file of a run cannot be read.
     """
-    rows = {}
+    rows: dict[Path, dict] = {}
     for root in directories:
         if not root.is_dir():
-            raise ValueError(f"there is no directory '{root}'")
+            raise UsageError(f"there is no directory '{root}': name directories of runs or sweeps")
         for path in sorted(root.rglob("args.json")):
             rows.setdefault(path.parent.resolve(), _read_run(path.parent))
-        for command in sorted(root.rglob(".sweep/*.command")):  # one that failed may have left no directory
+        for command in sorted(root.rglob(".sweep/*.command")):  # a run that failed at once may have no directory
             directory = command.parent.parent / command.stem
-            if directory.resolve() not in rows:
-                rows[directory.resolve()] = {"directory": directory, "state": _broken(directory), "epochs_done": 0}
+            unknown = {"directory": directory, "state": _unfinished_state(directory), "epochs_done": 0}
+            rows.setdefault(directory.resolve(), unknown)
     if not rows:
-        raise ValueError(f"no runs in {', '.join(map(str, directories))}: name directories of runs or sweeps")
+        raise UsageError(f"no runs in {', '.join(map(str, directories))}: name directories of runs or sweeps")
     runs = pd.DataFrame(list(rows.values()))
-    # The same run in two sweeps, as of their common baseline, is one sample and not two.
-    if "data" in runs:
-        runs["data"] = _names_of_data(runs)
-    same = [name for name in runs.columns if name in ("optimizer", "data", "processes") or name.startswith("--")]
-    same = [name for name in same if name != f"--{CONSEQUENCE}"]
+    if METRIC not in runs:
+        raise UsageError(f"none of {count_text(len(runs), 'run')} has finished: launch the sweep again to finish it")
+    runs["data"] = _names_of_data(runs)
+    # The same run in two sweeps, for example their common baseline, is one sample and not two.
+    same = [name for name in runs if name in ("optimizer", "data", "processes") or name.startswith("--")]
     finished = runs[runs["state"] == "finished"]
-    runs.loc[finished.index[finished.duplicated(same)], "state"] = "repeated"
+    repeated = finished.duplicated([name for name in same if name != COMPILE])
+    runs.loc[finished.index[repeated], "state"] = "repeated"
     return runs
 
 
+def begun(runs: pd.DataFrame) -> pd.DataFrame:
+    """Keep the runs whose settings are known because they have begun."""
+    return runs[runs["optimizer"].notna()]
+
+
 def read_curves(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """metrics.csv of each run."""
+    """Read metrics.csv of each run."""
     return [pd.read_csv(directory / "metrics.csv") for directory in runs["directory"]]
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
-    """Columns that runs differ in: flags, the optimizer and repetitions apart, then `data` and `processes`."""
-    known = runs[runs["optimizer"].notna()] if "optimizer" in runs else runs.iloc[:0]
-    flags = [name.removeprefix("--") for name in runs.columns if name.startswith("--")]
-    names = [flag for flag in flags if flag not in (REPETITION, CONSEQUENCE, *OPTIMIZER_FLAGS)]
-    found = [f"--{name}" for name in sorted(names) if known[f"--{name}"].map(repr).nunique() > 1]
+    """List the settings that runs differ in: flags except the optimizer's and the seed, then `data` and `processes`."""
+    known = begun(runs)
+    flags = {name for name in runs if name.startswith("--")} - {SEED, COMPILE, *OPTIMIZER_FLAGS}
+    found = [name for name in sorted(flags) if known[name].map(repr).nunique() > 1]
     if len(known) and known.groupby("--dataset")["data"].nunique().max() > 1:
         found.append("data")
-    if len(known) and known["processes"].nunique() > 1:
+    if known["processes"].nunique() > 1:
         found.append("processes")
     return found
 
 
+def state_counts(runs: pd.DataFrame) -> str:
+    """Say how many runs there are in each state."""
+    counts = runs["state"].value_counts()
+    states = (name for name in ("finished", "repeated", "incomplete", "failed") if name in counts)
+    return f"{count_text(len(runs), 'run')}: {', '.join(f'{counts[name]} {name}' for name in states)}."
+
+
 def _names_of_data(runs: pd.DataFrame) -> pd.Series:
-    """One name for the same images wherever they lay, and another for others, even in the same place."""
+    """Give the same images one name wherever they lay, and other images another name, even in the same place."""
     names: dict[str, str] = {}
     for images, name in zip(runs["images"], runs["data"], strict=True):
         if isinstance(images, str) and images not in names:
@@ -103,26 +96,28 @@ def _read_run(directory: Path) -> dict:
     try:
         about = json.loads((directory / "args.json").read_text())
         args = about["args"]
-        row = {"directory": directory, "optimizer": optimizer_name(args)}
-        row |= {
+        row = {
+            "directory": directory,
+            "optimizer": optimizer_name(args),
             "commit": about.get("git"),
             "device": about.get("device"),
             "torch": about.get("versions", {}).get("torch"),
+            "images": about.get("images"),
+            "processes": about.get("processes", 1),
+            "data": f"folder ({args['data_dir']})" if args["dataset"] == "folder" else args["dataset"],
         }
-        row["images"], row["processes"] = about.get("images"), about.get("processes", 1)
-        row["data"] = f"folder ({args['data_dir']})" if args["dataset"] == "folder" else args["dataset"]
         row |= {f"--{n}": " ".join(v) if isinstance(v, list) else v for n, v in args.items() if n not in FREE}
         metrics = directory / "metrics.csv"
         row["epochs_done"] = len(pd.read_csv(metrics)) if metrics.exists() else 0
         if not (directory / "result.json").exists():
-            return row | {"state": _broken(directory)}
+            return row | {"state": _unfinished_state(directory)}
         result = json.loads((directory / "result.json").read_text())
-        figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
-        figures.pop("seed")
+        figures = {name: value for name, value in result.items() if isinstance(value, int | float) and name != "seed"}
         return row | {"state": "finished"} | figures
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read the run in '{directory}' ({error}): repair or remove it") from error
+        raise UsageError(f"cannot read the run in '{directory}' ({error}): repair or remove it") from error
 
 
-def _broken(directory: Path) -> str:
-    return "failed" if (directory.parent / ".sweep" / f"{directory.name}.failed").exists() else "incomplete"
+def _unfinished_state(directory: Path) -> str:
+    failed = directory.parent / ".sweep" / f"{directory.name}.failed"
+    return "failed" if failed.exists() else "incomplete"

@@ -53,8 +53,15 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     if args.sharpness and group.is_main:
         command = f"python -m analysis.sharpness {run.logger.directory / 'checkpoint.pt'}"
         advice = f"{command} with a --batch-size below {hessian.Settings.batch_size}"
-        with usage_errors(), memory_errors(advice):
-            sharpness = hessian.measure(model, run.state.pruner.masks, data, normalize, device, watch=say)
+
+        def watch(what: str) -> None:
+            if run.interruption.signal:
+                raise Preempted(f"ended by {run.interruption.signal}: --resume auto goes on with the measurements")
+            say(what)
+
+        # A signal is only noted: raised inside a derivative, Preempted would come out as an error of torch.
+        with usage_errors(), memory_errors(advice), run.interruption.finishing():
+            sharpness = hessian.measure(model, run.state.pruner.masks, data, normalize, device, watch=watch)
         found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | sharpness
         run.logger.scalars("sharpness", hessian.scalars(sharpness), run.state.global_step)
     return found

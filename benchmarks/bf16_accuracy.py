@@ -1,93 +1,99 @@
-"""What bf16 costs in accuracy, in pairs of runs that differ in nothing else: python -m benchmarks.bf16_accuracy.
+"""Measure what bf16 costs in accuracy, in pairs of runs that differ in nothing else.
 
-Trains with each seed in fp32 and in bf16 and gives the mean difference in test accuracy with its 95% interval. A device
-that does not compute in bf16 rounds to it in software instead, at about the speed of fp32: inputs, weights and outputs
-of every layer and, as autograd goes back through the same roundings, their gradients.
+Trains with each seed in fp32 and in bf16, and prints the mean difference in test accuracy with its 95% interval.
 """
 
 import argparse
 import json
-import math
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
-from unittest.mock import patch
 
-import torch
-import torch.nn.functional as F
-from scipy.stats import t as student
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-
-import main_prune_train
 from utils.device import pick_device
 from utils.errors import UsageError
-from utils.precision import Execution, has_bf16
+from utils.precision import has_bf16
+from utils.signals import SIGNALS
+from utils.statistics import student_interval
+
+RECIPE = Path(__file__).parent.parent / "main_prune_train.py"
 
 
-class Rounding(TorchFunctionMode):
-    """Float32 arithmetic on operands rounded to bf16, its results rounded again, where autocast computes in bf16."""
-
-    MULTIPLIES = (F.conv2d, F.linear)  # all operands in bf16, sums in float32
-    KEEPS = (F.batch_norm, F.adaptive_avg_pool2d, torch.add, Tensor.add, Tensor.__add__)  # bf16 comes in and goes out
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.MULTIPLIES:
-            args = [rounded(a) if isinstance(a, Tensor) else a for a in args]
-        out = func(*args, **(kwargs or {}))
-        return rounded(out) if func in self.MULTIPLIES + self.KEEPS else out
+def run_recipe(flags: list[str]) -> int:
+    """Run main_prune_train.py in a process of its own and return its exit code."""
+    return run_passing_signals([sys.executable, str(RECIPE), *flags])
 
 
-def rounded(tensor: Tensor) -> Tensor:
-    """To bf16 and back; gradients too."""
-    return tensor.bfloat16().to(tensor.dtype)
+def run_passing_signals(command: list[str]) -> int:
+    """Run a command, pass on the signals that end a training, and return the command's exit code."""
+    with subprocess.Popen(command) as process:
+        before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in SIGNALS}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval by Student's t."""
-    count = len(differences)
-    return mean(differences), float(student.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
-
-
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of this command; flags that it does not know are the recipe's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bf16_accuracy",
-        description=__doc__.split("\n\n")[0],
-        epilog="all other flags go to main_prune_train.py; launched again it goes on where it was interrupted",
+        description=__doc__,
+        epilog="All other flags go to main_prune_train.py. Launched again, the command goes on where it was interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="two or more (0 1 2 3 4)")
-    parser.add_argument("--device", default="auto", help="(%(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/precision"), help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="where to train (%(default)s)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/precision"), help="directory of the runs (%(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, run: Callable[[list[str]], int] = run_recipe) -> int:
+    """Run the command line.
+
+    Args:
+        argv: flags; those of the process by default.
+        run: trains by flags of main_prune_train.py and returns its exit code.
+
+    Returns:
+        0, 2 for bad input, or the exit code of a training that did not finish.
+    """
+    parser = build_parser()
     args, flags = parser.parse_known_args(argv)
     try:
-        simulated = not has_bf16(pick_device(args.device))
+        device = pick_device(args.device)
     except UsageError as error:
         parser.error(str(error))
-    if len(set(args.seeds)) < 2:
+    seeds = sorted(set(args.seeds))
+    if len(seeds) < 2:
         parser.error("--seeds has to name two or more: an interval needs a spread")
-    accuracy, seeds = {"fp32": [], "bf16": []}, sorted(set(args.seeds))
+    if not has_bf16(device):
+        print(f"note: {device} has no bf16 of its own; torch emulates it there, which is slow", file=sys.stderr)
+    accuracy: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for seed in seeds:
         for precision, values in accuracy.items():
             directory = args.output_dir / f"{precision}-seed{seed}"
-            command = [*flags, "--device", args.device, "--precision", precision, "--seed", str(seed)]
-            command += ["--output-dir", str(directory), "--resume", "auto"]
-            if precision == "bf16" and simulated:
-                with patch.object(Execution, "autocast", lambda self, device: Rounding()):
-                    code = main_prune_train.main(command)
-            else:
-                code = main_prune_train.main(command)
+            own = ["--device", args.device, "--precision", precision, "--seed", str(seed)]
+            code = run([*flags, *own, "--output-dir", str(directory), "--resume", "auto"])
             if code:
                 return code
             values.append(json.loads((directory / "result.json").read_text())["test_top1"])
-    differences = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
-    centre, half = interval(differences)
     print()
-    for seed, *pair in zip(seeds, *accuracy.values(), differences, strict=True):
-        print(f"seed {seed}: fp32 {pair[0]:.2f}%, bf16 {pair[1]:.2f}%, difference {pair[2]:+.2f}")
-    how = "bf16, rounded in software" if simulated else "bf16"
-    print(f"{how}, minus fp32: {centre:+.2f} points, 95% interval {centre - half:+.2f} to {centre + half:+.2f}")
+    print_differences(seeds, accuracy["fp32"], accuracy["bf16"])
     return 0
+
+
+def print_differences(seeds: list[int], fp32: list[float], bf16: list[float]) -> None:
+    """Print each pair of accuracies, then the mean difference with its interval."""
+    differences = [after - before for before, after in zip(fp32, bf16, strict=True)]
+    for seed, before, after, difference in zip(seeds, fp32, bf16, differences, strict=True):
+        print(f"seed {seed}: fp32 {before:.2f}%, bf16 {after:.2f}%, difference {difference:+.2f}")
+    center, low, high = student_interval(differences)
+    print(f"bf16 minus fp32: {center:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""How long the runs of a dry run would take: bash scripts/reproduce_cifar.sh --dry-run | python -m benchmarks.estimate.
+"""Estimate how long the commands that a sweep's --dry-run prints would take: python -m benchmarks.estimate < COMMANDS.
 
-Reads commands of main_prune_train.py, measures some training steps of each network and optimizer among them on this
-machine, on random images of CIFAR's shape, and adds up the steps of 50,000 images an epoch. Evaluation, start and
-compilation are not in it.
+Measures training steps of each network and optimizer among them on this machine, on random images of CIFAR's shape, and
+adds up the steps of 50,000 images an epoch. Evaluation, start and compilation are not included.
 """
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,81 +19,124 @@ from statistics import median
 import torch
 
 from benchmarks.loop import BATCH, CLASSES, Loop, random_images
-from benchmarks.report import measure
-from experiment import flags as cli
+from experiment.checks import check
+from experiment.flags import number, parse, resolve
 from models import build_model
-from prune import METHODS, Options
+from prune import METHODS
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError, usage_errors
 from utils.precision import bf16_on_cpu, resolve_execution
 
-IMAGES, TURNS = 50_000, 2
+IMAGES = 50_000
+SECONDS = 90.0  # for all measurements, so that with two imports of torch an estimate takes less than two minutes
+MOST = 20  # measurements of a network and optimizer
 
 
-def step_seconds(network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device) -> float:
-    """Median seconds of a training step at batch 128, precision as --precision auto takes it, not compiled."""
-    steps = 100 if device.type == "cuda" else 3  # so that what an epoch ends in is little beside them
-    images, (arch, depth, width) = random_images(steps * BATCH), network
+def measure_step(
+    network: tuple[str, int, float], optimizer: str, v2: bool, device: torch.device, seconds: float
+) -> list[float]:
+    """Measure training steps at batch 128, in the precision that --precision auto takes, not compiled.
+
+    Returns:
+        Seconds of a step, once for each measurement that fits into the time given. The first one, which also allocates
+        memory, is left out where there is another.
+    """
+    steps = 100 if device.type == "cuda" else 1  # on a GPU what an epoch ends in would count beside one step
+    arch, depth, width = network
     with tempfile.TemporaryDirectory() as scratch, usage_errors():
         kernels = bf16_on_cpu(build_model(arch, depth, CLASSES, width), (3, 32, 32))
         execution = resolve_execution("auto", "off", device, cpu_kernels=kernels)
-        loop = Loop(device, execution, images, Path(scratch) / "run", optimizer, v2, network=network)
-        return median(measure(TURNS, {"steps": loop.run}, device)["steps"]) / steps
+        loop = Loop(
+            device, execution, random_images(steps * BATCH), Path(scratch) / "run", optimizer, v2, network=network
+        )
+        began = time.perf_counter()
+        samples: list[float] = []
+        while not samples or (time.perf_counter() - began + steps * samples[-1] < seconds and len(samples) <= MOST):
+            before = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()):  # where the loop says what an epoch says
+                loop.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            samples.append((time.perf_counter() - before) / steps)
+    return samples[1:] or samples
 
 
-def epochs_of(lines: Iterable[str]) -> Counter:
-    """Epochs of all commands for each (architecture, depth, width), optimizer and whether it is SAM.v2.
+def count_epochs(lines: Iterable[str]) -> Counter:
+    """Count the epochs of all commands for each (architecture, depth, width), optimizer and whether it is SAM.v2.
 
     Raises:
-        UsageError: a command that main_prune_train.py would not take.
+        UsageError: a command that main_prune_train.py would not take, or whose steps are not those measured here.
     """
     epochs: Counter = Counter()
     for line in lines:
         command = shlex.split(line)
         if "main_prune_train.py" not in command:
             continue
-        args, given = cli.parse(command[command.index("main_prune_train.py") + 1 :])
-        cli.check(args, given)
+        args, given = parse(command[command.index("main_prune_train.py") + 1 :])
+        check(args, given)
+        args = resolve(args)
         if args.batch_size != BATCH:
             raise UsageError(f"steps are measured at --batch-size {BATCH}, and a command has {args.batch_size}")
-        trainings = 1 + (args.lth_rounds or Options().rounds) if METHODS[args.prune_method].tickets else 1
+        if not args.dataset.startswith("cifar"):
+            raise UsageError(
+                f"steps are measured on images like CIFAR's, not on --dataset {args.dataset}: time a run with --epochs 1"
+            )
+        trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
         epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
     return epochs
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, lines: Iterable[str] = sys.stdin) -> int:
+    """Run the command line on commands of main_prune_train.py; other lines are skipped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate", description=__doc__.split("\n\n")[0])
+    count = number(int, above=0)
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="runs at a time (%(default)s)")
     parser.add_argument(
         "--gpus",
-        type=cli.number(int, above=0),
+        type=count,
         default=1,
-        help="that share the runs; runs on one slow each other (%(default)s)",
+        metavar="N",
+        help="GPUs that runs are spread over; runs on one GPU slow each other (%(default)s)",
     )
     parser.add_argument("--device", default="auto", help="(%(default)s)")
+    parser.add_argument("--seconds", type=number(float, above=0), default=SECONDS, help="to measure (%(default)g)")
     options = parser.parse_args(argv)
     try:
         device = pick_device(options.device)
-        epochs = epochs_of(sys.stdin)
+        epochs = count_epochs(lines)
+        if not epochs:
+            raise UsageError("no commands on standard input: give it what a sweep's --dry-run prints")
+        total = estimate(epochs, device, options.seconds)
     except UsageError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    at_a_time = options.jobs if device.type == "cpu" else min(options.jobs, options.gpus)
+    hours = total / 3600 / at_a_time
+    print(f"all of it: about {hours:,.1f} hours ({hours / 24:,.1f} days), {at_a_time} at a time")
+    return 0
+
+
+def estimate(epochs: Counter, device: torch.device, seconds: float) -> float:
+    """Measure and print a step of each network and optimizer; return the seconds of all their epochs together."""
     keep_freed_memory()
     use_deterministic_kernels(False)
-    if not epochs:
-        parser.error("no commands of main_prune_train.py on standard input: give it what a sweep's --dry-run prints")
-    total = 0.0
-    print(f"a training step on {device_name(device)}:")
-    for (network, optimizer, v2), count in epochs.items():
-        try:
-            seconds = step_seconds(network, optimizer, v2, device)
-        except UsageError as error:
-            parser.error(str(error))
-        total += count * seconds * IMAGES / BATCH
+    print(
+        f"measuring training steps on {device_name(device)} for at most {seconds:.0f} s: batches of {BATCH} random images "
+        f"like CIFAR's, {IMAGES:,} images an epoch, without evaluation, start and compilation",
+        flush=True,
+    )
+    total, deadline = 0.0, time.perf_counter() + seconds
+    for done, ((network, optimizer, v2), count) in enumerate(epochs.items()):
+        share = (deadline - time.perf_counter()) / (len(epochs) - done)
+        samples = measure_step(network, optimizer, v2, device, share)
+        total += count * median(samples) * IMAGES / BATCH
         arch, depth, width = network
-        text = f"{arch}-{depth}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
-        print(f"  {text:<36} {1e3 * seconds:>8.1f} ms, {count:,} epochs", flush=True)
-    hours = total / 3600 / options.gpus
-    print(f"all of it: about {hours:,.0f} hours ({hours / 24:,.1f} days)")
-    return 0
+        name = f"{arch}{f'-{depth}' if depth else ''}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
+        print(
+            f"  {name:<36} {1e3 * median(samples):>8.1f} ms a step (median of {len(samples)}), {count:,} epochs",
+            flush=True,
+        )
+    return total
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from experiment.checks import check
 from experiment.flags import parse, resolve
 from imagedata.augment import Normalize
 from imagedata.images import Dataset, Images, channel_statistics
+from prune import METHODS
 from prune.flops import FlopsMeter, count_flops
-from prune.methods import UPDATE_INTERVAL
 from training.logger import Logger
 from training.loop import Run, evaluate, train_epoch
 from training.optim import passes_per_step, state_holders
@@ -22,7 +22,7 @@ from utils.precision import Execution
 BATCH = 128
 CLASSES = 10
 LOG_INTERVAL = int(parse([])[0].log_interval)  # the defaults of the command line
-MASK_INTERVAL = int(UPDATE_INTERVAL.default)
+MASK_INTERVAL = 100  # steps between two changes of the masks
 
 
 class Loop:
@@ -56,6 +56,7 @@ class Loop:
         flags += f" --depth {depth}" if depth else ""
         flags += " --sam-v2" if v2 and optimizer.endswith("-sam") else ""
         flags += "" if method == "none" else f" --prune-method {method} --sparsity 0.9"
+        flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].update else ""
         args, given = parse(flags.split())
         check(args, given)
         args = resolve(args)

@@ -1,5 +1,6 @@
-"""Measuring in turns, and a table of what came out with the targets it is held to."""
+"""Measure tasks in turns, and print the figures with the targets they are held to."""
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -9,11 +10,17 @@ from scipy.stats import binom
 
 
 def measure(turns: int, tasks: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each task in each turn, after one turn that is not counted; every other turn goes backwards.
+    """Return the seconds of each task in each turn; one turn before them is not counted.
 
-    So no task always follows the same one, and what slows down or heats up meanwhile favours none.
+    Every other turn runs the tasks in reverse order: no task always follows the same one, and a machine that slows down
+    or heats up favours none.
+
+    Args:
+        turns: how many count.
+        tasks: what to run, by name.
+        device: a CUDA device is waited for after each task.
     """
-    seconds = {name: [] for name in tasks}
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(turns + 1):
         for name, task in list(tasks.items())[:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
@@ -26,47 +33,67 @@ def measure(turns: int, tasks: dict[str, Callable[[], object]], device: torch.de
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
+    """Divide two lists of samples, turn by turn."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 
 def interval_of_median(samples: list[float]) -> tuple[float, float]:
-    """The samples between which the median lies with 95% certainty, whatever their distribution; all if they are few."""
-    place = max(1, int(binom.ppf(0.025, len(samples), 0.5)))
-    return sorted(samples)[place - 1], sorted(samples)[-place]
+    """Return the two samples between which the median lies with 95% confidence, whatever the distribution.
+
+    These are the smallest and the largest of few samples.
+    """
+    rank = max(1, int(binom.ppf(0.025, len(samples), 0.5)))
+    return sorted(samples)[rank - 1], sorted(samples)[-rank]
 
 
 class Report:
-    """Figures by name, each the samples of all turns, and the targets that they are held to."""
+    """Figures by name, each with the samples of all turns, and the targets they are held to.
 
-    def __init__(self):
+    Attributes:
+        figures: median, quartiles, unit and samples of each figure.
+        targets: text, value, interval of the median, and whether the target is met or open.
+    """
+
+    def __init__(self) -> None:
         self.figures: dict[str, dict] = {}
         self.targets: list[dict] = []
 
     def add(self, name: str, samples: list[float] | float, unit: str) -> float:
+        """Keep and print a figure; return its median."""
         samples = samples if isinstance(samples, list) else [samples]
         low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
         middle = median(samples)
         self.figures[name] = {"median": middle, "quartiles": [low, high], "unit": unit, "samples": samples}
-        spread = f"({_shown(low)} to {_shown(high)})" if len(samples) > 1 else ""
-        print(f"{name:<72}{_shown(middle):>10} {unit:<12}{spread}".rstrip(), flush=True)
+        spread = f"({four_digits(low)} to {four_digits(high)})" if len(samples) > 1 else ""
+        print(f"{name:<72}{four_digits(middle):>10} {unit:<12}{spread}".rstrip(), flush=True)
         return middle
 
-    def target(self, text: str, name: str, most: float | None = None, least: float | None = None) -> None:
-        """Hold the figure of that name to a limit. It is open where the samples leave the median on either side of it."""
+    def target(self, text: str, name: str, most: float = math.inf, least: float = -math.inf) -> None:
+        """Hold a figure to a limit.
+
+        The target is open where the interval of the median contains the limit.
+
+        Args:
+            text: what is asked for, as it is printed.
+            name: of the figure.
+            most: its upper limit.
+            least: its lower limit.
+        """
         value, (low, high) = self.figures[name]["median"], interval_of_median(self.figures[name]["samples"])
-        met = value <= most if most is not None else value >= least
-        limit = least if most is None else most
-        found = {"target": text, "value": value, "interval": [low, high], "open": low <= limit <= high and low < high}
-        self.targets.append(found | {"met": met})
+        is_open = low < high and any(low <= limit <= high for limit in (least, most))
+        target = {"target": text, "value": value, "interval": [low, high], "open": is_open}
+        self.targets.append(target | {"met": least <= value <= most})
 
     def show_targets(self) -> None:
+        """Print each target with its value and whether it is met."""
         print()
         for target in self.targets:
-            low, high = map(_shown, target["interval"])
+            low, high = map(four_digits, target["interval"])
             between = f" ({low} to {high}{', which leaves it open' if target['open'] else ''})" if low != high else ""
             verdict = "met" if target["met"] else "not met"
-            print(f"{target['target']}: {_shown(target['value'])}{between}, {verdict}")
+            print(f"{target['target']}: {four_digits(target['value'])}{between}, {verdict}")
 
 
-def _shown(value: float) -> str:
+def four_digits(value: float) -> str:
+    """Return a number as text with four significant digits, or as a whole number from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

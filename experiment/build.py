@@ -2,7 +2,7 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 import models
 import training.optim
 from experiment.checks import evaluated_flags
-from experiment.flags import flag, load_layer_sparsity
+from experiment.flags import flag, flag_errors, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
-from imagedata.sources import load_dataset
-from prune import METHODS, Pruner
+from imagedata.sources import SIZES, load_dataset
+from prune import METHODS, EmptyLayerError, Pruner
 from prune.flops import Flops
+from prune.scores import refuse_layer_normalisation, synflow
 from training.batch_norm import refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
@@ -29,28 +30,44 @@ from training.step import TrainingStep, build_objective
 from utils import distributed
 from utils.device import pick_device, use_deterministic_kernels
 from utils.distributed import ProcessGroup
-from utils.errors import UsageError, usage_errors
-from utils.precision import Execution, bf16_on_cpu, resolve_execution
+from utils.errors import UsageError, memory_errors
+from utils.precision import Execution, bf16_on_cpu, refuse_uncompilable, resolve_execution
 
 
-def check_on_meta(args: Namespace) -> None:
+def check_on_meta(args: Namespace, resumed: bool = False) -> None:
     """Build network and masks without memory or data, so that impossible flags are known before data is touched.
+
+    Args:
+        args: the flags.
+        resumed: the run goes on from a checkpoint, and so does not begin from --pretrained.
 
     Raises:
         UsageError: flags that the network, the optimizer or the pruning method cannot have.
     """
-    with usage_errors(), torch.device("meta"):
-        model = models.build_model(args.arch, args.depth, num_classes=1000, width=args.width)
+    classes, channels = SIZES.get(args.dataset, (1000, 3))  # a folder's are known only with the data
+    with flag_errors(), torch.device("meta"):
+        model = models.build_model(args.arch, args.depth, classes, args.width, channels)
         if args.recalibrate_bn:
             refuse_without_batch_norm(model)
         if args.sync_bn:
             refuse_without_batch_norm(model, "--sync-bn")
-    pruner(args, model, [], total_steps=2**62)  # how many there will be is known only with the data
+        if METHODS[args.prune_method].score is synflow:
+            refuse_layer_normalisation(model)
+    if args.pretrained and not resumed:
+        pretrained(args)
+    try:
+        # How many steps there will be is known only with the data, and so is what to warn of.
+        pruner(args, model, [], total_steps=2**62, warn=lambda words: None)
+    except UsageError as error:
+        if not (isinstance(error.__cause__, EmptyLayerError) and args.dataset not in SIZES):
+            raise
 
 
 def place(args: Namespace, resumed: bool) -> tuple[torch.device, ProcessGroup]:
     """Return the device, and the processes that share the training, having joined them."""
     device = pick_device(distributed.local_device(args.device, args.no_cuda), args.no_cuda)
+    if args.compile == "on":
+        refuse_uncompilable(device)
     group = distributed.start(device)
     use_deterministic_kernels(args.deterministic)
     for name in ("sam_local", "sync_bn"):
@@ -63,7 +80,7 @@ def dataset(args: Namespace, group: ProcessGroup = ProcessGroup()) -> Dataset:
     """Return the data set that a run trains on. Raises UsageError."""
     with group.main_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    with usage_errors():
+    with flag_errors():
         return training_part(args, data)
 
 
@@ -95,7 +112,7 @@ def augmentation(args: Namespace, data: Dataset) -> Augmentation:
 
 def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
     """Return the untrained network for a data set. Raises UsageError."""
-    with usage_errors():
+    with flag_errors():
         model = models.build_model(args.arch, args.depth, len(data.classes), args.width, data.channels)
     return model.to(device).to(memory_format=torch.channels_last)
 
@@ -108,16 +125,38 @@ def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def pruner(args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int) -> Pruner:
+def _warn(words: str) -> None:
+    distributed.complain(f"warning: {words}", alike=True)
+
+
+def pruner(
+    args: Namespace, model: nn.Module, optimizers: list[torch.optim.Optimizer], total_steps: int,
+    warn: Callable[[str], None] = _warn,
+) -> Pruner:  # fmt: skip
     """Return what keeps a network sparse. Raises UsageError."""
     options = {option.name: getattr(args, option.name) for option in METHODS[args.prune_method].options}
-    with usage_errors():
+    with flag_errors():
         return Pruner(
             model, args.prune_method, args.sparsity, args.sparsity_distribution,
             load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None,
-            args.sparsity_pattern, args.dense_layers, total_steps, args.seed, optimizers,
+            args.sparsity_pattern, args.dense_layers, total_steps, total_steps // args.epochs, args.seed, optimizers, warn,
             **{name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
+
+
+def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
+    """Choose the masks that a training begins with, or take those of --pretrained.
+
+    Raises:
+        UsageError: a sparsity that leaves no path through the network.
+        TrainingError: the GPU has too little memory for the scores.
+    """
+    images = int(pruner.options.get("score_images", 1))
+    advice = f"--score-images {images // 2}" if images > 1 else "a smaller --width"
+    with flag_errors(), memory_errors(f"{advice} (the memory is for choosing the masks)"):
+        if args.keep_masks:
+            load_network(pruner.model, pruner.masks, load_checkpoint(args.pretrained))
+        pruner.choose_masks(loader.sample)
 
 
 def execution(
@@ -135,7 +174,7 @@ def execution(
         group: the processes.
     """
     device = next(model.parameters()).device
-    with usage_errors():
+    with flag_errors():
         smallest = augmentation(args, data).smallest_part(args.accumulate, group)
         refuse_single_values(model, data.image_shape, smallest)
     resolved = resolve_execution(
@@ -189,7 +228,7 @@ def step(
     )  # fmt: skip
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
-        args.accumulate, args.clip_grad, args.sam_local, group, execution.graphed,
+        args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
     )  # fmt: skip
 
 
@@ -219,10 +258,27 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
 
 def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
     """Load the weights of --pretrained, which has to be of the same network for the same data. Raises UsageError."""
+    checkpoint = pretrained(args)
+    check_fits(checkpoint, data)
+    masks = Pruner(model).masks
+    load_network(model, masks, checkpoint)
+    sparsity = masks.sparsity()
+    if args.keep_masks and not sparsity:
+        raise UsageError(
+            "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network; leave it out"
+        )
+    if sparsity and args.prune_method == "none" and not args.keep_masks:
+        _warn(
+            f"the checkpoint's masks, of sparsity {sparsity:.4f}, are not kept and its zeros train on as weights: --keep-masks "
+            "keeps them"
+        )
+
+
+def pretrained(args: Namespace) -> dict:
+    """Read the checkpoint of --pretrained. Raises UsageError where it is of another network."""
     checkpoint = load_checkpoint(args.pretrained)
     evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
-    check_fits(checkpoint, data)
-    load_network(model, Pruner(model).masks, checkpoint)
+    return checkpoint
 
 
 def check_fits(checkpoint: dict, data: Dataset) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from experiment.flags import FREE, PATHS, RESOLVED, flag, method_options, parse, plain
+from experiment.flags import FREE, PATHS, RESOLVED, absolute, flag, method_options, parse, plain
 from prune import METHODS
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
@@ -17,7 +17,8 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
     """
     useless = _without_effect(args)
     for name in sorted(given & useless.keys()):
-        raise UsageError(f"{flag(name)} has no effect {useless[name]}: leave it out, or change that")
+        reason, way = useless[name]
+        raise UsageError(f"{flag(name)} has no effect {reason}: {way}, or leave it out")
     _check_sparsity(args)
     _check_training(args)
 
@@ -29,6 +30,7 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
         UsageError: a flag that changes the mathematics differs.
     """
     now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
+    saved |= {name: absolute(saved[name]) for name in PATHS}
     given = given - {name for name in RESOLVED if now[name] == "auto"}
     differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
     if differing == ["epochs"] and now["epochs"] > saved["epochs"] and may_grow(saved):
@@ -72,27 +74,43 @@ def may_grow(flags: dict) -> bool:
     return flags["lr_scheduler"] == "constant" and not method.update and not method.tickets
 
 
-def _without_effect(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags that the others leave without effect, each with the reason."""
+def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Return the flags that the others leave without effect, each with the reason and what would give it one."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
-    reasons = {option.name: f"with --prune-method {args.prune_method}" for option in method_options()}
-    for option in method.options:
-        del reasons[option.name]
+    reasons: dict[str, tuple[str, str]] = {}
+    for option in method_options():
+        if option not in method.options:
+            having = [name for name, other in METHODS.items() if option in other.options]
+            way = "add" if args.prune_method == "none" else "take"
+            way += f" --prune-method {', '.join(having[:-1])}{' or ' if having[1:] else ''}{having[-1]}"
+            reasons[option.name] = f"with --prune-method {args.prune_method}", way
     if args.prune_method == "none":
         for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
-            reasons[name] = "with --prune-method none"
+            fixed = name in ("sparsity", "sparsity_config") or args.sparsity or args.sparsity_config
+            way = "add --prune-method random" + ("" if fixed else " --sparsity 0.9")
+            reasons[name] = "with --prune-method none", way
+        if not args.pretrained:
+            reasons["keep_masks"] = "without --pretrained", "add --pretrained CKPT"
+        if not args.keep_masks:
+            reasons["sam_unmasked"] = "with --prune-method none", "add --prune-method random --sparsity 0.9"
+    else:
+        own = f"with --prune-method {args.prune_method}, which makes masks of its own"
+        reasons["keep_masks"] = own, "take --prune-method none"
     if optimizer.momentum is None:
-        reasons |= dict.fromkeys(("momentum", "nesterov"), f"with --optmzr {args.optmzr}")
+        sgd = "sgd-sam" if optimizer.sam else "sgd"
+        reasons |= dict.fromkeys(("momentum", "nesterov"), (f"with --optmzr {args.optmzr}", f"take --optmzr {sgd}"))
     if not optimizer.sam:
-        reasons |= dict.fromkeys(("sam_v2", "sam_rho", "adaptive", "sam_local"), f"with --optmzr {args.optmzr}")
+        way = f"add --optmzr {args.optmzr}-sam"
+        sam = ("sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked")
+        reasons |= dict.fromkeys(sam, (f"with --optmzr {args.optmzr}", way))
     elif args.sam_v2:
-        reasons["sam_local"] = "with --sam-v2"
+        reasons["sam_local"] = "with --sam-v2", "leave --sam-v2 out"
     if not args.mixup:
-        reasons["alpha"] = "without --mixup"
+        reasons["alpha"] = "without --mixup", "add --mixup"
     if args.dataset != "folder":
-        reasons["image_size"] = f"with --dataset {args.dataset}"
+        reasons["image_size"] = f"with --dataset {args.dataset}", "take --dataset folder"
     if args.dataset == "digits":
-        reasons["data_dir"] = "with --dataset digits"
+        reasons["data_dir"] = "with --dataset digits", "take --dataset folder"
     return reasons
 
 
@@ -108,21 +126,27 @@ def _check_sparsity(args: argparse.Namespace) -> None:
 
 def _check_training(args: argparse.Namespace) -> None:
     if args.nesterov and args.momentum == 0:
-        raise UsageError("--nesterov needs a --momentum above 0")
+        raise UsageError("--nesterov needs a --momentum above 0, as --momentum 0.9")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} has to be less than --epochs {args.epochs}")
     if args.accumulate > args.batch_size:
         raise UsageError(
-            f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image"
+            f"--accumulate {args.accumulate} cuts a batch of {args.batch_size} into parts of less than an image: give at "
+            f"most --accumulate {args.batch_size}, or a larger --batch-size"
+        )
+    if args.sam_unmasked and args.clip_grad:
+        raise UsageError(
+            "--clip-grad would clip by the gradients of pruned weights, which --sam-unmasked keeps: leave one of them out"
         )
     if args.sync_bn and args.sam_local:
         raise UsageError(
-            "--sync-bn and --sam-local contradict each other: a process's own gradient needs its own statistics"
+            "--sync-bn and --sam-local contradict each other: a process's own gradient needs its own statistics; leave "
+            "one of them out"
         )
     if args.sync_bn and args.compile == "on":
         raise UsageError("--sync-bn cannot be compiled: give --compile auto or off")
     if args.no_cuda and args.device not in ("auto", "cpu"):
-        raise UsageError(f"--no-cuda and --device {args.device} contradict each other")
+        raise UsageError(f"--no-cuda and --device {args.device} contradict each other: leave one of them out")
 
 
 def _merge(args: argparse.Namespace, given: set[str], saved: dict) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 
+from experiment.flags import as_flags
 from prune import EmptyLayerError
 from utils import distributed
 from utils.errors import Preempted, TrainingError, UsageError, run_errors
@@ -24,7 +25,7 @@ def exit_code(command: Callable[[], object]) -> int:
         distributed.complain(f"error: {error}", alike=not distributed.together())
         return 2
     except (TrainingError, EmptyLayerError) as error:
-        distributed.complain(f"error: {error}")
+        distributed.complain(f"error: {as_flags(str(error)) if isinstance(error, EmptyLayerError) else error}")
         return 1
     except Preempted as notice:
         distributed.complain(str(notice), alike=True)

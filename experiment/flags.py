@@ -3,14 +3,17 @@
 import argparse
 import difflib
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imagedata.sources import DATASETS
 from models import ARCHITECTURES
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
+from prune.methods import Value
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 from utils.precision import PRECISIONS
@@ -35,14 +38,83 @@ RESOLVED = ("precision", "compile")
 PATHS = ("data_dir", "sparsity_config", "pretrained")
 
 
+# Keywords of Pruner in the sentences by which prune refuses its arguments, and the flags that they are.
+KEYWORDS = {
+    "sparsity": "sparsity", "distribution": "sparsity_distribution", "pattern": "sparsity_pattern",
+    "layer_sparsity": "sparsity_config", "dense_layers": "dense_layers",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors, and which names the flag that a mistyped one is near to."""
+    """A parser whose errors are UsageErrors, and which names the flag or value that a mistyped one is near to."""
 
     def error(self, message: str) -> None:  # type: ignore[override]  # argparse's own exits
         """Raise UsageError."""
-        found = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message, re.DOTALL)
-        near = difflib.get_close_matches(found[1], self._option_string_actions, 1) if found else []
-        raise UsageError(f"{message} ({f'did you mean {near[0]}? ' if near else ''}see --help)")
+        meant = ""
+        if found := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            meant = near_flag(found[1], list(self._option_string_actions))
+        elif found := re.match(r"argument (--[^\s/]+).*?: invalid choice: '(.*?)' \(", message):
+            choices = self._option_string_actions[found[1]].choices
+            meant = near_value(found[1], found[2], list(choices or ()))
+        raise UsageError(f"{message} ({f'did you mean {meant}? ' if meant else ''}see --help)")
+
+
+def near_flag(text: str, flags: list[str]) -> str:
+    """Return the flag that a mistyped one stands for, or "" where none is near.
+
+    Near are a flag of almost the same letters, one made of the first letters of its words (--learning-rate is --lr), and
+    the only one that has it as a word (--rho is --sam-rho).
+    """
+    names = {name.lstrip("-"): name for name in flags}
+    word = text.lstrip("-").replace("_", "-").lower()
+    initials = "".join(part[:1] for part in word.split("-"))
+    containing = [name for name in names if word in name.split("-")]
+    near = difflib.get_close_matches(word, names, 1, cutoff=0.75)
+    near += [initials] if len(initials) > 1 and initials in names else []
+    near += containing if len(containing) == 1 else []
+    return names[near[0]] if near else ""
+
+
+def near_value(name: str, text: str, choices: list[str]) -> str:
+    """Return the flags that say what a value stands for that a flag does not have, or "" where none is near."""
+    word = text.lower()
+    if name == "--arch" and (
+        found := re.fullmatch(r"([a-z_-]*[a-z])[-_]?(\d+)(?:[-_x](\d+(?:\.\d+)?))?(?:[-_]bn)?", word)
+    ):
+        family = {"wrn": "wideresnet"}.get(found[1], re.sub("[-_]", "", found[1]))
+        if family in choices:
+            width = f" --width {found[3]}" if found[3] else ""
+            return f"{name} {family} --depth {found[2]}{width}"
+    if name == "--optmzr" and "sam" in word:
+        base = next((base for base in ("adamw", "adam") if base in word), "sgd")
+        one_step = " --sam-v2" if re.search("v2|s2|one", word) else ""
+        adaptive = " --adaptive" if "asam" in word or "adaptive" in word else ""
+        return f"{name} {base}-sam{one_step}{adaptive}"
+    near = (
+        [choice for choice in choices if choice == word]
+        or [choice for choice in choices if len(word) > 1 and choice.startswith(word)]
+        or [max((choice for choice in choices if word.startswith(choice)), key=len, default="")]
+    )
+    near = list(filter(None, near)) or difflib.get_close_matches(word, choices, 1, cutoff=0.7)
+    return " or ".join(f"{name} {choice}" for choice in near)
+
+
+@contextmanager
+def flag_errors() -> Iterator[None]:
+    """Turn the ValueErrors by which sam, prune and models refuse their arguments into UsageErrors that name flags."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(as_flags(str(error))) from error
+
+
+def as_flags(sentence: str) -> str:
+    """Return a sentence of prune with flags for its keywords: update_interval=10 is --update-interval 10."""
+    names = KEYWORDS | {option.name: option.name for option in method_options()}
+    keywords = "|".join(names)
+    sentence = re.sub(rf"\b({keywords})=(?=\S)", lambda found: flag(names[found[1]]) + " ", sentence)
+    bare = "|".join(name for name in names if "_" in name)
+    return re.sub(rf"(?<![-\w'])({bare})\b", lambda found: flag(names[found[1]]), sentence)
 
 
 def build_parser() -> Parser:
@@ -99,7 +171,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--optmzr", choices=OPTIMIZERS, default="sgd",
         help="base optimizer, with or without SAM around it (%(default)s)")
     add("--epochs", type=number(int, above=0), default=160, help="passes over the training images (%(default)s)")
-    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw)")
+    add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw; a tenth with oneshot)")
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
     add("--weight-decay", "--wd", type=number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)")
@@ -118,6 +190,8 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
     add("--sam-local", action="store_true",
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
+    add("--sam-unmasked", action="store_true",
+        help="perturb pruned weights too, as the code of S2-SAM does; training FLOPs are counted as if it did not")
 
 
 def _add_sparsity(group: argparse._ArgumentGroup) -> None:
@@ -132,15 +206,17 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
         help="which weights live and die together: unstructured, kernel, channel, blocks such as 4x1, N:M such as 2:4 "
              "(%(default)s)")
     add("--dense-layers", nargs="+", default=[], metavar="NAME",
-        help="layers that stay dense: stem, shortcut, classifier, or patterns of names; the others make up for them")
+        help="layers that stay dense: stem, shortcut, depthwise, classifier, or patterns of names; the others make up for them")
     for option in method_options():
         methods = ", ".join(name for name, method in METHODS.items() if option in method.options)
         if option.default is False:
             add(flag(option.name), action="store_true", help=f"{methods}: {option.help}")
         else:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
-                help=f"{methods}: {option.help} ({option.default})")
+                help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--keep-masks", action="store_true",
+        help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
 
 
@@ -176,7 +252,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does")
     add("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     add("--log-interval", type=number(int, above=0), default=50, metavar="STEPS",
-        help="steps between two logged steps (%(default)s)")
+        help="steps between two logged steps; the last one of an epoch is logged too (%(default)s)")
 # fmt: on
 
 
@@ -203,12 +279,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags with the defaults that depend on other flags."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
     defaults: dict = {
-        "lr": optimizer.lr,
+        "lr": optimizer.fine_tuning_lr if method.pretrained else optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
         "depth": ARCHITECTURES[args.arch].default_depth,
-        **{option.name: option.default for option in method.options},
     }
+    given = {option.name: getattr(args, option.name) for option in method.options}
+    complete = method.complete({name: value for name, value in given.items() if value is not None})
+    defaults |= {option.name: complete[option.name] for option in method.options if not option.late}
     if optimizer.sam:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
@@ -220,8 +298,16 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """Return the flags as values that JSON and a checkpoint can hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
+    """Return the flags as values that JSON and a checkpoint can hold: files are found from any directory."""
+    return {
+        name: absolute(value) if name in PATHS else str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(args).items())
+    }
+
+
+def absolute(path: Path | str | None) -> str | None:
+    """Return the absolute path of a file that a flag names, or None where it names none."""
+    return os.path.abspath(path) if path else None
 
 
 def method_options() -> list[Option]:
@@ -235,14 +321,28 @@ def flag(name: str) -> str:
 
 
 def directory(text: str) -> Path:
-    """Convert a flag's text to a path that is not empty: the empty one would be the current directory."""
+    """Convert a flag's text to a path that is not empty, which would be the current directory, and that TensorBoard takes."""
     if not text:
         raise argparse.ArgumentTypeError("has to name a directory")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("has to be a name in UTF-8") from None
     return Path(text)
 
 
-def option_type(option: Option) -> Callable[[str], float]:
+def option_type(option: Option) -> Callable[[str], Value]:
     """Return the argparse type of a method's option."""
+    parse = option.parse
+    if parse is not None:
+
+        def convert(text: str) -> Value:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+        return convert
     return number(type(option.default), option.least, option.above, option.below, option.most)
 
 

@@ -76,7 +76,9 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
         ValueError: none would be left to train on.
     """
     if count >= len(dataset.train):
-        raise ValueError(f"cannot hold out {count} of {len(dataset.train):,} training images: none would be left")
+        raise ValueError(
+            f"cannot hold out {count} of {len(dataset.train):,} training images: none would be left; give a --val-split below that"
+        )
     order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(dataset.train)))
     return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
 

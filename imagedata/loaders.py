@@ -1,5 +1,6 @@
 """Batches of training and test images: cut on the device, or ahead of the training step by worker processes."""
 
+import contextlib
 import copy
 import itertools
 import os
@@ -18,8 +19,11 @@ from imagedata.augment import Augmentation, Normalize, cut, part_of_process
 from imagedata.images import Images
 from utils.device import memory_size, to_device
 from utils.distributed import ProcessGroup
+from utils.errors import TrainingError
 from utils.precision import Execution
 from utils.signals import SIGNALS, signals_blocked
+
+SHARED_MEMORY = "/dev/shm"  # where worker processes leave their batches on Linux
 
 
 class Batch(NamedTuple):
@@ -47,6 +51,7 @@ class Stream(torch.utils.data.Dataset):
         """Return the pixels of a step. Workers start anew where it does not follow the last one."""
         if step != self._next:
             self._batches = iter(())  # ends the workers of before
+            self._refuse_full_memory()
             with signals_blocked():  # and so they are in the workers from their first moment
                 # A copy: a cycle of references would keep workers until garbage is collected, and for seconds then.
                 loader: DataLoader = DataLoader(
@@ -55,15 +60,40 @@ class Stream(torch.utils.data.Dataset):
                 )  # fmt: skip
                 self._batches = iter(loader)
         self._next = step + 1
-        return next(self._batches)
+        pixels: Tensor | None = next(self._batches)
+        if pixels is None:
+            raise self._full_memory()
+        return pixels
 
-    def __getitem__(self, step: int) -> Tensor:
-        """Cut the batch of a step, in a worker."""
+    def __getitem__(self, step: int) -> Tensor | None:
+        """Cut the batch of a step, in a worker, into shared memory; None where that is full."""
         epoch, position = divmod(step, self.augmentation.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self.augmentation.plan(epoch)[0]
         plan = part_of_process(self.augmentation.part(self._plan, position), self.group, self.augmentation.mixup > 0)
-        return cut(self.pixels, plan.order, plan.top, plan.left, plan.mirrored, self.augmentation.pad)
+        pixels = cut(self.pixels, plan.order, plan.top, plan.left, plan.mirrored, self.augmentation.pad)
+        try:
+            return (
+                pixels.share_memory_()
+            )  # by the worker's queue it would fail in a thread, and the parent wait for ever
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return None
+
+    def _refuse_full_memory(self) -> None:
+        """Raise TrainingError where shared memory has no room for the batches that are cut ahead: two per worker."""
+        with contextlib.suppress(OSError):  # not Linux
+            place = os.statvfs(SHARED_MEMORY)
+            batch = self.augmentation.batch_size * self.pixels[0].nbytes // self.group.world
+            if place.f_bavail * place.f_frsize < (2 * self.workers + 1) * batch:
+                raise self._full_memory()
+
+    def _full_memory(self) -> TrainingError:
+        return TrainingError(
+            f"shared memory ({SHARED_MEMORY}) has no room for the batches of {self.workers} worker processes: make room "
+            "there, or give fewer --workers (--workers 0: none), and go on by --resume auto"
+        )
 
 
 def _ignore_signals(worker: int) -> None:

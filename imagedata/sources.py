@@ -9,8 +9,8 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from utils.device import memory_size
 from utils.errors import UsageError
 from utils.files import load_whole, save_atomically
 
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
@@ -56,7 +55,7 @@ def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
             except (OSError, RuntimeError, tarfile.TarError) as error:
                 raise UsageError(
                     f"CIFAR-{classes} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
-                    f"put its '{cls.filename}' there, or train without one on --dataset digits or folder"
+                    f"put its '{cls.filename}' there, name the place that has it by --data-dir, or train without one on --dataset digits or folder"
                 ) from error
             splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
         return Dataset(splits[0], splits[1], classes=split.classes, pad=4, flip=True)
@@ -97,17 +96,17 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
         raise UsageError(
             f"'{data_dir}/train' and '{data_dir}/{test}' have different classes: '{odd[0]}' is in one only"
         )
-    key = _content_key(data_dir, [path for split in splits for path, _ in split.samples], image_size)
+    key = _content_key(data_dir, [path for split in splits for path in split.paths], image_size)
     cache = data_dir / ".decoded" / f"{key}.pt"
-    pixels = _load_cached(cache, [len(split) for split in splits])
+    pixels = _load_cached(cache, [len(split.paths) for split in splits])
     if pixels is None:
-        pixels = [_decode_all([path for path, _ in split.samples], image_size, cache.parent) for split in splits]
+        pixels = [_decode_all(split.paths, image_size, cache.parent) for split in splits]
         channels = max(p.shape[3] for p in pixels)
         pixels = [p.expand(*p.shape[:3], channels).contiguous() for p in pixels]
         if pixels[0].shape[1:] != pixels[1].shape[1:]:
             raise UsageError(f"images in '{data_dir}' differ in size between train and {test}: give --image-size")
         _save_cached(cache, pixels)
-    images = [Images(p, torch.tensor(split.targets)) for p, split in zip(pixels, splits, strict=True)]
+    images = [Images(p, torch.tensor(split.labels)) for p, split in zip(pixels, splits, strict=True)]
     return Dataset(images[0], images[1], classes=splits[0].classes, pad=4, flip=True)
 
 
@@ -118,31 +117,68 @@ DATASETS: dict[str, Callable[[Path | None, int | None], Dataset]] = {
     "digits": digits,
 }
 
+SIZES = {
+    "cifar10": (10, 3),
+    "cifar100": (100, 3),
+    "digits": (10, 1),
+}  # classes and channels that are known without the data
 
-def _list_images(directory: Path) -> "ImageFolder":
-    """List the images of a directory by class."""
-    from torchvision.datasets import ImageFolder
 
+@dataclass(frozen=True)
+class _Files:
+    """The image files of one split.
+
+    Attributes:
+        classes: names of the class directories, sorted.
+        paths: of the files, class by class.
+        labels: of each file, an index into `classes`.
+    """
+
+    classes: list[str]
+    paths: list[str]
+    labels: list[int]
+
+
+def _list_images(directory: Path) -> _Files:
+    """List the images of a directory by class, without what tools leave there: hidden files and directories."""
     try:
-        return ImageFolder(directory)
+        classes = sorted(
+            entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_left_over(entry.name)
+        )
     except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
         if not directory.is_dir():
             reason = "is not a directory" if os.path.lexists(directory) else "does not exist"
-        elif isinstance(error, FileNotFoundError):
-            reason = _missing(directory)
-        else:
-            reason = f"cannot be read ({error.strerror})"
         raise UsageError(f"'{directory}' {reason}: --data-dir needs train/<class>/* and test/<class>/*") from error
+    files = _Files(classes, [], [])
+    for label, name in enumerate(classes):
+        found = list(_images_below(directory / name))
+        if not found:
+            raise UsageError(f"'{directory}' has a class without an image, '{name}': put some there, or remove it")
+        files.paths.extend(found)
+        files.labels.extend([label] * len(found))
+    if not classes:
+        raise UsageError(
+            f"'{directory}' has no folder for each class: --data-dir needs train/<class>/* and test/<class>/*"
+        )
+    return files
 
 
-def _missing(directory: Path) -> str:
-    """Return what a directory lacks to be an image folder."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+def _images_below(directory: Path) -> Iterator[str]:
+    """Return the paths of the images in a directory and below it, sorted."""
+    places = []
+    for place, folders, files in os.walk(directory, followlinks=True):
+        folders[:] = [name for name in folders if not _is_left_over(name)]
+        places.append((place, files))
+    for place, files in sorted(places):
+        for name in sorted(files):
+            if name.lower().endswith(EXTENSIONS) and not _is_left_over(name):
+                yield os.path.join(place, name)
 
-    for path in sorted(directory.iterdir()):
-        if path.is_dir() and not any(file.suffix.lower() in IMG_EXTENSIONS for file in path.rglob("*")):
-            return f"has a class without an image, '{path.name}'"
-    return "has no folder for each class"
+
+def _is_left_over(name: str) -> bool:
+    """Return whether a file or directory is a tool's: .ipynb_checkpoints, ._photo.png, .DS_Store, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
@@ -154,7 +190,9 @@ def _content_key(root: Path, paths: list[str], image_size: int | None) -> str:
                 content = file.read()
         except OSError as error:
             raise UsageError(f"'{path}' cannot be read ({error.strerror}): mend or remove it") from error
-        digest.update(f"\0{os.path.relpath(path, root)}\0{len(content)}\0".encode())
+        digest.update(
+            os.fsencode(f"\0{os.path.relpath(path, root)}\0{len(content)}\0")
+        )  # any name that a file may have
         digest.update(content)
     return digest.hexdigest()[:32]
 

@@ -55,10 +55,17 @@ def stage(
     return nn.Sequential(block(in_channels, out_channels, stride), *rest)
 
 
-def init_convolutions(model: nn.Module) -> None:
-    """Draw all convolutions from He et al.'s normal distribution of variance 2 / fan_out (2015, equation 14)."""
+def init_weights(model: nn.Module) -> None:
+    """Draw weights from He et al.'s normal distributions, of variance 2 / fan_out or 2 / fan_in (2015, equations 14, 10).
+
+    Convolutions go by fan_out; linear layers by fan_in, since a classifier has few outputs. Biases are 0. All layers come
+    from one kind of distribution, so that a ranking of all weights by magnitude empties none for its initialisation.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # A depthwise filter has as many inputs as outputs; torch would count the outputs of all groups together.
             mode: Literal["fan_in", "fan_out"] = "fan_out" if module.groups == 1 else "fan_in"
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)

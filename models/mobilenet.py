@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import conv_bn_relu, init_convolutions, scale
+from models.common import conv_bn_relu, init_weights, scale
 
 CHANNELS = [64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]  # table 1 gives the last one as 2, which its own sizes contradict
@@ -29,7 +29,7 @@ class MobileNet(nn.Module):
             previous = current
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(previous, num_classes)
-        init_convolutions(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))

@@ -8,7 +8,7 @@ stride 1 and no max pool. 50 is 6n+2 as well, with n = 8; here it means the bott
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Projection, conv_bn_relu, init_convolutions, scale, stage
+from models.common import Projection, conv_bn_relu, init_weights, scale, stage
 
 
 class BasicBlock(nn.Module):
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
         self.stage3 = stage(block, counts[2], widths[1], widths[2], stride=2)
         self.stage4 = nn.Identity() if len(counts) == 3 else stage(block, counts[3], widths[2], widths[3], stride=2)
         self.classifier = nn.Linear(widths[-1], num_classes)
-        init_convolutions(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x)))))

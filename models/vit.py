@@ -94,5 +94,5 @@ def build(depth: int, num_classes: int, width: float, in_channels: int) -> nn.Mo
         raise ValueError(f"a ViT has a depth of at least 1 block, not {depth}")
     heads = round(3 * width)
     if heads < 1 or abs(3 * width - heads) > 0.05:  # so that 0.33 and 0.67 will do
-        raise ValueError(f"the width of a ViT is a multiple of 1/3, which is one head, not {width:g}")
+        raise ValueError(f"the width of a ViT is a multiple of 1/3, which is one head: 0.33, 0.67 or 1, not {width:g}")
     return VisionTransformer(depth, HEAD * heads, num_classes, in_channels)

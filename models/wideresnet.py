@@ -6,7 +6,7 @@ WRN-28-10 is depth 28 and width 10. Depth 6n+4 counts all convolutions, the thre
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Projection, init_convolutions, scale, stage
+from models.common import Projection, init_weights, scale, stage
 
 
 class PreActivationBlock(nn.Module):
@@ -43,7 +43,7 @@ class WideResNet(nn.Module):
         self.stage3 = stage(PreActivationBlock, blocks, channels[1], channels[2], stride=2)
         self.norm = nn.BatchNorm2d(channels[2])
         self.classifier = nn.Linear(channels[2], num_classes)
-        init_convolutions(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))

@@ -8,21 +8,11 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 
-from prune.masks import select_layers
-from prune.patterns import Counts, NofM, Pattern, Shape
+from prune.patterns import Counts, NofM, Pattern, Shape, Units
 
 
 class EmptyLayerError(ValueError):
-    """A sparsity that leaves a layer without a weight; where layers compete this is known only after scoring."""
-
-
-def refuse_empty(layers: list[str]) -> None:
-    """Raise EmptyLayerError if any layer is named as one without a weight."""
-    if layers:
-        raise EmptyLayerError(
-            f"this sparsity leaves layer '{layers[0]}' without a weight: lower it, distribute it by erk where the "
-            "method can, take a finer pattern, or keep layers dense by name"
-        )
+    """A sparsity that leaves a layer, or all paths through a network, without a weight."""
 
 
 def uniform(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
@@ -79,8 +69,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
-    if not sparse:
-        raise ValueError("every layer is to stay dense: name fewer of them, or take no pruning method")
+    _refuse_all_dense(not sparse)
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
     if budget < len(sparse):
@@ -93,8 +82,28 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if amounts is None:
         return {tuple(sparse): budget}
     counts = _round_to_sum(amounts, budget)
-    refuse_empty([layer for layer, count in counts.items() if count == 0])
+    for layer, count in counts.items():
+        if count == 0:
+
+            def works(lower: float) -> bool:
+                least = round((1 - lower) * sum(sizes.values())) - kept_dense
+                return min(_round_to_sum(DISTRIBUTIONS[name](sparse, least) or {}, least).values()) > 0
+
+            erk = "" if name == "erk" else ", or distribution=erk"
+            raise EmptyLayerError(
+                f"sparsity={sparsity:g} leaves layer '{layer}' without a weight: take sparsity="
+                f"{highest_sparsity(works, sparsity):g}, the highest that works here{erk}, or keep layers dense by name"
+            )
     return {(layer,): count for layer, count in counts.items()}
+
+
+def highest_sparsity(works: Callable[[float], bool], below: float) -> float:
+    """Return the highest sparsity below one that does not work, to four digits; 0 where none works."""
+    low, high = 0, int(1e4 * below)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if works(middle / 1e4) else (low, middle - 1)
+    return low / 1e4
 
 
 class Budget:
@@ -107,11 +116,12 @@ class Budget:
         distribution: a key of DISTRIBUTIONS; None for `default`.
         default: the distribution where none is named.
         by_layer: the sparsity of each layer by name; layers that are not named stay dense.
-        dense_layers: patterns of layer names that stay dense, see `masks.select_layers`.
+        dense_layers: names of the layers that stay dense.
 
     Attributes:
         sparsity: the final one; by layer, that of the layers that are not dense.
         dense: names of the layers that keep every weight.
+        distribution: how layers share the sparsity; None where each has its own.
 
     Raises:
         ValueError: a sparsity that cannot be reached, or arguments that leave each other no choice.
@@ -128,8 +138,9 @@ class Budget:
         dense_layers: Iterable[str] = (),
     ):
         self._shapes = shapes
-        self.dense = select_layers(list(shapes), list(dense_layers))
+        self.dense = set(dense_layers)
         self._by_layer = self._fixed_layers(by_layer, pattern)
+        self.distribution = None if self._by_layer is not None else distribution or default
         if self._by_layer is None:
             if sparsity is None or not 0 <= sparsity < 1:
                 raise ValueError(f"sparsity has to be at least 0 and less than 1, not {sparsity}")
@@ -137,15 +148,18 @@ class Budget:
         else:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
-                raise ValueError(f"{source} leaves nothing to distribute: leave out the {distribution} distribution")
+                raise ValueError(f"{source} leaves nothing to distribute: leave out distribution={distribution}")
+            _refuse_all_dense(not self._by_layer)
             self.sparsity = self._fixed_sparsity(sparsity, source)
-        self._distribution = distribution or default
+            if isinstance(pattern, Units):
+                self._refuse_emptied_layers(pattern)
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
     def counts(self, sparsity: float) -> Counts:
         """Return how many weights each group of layers outside `dense` keeps at a sparsity."""
-        if self._by_layer is None:
-            return distribute(self._distribution, self._shapes, sparsity, self.dense)
+        if self.distribution is not None:
+            return distribute(self.distribution, self._shapes, sparsity, self.dense)
+        assert self._by_layer is not None
         fraction = sparsity / self.sparsity if self.sparsity else 0.0  # of the way there, for schedules
         return {
             (name,): round((1 - fraction * final) * math.prod(self._shapes[name]))
@@ -159,7 +173,7 @@ class Budget:
                 return None
             return {name: 1 - pattern.density for name in self._shapes if name not in self.dense}
         if pattern.density is not None:
-            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave the sparsities by layer out")
+            raise ValueError("an N:M pattern fixes the sparsity of every layer: leave layer_sparsity out")
         for name, value in by_layer.items():
             if name not in self._shapes:
                 nearest = difflib.get_close_matches(name, self._shapes, 1, cutoff=0)[0]
@@ -174,10 +188,29 @@ class Budget:
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
-        fixed = dead / sum(sizes.values()) if sizes else 0.0
+        fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            raise ValueError(f"{source} fixes the sparsity at {fixed:g}: leave out {sparsity:g}, or change one of them")
+            raise ValueError(
+                f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
+            )
         return fixed
+
+    def _refuse_emptied_layers(self, pattern: Units) -> None:
+        """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""
+        assert self._by_layer is not None
+        for (name,), count in self.counts(self.sparsity).items():
+            unit = pattern.smallest_unit(self._shapes[name])
+            if 2 * count < unit:  # see patterns.top
+                what = "a weight" if unit == 1 else f"a unit of {unit} weights"
+                raise EmptyLayerError(
+                    f"sparsity {self._by_layer[name]:g} leaves layer '{name}' without {what}: give it a lower one, or take a "
+                    "finer pattern"
+                )
+
+
+def _refuse_all_dense(dense: bool) -> None:
+    if dense:
+        raise ValueError("every layer is to stay dense: let at least one be pruned, or take no pruning method")
 
 
 def _round_to_sum(amounts: dict[str, float], total: int) -> dict[str, int]:

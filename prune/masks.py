@@ -1,5 +1,6 @@
 """Masks of 0 and 1 over the prunable weights of a network, and their application to weights and gradients."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -21,10 +22,24 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
-def select_layers(names: list[str], patterns: list[str]) -> set[str]:
+def depthwise_layers(model: nn.Module) -> set[str]:
+    """Return the names of the convolutions whose filters each see one channel of several."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+    }
+
+
+def select_layers(names: list[str], patterns: list[str], depthwise: Iterable[str] = ()) -> set[str]:
     """Return the layer names that match a pattern: a wildcard for the whole name, or one of its dot-separated parts.
 
     `stem`, `shortcut` and `classifier` select the layers that models/ calls so; `stage2.*` selects a stage.
+
+    Args:
+        names: of all layers.
+        patterns: see above.
+        depthwise: the layers that the pattern `depthwise` selects too, whatever they are called.
 
     Raises:
         ValueError: a pattern that matches no layer.
@@ -32,6 +47,7 @@ def select_layers(names: list[str], patterns: list[str]) -> set[str]:
     selected = set()
     for pattern in patterns:
         matches = {name for name in names if fnmatchcase(name, pattern) or pattern in name.split(".")}
+        matches |= set(depthwise) if pattern == "depthwise" else set()
         if not matches:
             raise ValueError(f"no prunable layer matches '{pattern}': the layers are {', '.join(names)}")
         selected |= matches
@@ -86,6 +102,13 @@ class Masks:
     def alive(self) -> dict[str, int]:
         """Return the number of living weights by layer."""
         return dict(zip(self.weights, self.alive_counts().tolist(), strict=True))
+
+    def empty_filters(self, layers: Iterable[str]) -> tuple[int, int]:
+        """Return the number of filters without a weight in the convolutions among layers, and of all there."""
+        names = [name for name in layers if self.weights[name].ndim > 2]
+        masks = [self.masks[name] for name in names if name in self.masks]
+        empty = [(mask.flatten(1).amax(1) == 0).sum() for mask in masks]
+        return int(torch.stack(empty).sum()) if empty else 0, sum(len(self.weights[name]) for name in names)
 
     def density(self) -> dict[str, float]:
         """Return the fraction of living weights by layer."""

@@ -1,11 +1,14 @@
 """The sparse-training methods: a table whose entries combine scores, distributions, mask updates and options."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prune import scores
-from prune.schedules import constant, cosine, steps
+from prune.schedules import constant, cosine, parse_interval, steps
 from prune.scores import Score
 from prune.updates import DropAndGrow, GradualPruning
+
+Value = float | int | bool | str
 
 
 @dataclass(frozen=True)
@@ -17,23 +20,41 @@ class Option:
 
     Attributes:
         name: in the code.
-        default: its type is the option's type; False makes a switch.
+        default: its type is the option's type; False makes a switch. A method may have another one.
         help: one line for the command line, without the default.
         least, above, below, most: bounds of a number, the first and last of them allowed values.
         metavar: what stands for the value in the help.
+        parse: makes the value of a text, or raises ValueError, where a number will not do.
+        shown: the default in words; its value where this is empty.
+        late: the default depends on the length of training, which only the Pruner knows.
     """
 
     name: str
-    default: float | int | bool
+    default: Value
     help: str
     least: float | None = None
     above: float | None = None
     below: float | None = None
     most: float | None = None
     metavar: str | None = None
+    parse: Callable[[str], Value] | None = None
+    shown: str = ""
+    late: bool = False
 
-    def check(self, value: float) -> None:
+    @property
+    def default_shown(self) -> str:
+        """Return the default in words."""
+        return self.shown or ("off" if self.default is False else str(self.default))
+
+    def check(self, value: Value) -> None:
         """Raise ValueError for a value outside the bounds."""
+        if self.parse:
+            try:
+                self.parse(str(value))
+            except ValueError as error:
+                raise ValueError(f"{self.name} {error}") from error
+            return
+        assert not isinstance(value, str)
         fits = (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -46,12 +67,21 @@ class Option:
             raise ValueError(f"{self.name} has to be {named}, not {value:g}")
 
 
-UPDATE_INTERVAL = Option("update_interval", 100, "steps between two changes of the masks", above=0, metavar="STEPS")
+UPDATE_INTERVAL = Option(
+    "update_interval", 100, "steps between two changes of the masks, or epochs such as 1e", metavar="N",
+    parse=parse_interval, shown="100; set 1e; mest 5e", late=True,
+)  # fmt: skip
 STOP_UPDATE = Option(
     "stop_update", 0.75, "fraction of training after which the masks stay", above=0, most=1, metavar="FRACTION"
 )
 DROP_FRACTION = Option(
-    "drop_fraction", 0.3, "fraction of a layer's living weights that moves at first", above=0, below=1, metavar="F"
+    "drop_fraction",
+    0.3,
+    "fraction of a layer's living weights that moves at first",
+    above=0,
+    below=1,
+    metavar="F",
+    shown="0.3; mest 0.2, and 0.5 with --mest-soft",
 )
 SCORE_IMAGES = Option("score_images", 10, "images of each class that the scores look at", above=0, metavar="N")
 MEST_LAMBDA = Option("mest_lambda", 1.0, "weight of the gradient in |w| + L |g|", least=0, metavar="L")
@@ -75,6 +105,7 @@ class Method:
         pretrained: prunes trained weights and needs them.
         reads_images: its score looks at training images.
         options: what can be set beside the sparsity.
+        own_defaults: a function from the options that were given to the defaults that are not those of the options.
     """
 
     paper: str
@@ -86,6 +117,11 @@ class Method:
     pretrained: bool = False
     reads_images: bool = False
     options: tuple[Option, ...] = ()
+    own_defaults: Callable[[Mapping[str, Value]], Mapping[str, Value]] = lambda given: {}
+
+    def complete(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the value of every option: the one that was given, or its default."""
+        return {option.name: option.default for option in self.options} | {**self.own_defaults(given)} | {**given}
 
     @property
     def moves(self) -> bool:
@@ -109,14 +145,18 @@ METHODS = {
     "set": Method(
         "Mocanu et al. 2018", scores.random,
         update=DropAndGrow(scores.magnitude, scores.random, constant), options=MOVING,
+        own_defaults=lambda given: {"update_interval": "1e"},
     ),
     "rigl": Method(
         "Evci et al. 2020", scores.random,
-        update=DropAndGrow(scores.magnitude, scores.gradient, cosine), options=MOVING,
+        update=DropAndGrow(scores.magnitude, scores.gradient, cosine, regrown_from_zero=False), options=MOVING,
     ),
     "mest": Method(
         "Yuan et al. 2021", scores.random,
         update=DropAndGrow(scores.magnitude_gradient, scores.random, steps), options=(*MOVING, MEST_LAMBDA, MEST_SOFT),
+        own_defaults=lambda given: {
+            "update_interval": "5e", "drop_fraction": 0.5 if given.get("mest_soft") else 0.2,
+        },
     ),
     # dense to sparse
     "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning(), options=TIMING),

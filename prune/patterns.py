@@ -1,7 +1,8 @@
 """Which weights live and die together.
 
 A pattern sees scores of weights and chooses masks. Most cut a layer into units, whose weights share one fate, and keep
-the units with the highest mean score; N:M keeps the best N of every M weights instead.
+the units with the highest scores; N:M keeps the best N of every M weights instead. A unit's score is the root of the mean
+square of its weights' where these are magnitudes, so that units of a size rank by their L2 norm, and else the mean.
 """
 
 import math
@@ -31,13 +32,15 @@ class Units:
         self.name, self._number = name, number
         self._units: dict[tuple[Shape, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def pool(self, values: Tensor) -> Tensor:
-        """Return the mean value of each unit: [units]."""
+    def pool(self, values: Tensor, square: bool = False) -> Tensor:
+        """Return the mean value of each unit, or the root of its mean square: [units]."""
         if self._number is None:
             return values.flatten()
         number, sizes = self._units_of(tuple(values.shape), values.device)
         sums = torch.zeros(len(sizes), dtype=values.dtype, device=values.device)
-        return sums.index_add_(0, number, values.flatten()) / sizes
+        values = values.flatten()
+        means = sums.index_add_(0, number, values.square() if square else values) / sizes
+        return means.sqrt_() if square else means
 
     def sizes(self, values: Tensor) -> Tensor:
         """Return the number of weights of each unit: int64 [units]."""
@@ -45,17 +48,27 @@ class Units:
             return torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
         return self._units_of(tuple(values.shape), values.device)[1]
 
+    def smallest_unit(self, shape: Shape) -> int:
+        """Return the size of the smallest unit of a layer."""
+        return 1 if self._number is None else int(torch.bincount(self._number(shape).flatten()).min())
+
     def spread(self, alive: Tensor, shape: Shape) -> Tensor:
         """Return the mask of a weight's shape whose units live where `alive`, bool [units], says so."""
         if self._number is None:
             return alive.view(shape)
         return alive.index_select(0, self._units_of(shape, alive.device)[0]).view(shape)
 
-    def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """Return boolean masks of the highest scores: the number of weights in `counts`, to within half a unit a group."""
+    def keep(self, scores: dict[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+        """Return boolean masks of the highest scores: the number of weights in `counts`, to within half a unit a group.
+
+        Args:
+            scores: of each weight, by layer.
+            counts: see Counts.
+            square: see `pool`.
+        """
         masks = {}
         for layers, count in counts.items():
-            pooled = [self.pool(scores[layer]) for layer in layers]
+            pooled = [self.pool(scores[layer], square) for layer in layers]
             alive = top(torch.cat(pooled), torch.cat([self.sizes(scores[layer]) for layer in layers]), count)
             for layer, part in zip(layers, alive.split(list(map(len, pooled))), strict=True):
                 masks[layer] = self.spread(part, tuple(scores[layer].shape))
@@ -80,13 +93,14 @@ class NofM:
     def __init__(self, n: int, m: int):
         self.name, self.n, self.m, self.density = f"{n}:{m}", n, m, n / m
 
-    def keep(self, scores: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """Return masks as Units.keep does; the counts say how far down to n a schedule has come."""
+    def keep(self, scores: dict[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+        """Return masks as Units.keep does; the counts, one for each layer, say how far down to n a schedule has come."""
         masks: dict[str, Tensor] = {}
-        for layers, count in counts.items():
-            density = count / sum(scores[layer].numel() for layer in layers)
-            n = max(self.n, math.ceil(density * self.m - 1e-6))
-            masks |= {layer: self._best(scores[layer], n) for layer in layers}
+        for (layer,), count in counts.items():
+            size = scores[layer].numel()
+            # Counts are whole: the share of n is rounded up before it is compared.
+            n = next((n for n in range(self.n, self.m) if -(-size * n // self.m) >= count), self.m)
+            masks[layer] = self._best(scores[layer], n)
         return masks
 
     def _best(self, scores: Tensor, n: int) -> Tensor:
@@ -98,7 +112,7 @@ class NofM:
         if whole is not None:
             parts.append(_top_of_last(whole, n).flatten(-2))
         if rest:
-            parts.append(_top_of_last(rows[..., channels - rest :], min(n, math.ceil(n * rest / self.m))))
+            parts.append(_top_of_last(rows[..., channels - rest :], -(-n * rest // self.m)))  # no more than n
         return torch.cat(parts, -1).movedim(-1, 1)
 
 

@@ -1,18 +1,21 @@
 """The one object through which a training loop keeps a network sparse."""
 
 import random
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, refuse_empty
-from prune.masks import Masks, prunable_weights
-from prune.methods import METHODS
+from prune.budget import Budget, EmptyLayerError, highest_sparsity
+from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
+from prune.methods import METHODS, Value
+from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
-from prune.schedules import Timing
-from prune.scores import Scored, magnitude
-from prune.updates import UpdateInputs
+from prune.schedules import CHANGES, Timing, interval_steps
+from prune.scores import NORMS, Scored, magnitude
+from prune.updates import MaskChange, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -42,8 +45,10 @@ class Pruner:
         dense_layers: patterns of layer names that stay dense (see `masks.select_layers`). They count: the other layers
             make up for them, except with an N:M pattern, which leaves the others no choice.
         total_steps: of the training; needed where masks change during it.
+        steps_per_epoch: needed where an update_interval is in epochs.
         seed: of random masks and random growth.
         optimizers: what they remember of weights that die or come alive is zeroed (momentum, SAM's memory).
+        warn: is called with a sentence about what a user should know and need not mend.
         **options: of the method, such as drop_fraction=0.3; see METHODS[method].options.
 
     Raises:
@@ -60,16 +65,21 @@ class Pruner:
         pattern: str = "unstructured",
         dense_layers: Iterable[str] = (),
         total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
         seed: int = 0,
         optimizers: Iterable[torch.optim.Optimizer] = (),
-        **options: float,
+        warn: Callable[[str], None] = warnings.warn,
+        **options: Value,
     ):
         if method not in METHODS:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
+        self.warn = warn
         self.pattern = find_pattern(pattern)
         self.masks = Masks(prunable_weights(model))
-        self.options = self._complete(method, options)
+        complete = self._complete(method, options)
+        interval = complete.pop("update_interval", None)
+        self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
         choices = self.method.distributions
         if distribution not in (None, *choices):
             raise ValueError(
@@ -82,34 +92,50 @@ class Pruner:
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense_layers)
+        self._depthwise = depthwise_layers(model) & shapes.keys()
+        dense = select_layers(list(shapes), list(dense_layers), self._depthwise)
+        self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
+        if self.timing is not None and interval is not None:
+            steps = interval_steps(interval, steps_per_epoch)
+            self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
         self._targets: dict[str, int] = {}  # living units of each layer, where masks move at a constant budget
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._input_shape: tuple[int, ...] | None = None
+        self._checked = -1  # version of the masks that check_layers has seen
+        self._warned: set[str] = set()
+        self._settled = False  # masks came to their last change
+        self._lost_filters = 0  # depthwise ones, that check_layers has warned of
 
     def choose_masks(self, sample: Sample | None = None) -> None:
         """Score the weights, choose the masks and zero what they drop.
 
         Args:
-            sample: see `scores.Scored`; for methods that look at images.
+            sample: see `scores.Scored`; for methods that look at images, and where a layer may come out empty.
 
         Raises:
-            EmptyLayerError: a layer is left empty.
+            EmptyLayerError: see `check_layers`.
         """
+        if sample is not None:
+            inputs, _ = sample(1)
+            self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
         rounds = self.method.rounds if self.method.score else 0
+        scores: dict[str, Tensor] = {}
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
-            assert self.method.score is not None
-            self.masks.set(self.pattern.keep(self.method.score(self._scored(-1, sample)), self.budget.counts(wanted)))
+            score = self.method.score
+            assert score is not None
+            scores = score(self._scored(-1, sample))
+            self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
-        self.refuse_empty_layers()
+        self.check_layers(scores if rounds == 1 else None)
         if self.method.moves:
             assert isinstance(self.pattern, Units)
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
@@ -124,13 +150,18 @@ class Pruner:
             step: the one at hand, counted from 0. Where masks change after it by gradients, these are kept first. None
                 for gradients that masks do not go by.
         """
-        if step is not None and self.keeps_gradients(step):
+        if step is not None:
+            self.keep_gradients(step)
+        self.masks.apply_to_gradients()
+
+    def keep_gradients(self, step: int) -> None:
+        """Keep the gradients as they are, if masks change after this step by them; `mask_gradients(step)` does so too."""
+        if self.keeps_gradients(step):
             if not self._gradients:  # they stay where they are, as a CUDA graph wants it
                 self._gradients = {name: torch.zeros_like(mask) for name, mask in self.masks.masks.items()}
             for name, kept in self._gradients.items():
                 gradient = self.masks.weights[name].grad
                 kept.zero_() if gradient is None else kept.copy_(gradient)
-        self.masks.apply_to_gradients()
 
     def mask_weights(self) -> None:
         """Zero the dead weights, which an optimizer may have moved."""
@@ -139,7 +170,7 @@ class Pruner:
     def update_masks(self, step: int, skipped: bool = False) -> int:
         """Change the masks if it is time. Return the step to go on with.
 
-        Where layers compete for weights one may come out empty: `refuse_empty_layers` tells, and waits for the device.
+        Where layers compete for weights one may come out empty: `check_layers` tells, and waits for the device.
 
         Args:
             step: the one just taken, counted from 0.
@@ -157,7 +188,8 @@ class Pruner:
                 self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self._targets,
                 self.budget.sparsity, self.budget.counts,
             )  # fmt: skip
-            self._replace_masks(self.method.update(inputs))
+            self._change_masks(self.method.update(inputs))
+            self._settled = inputs.fraction >= 1
         self._remember_weights(step)
         return step + 1
 
@@ -168,18 +200,18 @@ class Pruner:
         trained weights, put those of step `lth_rewind` in their place, and train again from there.
 
         Raises:
-            EmptyLayerError: a layer is left empty.
+            EmptyLayerError: see `check_layers`.
         """
         if not self.method.tickets or self.round == self.options["lth_rounds"]:
             return step
         self.round += 1
         wanted = 1 - (1 - self.budget.sparsity) ** (self.round / self.options["lth_rounds"])
-        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted))
+        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted), square=True)
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(self._rewound[name])
         self.masks.set(masks)
-        self.refuse_empty_layers()
+        self.check_layers()
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():
@@ -201,9 +233,37 @@ class Pruner:
         """Return whether the change of masks after a step reads the gradients of dead weights."""
         return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
 
-    def refuse_empty_layers(self) -> None:
-        """Raise EmptyLayerError if any layer has no weight left. Waits for the device."""
-        refuse_empty([name for name, count in self.masks.alive().items() if count == 0])
+    def check_layers(self, scores: dict[str, Tensor] | None = None) -> None:
+        """Warn of layers without a weight. Waits for the device.
+
+        Args:
+            scores: that alone led to the masks: with them an error can name the highest sparsity that works.
+
+        Raises:
+            EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
+                `choose_masks` had no sample to tell whether other layers lead around it.
+        """
+        if self._checked == self.masks.version:
+            return
+        alive = self.masks.alive()
+        empty = [name for name, count in alive.items() if count == 0]
+        if empty and self._input_shape is None:
+            raise self._too_sparse(empty, "give choose_masks a sample if other layers lead around it, ", scores)
+        sparse = any(count < self.masks.weights[name].numel() for name, count in alive.items())
+        if sparse and self._input_shape is not None and not self._connects(self.masks.masks):
+            raise self._too_sparse(empty, "no path leads from the input to the output; " if empty else "", scores)
+        if new := [name for name in empty if name not in self._warned]:
+            self.warn(f"no weight is left in {_listed(new)}; other layers still lead from the input to the output")
+            self._warned.update(new)
+        if self._settled or not self.method.update:
+            empty_filters, filters = self.masks.empty_filters(self._depthwise)
+            if empty_filters > self._lost_filters:
+                self._lost_filters = empty_filters
+                self.warn(
+                    f"{empty_filters:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep "
+                    "them, name depthwise among the dense layers"
+                )
+        self._checked = self.masks.version
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Return the number of epochs, begun ones counted, that later rounds add to one training."""
@@ -214,7 +274,7 @@ class Pruner:
 
     def ever_alive_fraction(self) -> float:
         """Return the fraction of prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
-        if self.method.score is None:
+        if self.method.tickets or (self.method.update and not self.method.score):
             return 1.0  # it begins dense
         alive = self.masks.alive()
         if self.ever_alive:
@@ -231,6 +291,9 @@ class Pruner:
         if dense:
             line += f"; {len(self.budget.dense)} layers ({dense:,} weights) stay dense"
             line += f", the others have {dead / (total - dense):.4f}"
+        empty, filters = self.masks.empty_filters(self.masks.weights)
+        if empty:
+            line += f"; {empty:,} of {filters:,} filters have no weight"
         return line
 
     def state_dict(self) -> dict:
@@ -242,6 +305,7 @@ class Pruner:
             "round": self.round,
             "postponed": self._postponed,
             "rewound": self._rewound,
+            "input_shape": self._input_shape,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -249,13 +313,14 @@ class Pruner:
         self.masks.load_state_dict(state["masks"])
         self._targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)
+        self._input_shape = state.get("input_shape")
         self.ever_alive = {
             name: torch.empty_like(self.masks.weights[name], requires_grad=False).copy_(mask)
             for name, mask in state["ever_alive"].items()
         }
         self._rewound = dict(state["rewound"])
 
-    def _complete(self, method: str, given: dict[str, float]) -> dict[str, float]:
+    def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""
         known = {option.name: option for option in self.method.options}
         for name, value in given.items():
@@ -263,26 +328,52 @@ class Pruner:
                 can = f"it has {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"pruning method '{method}' has no option {name}: {can}")
             known[name].check(value)
-        return {name: option.default for name, option in known.items()} | given
+        return self.method.complete(given)
 
     def _timing(self, method: str, total_steps: int | None) -> Timing | None:
-        """Return when masks change, if they do. Raises ValueError for a training that is too short for it."""
+        """Return when masks change, if they do: each step. Raises ValueError for a training that is too short for it."""
         if self.method.tickets and total_steps is not None and self.options["lth_rewind"] >= total_steps:
-            raise ValueError(f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps")
+            raise ValueError(
+                f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps: take lth_rewind=0, "
+                f"or another step below {total_steps}"
+            )
         if self.method.update is None:
             return None
         if total_steps is None:
             raise ValueError(f"pruning method '{method}' changes masks during training and needs total_steps")
-        timing = Timing(total_steps, int(self.options["update_interval"]), self.options["stop_update"])
         if self.method.moves and isinstance(self.pattern, NofM):
             name = self.pattern.name
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
-        if self.method.moves and timing.interval >= timing.last:
-            raise ValueError(
-                f"masks would never move: they stay from step {timing.last} of {timing.total_steps} on and the first "
-                f"change would come after {timing.interval}; shorten the update interval, or train for longer"
-            )
+        timing = Timing(total_steps, 1, self.options["stop_update"])
+        if timing.last < 2:
+            raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
         return timing
+
+    def _with_interval(self, timing: Timing, interval: int, usual: bool) -> Timing:
+        """Return when masks change.
+
+        Args:
+            timing: without the interval.
+            interval: steps between two changes.
+            usual: it is the method's default, which is shortened where a training has too few changes.
+
+        Raises:
+            ValueError: an interval that was asked for and leaves no change before the last.
+        """
+        shorter = max(1, (timing.last - 1) // CHANGES)
+        stay = f"before they stay, from step {timing.last} of {timing.total_steps} on"
+        if usual and shorter < interval:
+            self.warn(
+                f"masks change every {shorter} steps, {(timing.last - 1) // shorter} times {stay}; every {interval} steps, as "
+                f"usual, it would be {(timing.last - 1) // interval}"
+            )
+            interval = shorter
+        elif interval >= timing.last:
+            raise ValueError(
+                f"masks would never change {stay}: their update interval is {interval} steps; take update_interval={shorter}, which gives "
+                f"{(timing.last - 1) // shorter} changes, or train for longer"
+            )
+        return replace(timing, interval=interval)
 
     def _scored(self, step: int, sample: Sample | None = None) -> Scored:
         """Return what scores look at after a step (-1: before training)."""
@@ -290,15 +381,47 @@ class Pruner:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
         return Scored(self.model, weights, generator, sample, self._gradients, self.options)
 
+    def _connects(self, alive: Mapping[str, Tensor]) -> bool:
+        """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""
+        if self._input_shape is None:
+            return all(bool(mask.any()) for mask in alive.values())
+        return reaches_output(self.model, alive, self._input_shape)
+
+    def _too_sparse(self, empty: list[str], reason: str, scores: dict[str, Tensor] | None) -> EmptyLayerError:
+        """Return the error for a sparsity that leaves layers, or all paths, without a weight. It says what works."""
+        what = f"layer '{empty[0]}' without a weight" if empty else "no path of weights through the network"
+        highest = 0.0
+        if scores and self.budget.distribution:
+
+            def works(sparsity: float) -> bool:
+                counts = self.budget.counts(sparsity)
+                return self._connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
+
+            highest = highest_sparsity(works, self.budget.sparsity)
+        ways = [f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity"]
+        if "erk" in self.method.distributions and self.budget.distribution != "erk":
+            ways.append("distribution=erk")
+        if self.pattern.name != "unstructured":
+            ways.append("take a finer pattern")
+        return EmptyLayerError(
+            f"this sparsity leaves {what}: {reason}{', or '.join(ways)}, or keep layers dense by name"
+        )
+
     @torch.no_grad()
-    def _replace_masks(self, masks: dict[str, Tensor]) -> None:
+    def _change_masks(self, change: MaskChange) -> None:
         """Put new masks in place and zero what optimizers remember of weights that died or came alive."""
-        weights = [self.masks.weights[name] for name in masks]
-        before = torch._foreach_mul([self.masks.masks[name] for name in masks], 1)
-        self.masks.set(masks)
-        now = [self.masks.masks[name] for name in masks]
+        weights = [self.masks.weights[name] for name in change.masks]
+        before = torch._foreach_mul([self.masks.masks[name] for name in change.masks], 1)
+        died: list[Tensor] = []
+        if change.survivors:
+            self.masks.set(change.survivors)
+            died = list(torch._foreach_sub(before, [self.masks.masks[name] for name in change.masks]))
+        self.masks.set(change.masks)
+        now = [self.masks.masks[name] for name in change.masks]
         changed = torch._foreach_sub(now, before)  # 1 where a weight came alive, -1 where it died
         torch._foreach_abs_(changed)
+        if died:  # some of these are alive again
+            torch._foreach_maximum_(changed, died)
         unchanged = torch._foreach_neg(changed)
         torch._foreach_add_(unchanged, 1)
         for optimizer in self.optimizers:
@@ -312,9 +435,15 @@ class Pruner:
                 tensors, keeps = zip(*remembered, strict=True)
                 torch._foreach_mul_(list(tensors), list(keeps))
         if self.ever_alive:
-            torch._foreach_maximum_([self.ever_alive[name] for name in masks], now)
+            torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
 
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
         if self.method.tickets and self.round == 0 and step + 1 == self.options["lth_rewind"]:
             self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

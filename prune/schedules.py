@@ -1,7 +1,35 @@
 """When masks change during training, and by how much."""
 
 import math
+import re
 from dataclasses import dataclass
+
+CHANGES = 20  # of the masks, that a training has at least where nobody says when they change
+
+
+def parse_interval(value: str | int) -> int | str:
+    """Return an interval between two changes: a number of steps, or epochs as `1e` or `0.5e`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = str(value)
+    if re.fullmatch(r"0*[1-9]\d{0,17}", text):
+        return int(text)
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?e", text) and float(text[:-1]) > 0:
+        return text
+    raise ValueError(f"has to be a whole number of steps above 0, or epochs such as 1e, not '{text}'")
+
+
+def interval_steps(interval: float | str, steps_per_epoch: int | None) -> int:
+    """Return the steps of an interval. Raises ValueError for one in epochs where nobody said how long they are."""
+    if not isinstance(interval, str) or not interval.endswith("e"):
+        return int(interval)
+    if steps_per_epoch is None:
+        raise ValueError(
+            f"masks change every {interval}: give steps_per_epoch, or update_interval as a number of steps"
+        )
+    return max(1, round(float(interval[:-1]) * steps_per_epoch))
 
 
 @dataclass(frozen=True)
@@ -52,5 +80,5 @@ def cosine(fraction: float) -> float:
 
 
 def steps(fraction: float) -> float:
-    """Return 1, from the middle on 1/2, from three quarters on 1/4, and 0 at the end."""
-    return 0.0 if fraction >= 1 else 0.25 if fraction >= 0.75 else 0.5 if fraction >= 0.5 else 1.0
+    """Return 1, from three quarters on 1/2, and 0 at the end (MEST's code: from epochs 90 and 120 of 160)."""
+    return 0.0 if fraction >= 1 else 0.5 if fraction >= 0.75 else 1.0

@@ -4,7 +4,7 @@ Scoring changes nothing: what needs a forward pass works on a copy of the networ
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,11 @@ def magnitude_gradient(scored: Scored) -> Scores:
     }
 
 
+# A unit of a pattern has the L2 norm of these scores; others are parts of a sum, so that a unit has their mean.
+NORMS = {magnitude, gradient, magnitude_gradient}
+
+MOST_IMAGES = 100  # that a second derivative is taken of at once
+
 READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; add your own score if it does
 
 
@@ -87,14 +92,15 @@ def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
     """Score by w * H g, what keeping a weight does for the gradient's norm (Wang et al. 2020, equation 8).
 
     The paper's score is -w * H g, and its highest go. Logits are divided by the temperature. The published code sorts its
-    images by class, so that the halves it takes g and H from see different classes; here every class is in every batch.
+    images by class, so that the halves it takes g and H from see different classes; here they are mixed. More than
+    MOST_IMAGES are taken in parts, each batch-normalised by itself, and g and H g are sums over all parts.
     """
     model, weights = _copy(scored)
+    leaves = list(weights.values())
+    parts = _parts(scored)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = _losses(scored, model, temperature)
-        grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        product = torch.stack([(g.detach() * g).sum() for g in grads]).sum()
-        curved = torch.autograd.grad(product, list(weights.values()))
+        along = _sum(torch.autograd.grad(part(model, temperature), leaves) for part in parts)
+        curved = _sum(_along_hessian(part(model, temperature), leaves, along) for part in parts)
     return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), curved, strict=True)}
 
 
@@ -106,8 +112,7 @@ def synflow(scored: Scored) -> Scores:
     Raises:
         ValueError: layer normalisation, as in transformers: flow is conserved where outputs scale with their inputs.
     """
-    if any(isinstance(module, nn.LayerNorm) for module in scored.model.modules()):
-        raise ValueError("synflow has no meaning for a network with layer normalisation: take another pruning method")
+    refuse_layer_normalisation(scored.model)
     model, weights = _copy(scored)
     model.double().eval()
     with torch.no_grad():
@@ -116,6 +121,14 @@ def synflow(scored: Scored) -> Scores:
     ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
     grads = torch.autograd.grad(model(ones).sum(), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def refuse_layer_normalisation(model: nn.Module) -> None:
+    """Raise ValueError for a network that synflow cannot score; this is known without scoring it."""
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        raise ValueError(
+            "synflow has no meaning for a network with layer normalisation: take another pruning method, such as snip"
+        )
 
 
 def _abs(tensors: dict[str, Tensor]) -> Scores:
@@ -130,7 +143,34 @@ def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     return model, {name: modules[name].weight for name in scored.weights}
 
 
-def _losses(scored: Scored, model: nn.Module, temperature: float = 1.0) -> Tensor:
+def _losses(scored: Scored, model: nn.Module) -> Tensor:
     """Return the mean cross-entropy over the images that a score looks at."""
     inputs, labels = scored.images(int(scored.options["score_images"]))
-    return F.cross_entropy(model(inputs) / temperature, labels)
+    return F.cross_entropy(model(inputs), labels)
+
+
+def _parts(scored: Scored) -> list[Callable[[nn.Module, float], Tensor]]:
+    """Return functions of model and temperature to parts of the mean cross-entropy, of at most MOST_IMAGES each."""
+    inputs, labels = scored.images(int(scored.options["score_images"]))
+    count = -(-len(labels) // MOST_IMAGES)
+
+    def part(x: Tensor, y: Tensor) -> Callable[[nn.Module, float], Tensor]:
+        return lambda model, temperature: F.cross_entropy(model(x) / temperature, y) * (len(y) / len(labels))
+
+    return [part(x, y) for x, y in zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True)]
+
+
+def _along_hessian(loss: Tensor, leaves: list[nn.Parameter], along: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the product of the loss's Hessian and a direction."""
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    product = torch.stack([(a * g).sum() for a, g in zip(along, grads, strict=True)]).sum()
+    return torch.autograd.grad(product, leaves)
+
+
+def _sum(terms: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the sums of corresponding tensors, of which only one term is held at a time."""
+    rest = iter(terms)
+    total = list(next(rest))
+    for term in rest:
+        torch._foreach_add_(total, list(term))
+    return total

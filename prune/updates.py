@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prune.patterns import Counts, Pattern, Units
 from prune.schedules import cubic
-from prune.scores import READ_GRADIENTS, Score, Scored, magnitude
+from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, magnitude
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,38 @@ class UpdateInputs:
 
 
 @dataclass(frozen=True)
+class MaskChange:
+    """What an update comes to.
+
+    Attributes:
+        masks: the new ones, boolean, by layer.
+        survivors: the weights that keep their values, where others grow from zero although they were alive just now.
+    """
+
+    masks: dict[str, Tensor]
+    survivors: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class DropAndGrow:
     """At a constant budget, drop the lowest of a layer's living weights and grow as many others.
 
     Rigged lottery (Evci et al. 2020) does this instead of the step's SGD update. Here it follows that update, so that
     the training step is the same for every method: one more step in `update_interval`, and growth sees the same gradient.
-    As there, a weight that was just dropped may grow again, and then keeps its value.
+    A weight that was just dropped may grow again. Then it keeps its value in rigged lottery, and starts at zero in sparse
+    evolutionary training (Mocanu et al. 2018) and MEST (Yuan et al. 2021), as in their code.
 
     Attributes:
         drop: score of the living weights; the lowest go.
         grow: score of all others; the highest come, at zero unless they were dropped just now.
         decay: what is left of the drop fraction, as a function of the fraction of the way to the last change.
+        regrown_from_zero: whether those that were dropped just now start at zero too.
     """
 
     drop: Score
     grow: Score
     decay: Callable[[float], float]
+    regrown_from_zero: bool = True
 
     @property
     def reads_gradients(self) -> bool:
@@ -62,8 +78,8 @@ class DropAndGrow:
         """Whether the gradients of dead weights are needed."""
         return self.grow in READ_GRADIENTS
 
-    def __call__(self, now: UpdateInputs) -> dict[str, Tensor]:
-        """Return the masks. With `mest_soft` a layer grows above its target and drops back the next time."""
+    def __call__(self, now: UpdateInputs) -> MaskChange:
+        """Return the change. With `mest_soft` a layer grows above its target and drops back the next time."""
         pattern, targets, options = now.pattern, now.targets, now.scored.options
         assert isinstance(pattern, Units)
         fraction = options["drop_fraction"] * self.decay(now.fraction)
@@ -75,14 +91,19 @@ class DropAndGrow:
         room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
 
         # All layers at once: what a GPU takes time for here is launches, not work.
-        def flat(scores: dict[str, Tensor]) -> Tensor:
-            return torch.cat([pattern.pool(scores[name]) for name in targets])
+        def flat(score: Score) -> Tensor:
+            scores = score(now.scored)
+            return torch.cat([pattern.pool(scores[name], square=score in NORMS) for name in targets])
 
-        chosen = top_by_layer(flat(self.drop(now.scored)), torch.cat(alive) == 0, sizes, kept)
+        chosen = top_by_layer(flat(self.drop), torch.cat(alive) == 0, sizes, kept)
+
+        def spread(units: Tensor) -> dict[str, Tensor]:
+            parts = zip(targets, units.split(sizes), strict=True)
+            return {name: pattern.spread(part, tuple(now.masks[name].shape)) for name, part in parts}
+
         grown = list(map(min, moved, room))
-        chosen |= top_by_layer(flat(self.grow(now.scored)), chosen, sizes, grown)
-        parts = zip(targets, chosen.split(sizes), strict=True)
-        return {name: pattern.spread(part, tuple(now.masks[name].shape)) for name, part in parts}
+        after = chosen | top_by_layer(flat(self.grow), chosen, sizes, grown)
+        return MaskChange(spread(after), spread(chosen) if self.regrown_from_zero else None)
 
 
 @dataclass(frozen=True)
@@ -91,10 +112,10 @@ class GradualPruning:
 
     reads_gradients = reads_dead_gradients = False
 
-    def __call__(self, now: UpdateInputs) -> dict[str, Tensor]:
-        """Return the masks."""
+    def __call__(self, now: UpdateInputs) -> MaskChange:
+        """Return the change."""
         wanted = cubic(now.fraction, now.sparsity)
-        return now.pattern.keep(magnitude(now.scored), now.counts(wanted))
+        return MaskChange(now.pattern.keep(magnitude(now.scored), now.counts(wanted), square=True))
 
 
 def top_by_layer(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a 90% sparse ResNet-20 with one-step SAM on real handwritten digits. Further flags go to main_prune_train.py.
-# Launched again it goes on where it was interrupted.
+# Launched again it goes on where it was interrupted. What it installs first, and from where: scripts/setup.sh.
 set -euo pipefail
 flags=("$@")
 set -- requirements.txt

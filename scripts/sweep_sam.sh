@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# The full grid: SGD, then rho x one-step or two-step x adaptive or not.
-
 set -euo pipefail
-# shellcheck source=scripts/sweep_lib.sh
-source "$(dirname "$0")/sweep_lib.sh"
-begin_sweep "$@"
-add_arm sgd --optmzr sgd
-read -r -d '' -a rhos <<<"${RHOS:-0.02 0.05 0.1 0.2 0.5 1}" || true
-for rho in "${rhos[@]}"; do
-    add_arm "sam-rho$rho" --optmzr sgd-sam --sam-rho "$rho"
-    add_arm "samv2-rho$rho" --optmzr sgd-sam --sam-v2 --sam-rho "$rho"
-    add_arm "asam-rho$rho" --optmzr sgd-sam --adaptive --sam-rho "$rho"
-    add_arm "asamv2-rho$rho" --optmzr sgd-sam --sam-v2 --adaptive --sam-rho "$rho"
-done
-run_sweep
+# shellcheck source=scripts/setup.sh
+source "$(dirname "$0")/setup.sh" requirements.txt
+exec "$PYTHON" -m experiment.sweep "$0" "$OLDPWD" "$@" <<'GRID'
+# The full grid: SGD, then SAM over rho, with one step or two, adaptive or not.
+
+RHOS = 0.02 0.05 0.1 0.2 0.5 1  # radius of the perturbation
+
+sgd               --optmzr sgd
+sam-rho{RHOS}     --optmzr sgd-sam --sam-rho {RHOS}
+samv2-rho{RHOS}   --optmzr sgd-sam --sam-v2 --sam-rho {RHOS}
+asam-rho{RHOS}    --optmzr sgd-sam --adaptive --sam-rho {RHOS}
+asamv2-rho{RHOS}  --optmzr sgd-sam --sam-v2 --adaptive --sam-rho {RHOS}
+GRID

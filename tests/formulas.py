@@ -54,24 +54,39 @@ def assert_same(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
 class Reference:
     """The update rule, one parameter at a time, around a base optimizer of its own.
 
-    `rho`, `adaptive`: one value a parameter. `keep`: which parameters get a gradient at a step.
+    `rho`, `adaptive`: one value per parameter. `direction`: of one-step SAM; `noise` returns that of `random`.
     """
 
-    def __init__(self, model, base, options, rho, adaptive, v2):
+    def __init__(self, model, base, options, rho, adaptive, v2, direction="previous", beta=0.9, noise=None):
         self.model, self.params = model, list(model.parameters())
         self.base = base(self.params, **options)
         self.rho, self.adaptive, self.v2 = rho, adaptive, v2
-        self.previous = None
+        self.direction, self.beta, self.noise = direction, beta, noise
+        self.previous = self.average = None
 
     def gradient(self, batch):
         return torch.autograd.grad(loss_of(self.model, batch), self.params)
 
+    def along(self, batch):
+        if not self.v2:
+            return self.gradient(batch)
+        if self.previous is None:
+            return None
+        if self.direction == "momentum":
+            states = [self.base.state[p] for p in self.params]
+            return [s["momentum_buffer"] if "momentum_buffer" in s else s["exp_avg"] for s in states]
+        if self.direction == "ema":
+            return self.average
+        if self.direction == "random":
+            return [z * (g != 0) for z, g in zip(self.noise(), self.previous, strict=True)]
+        return self.previous
+
     def step(self, batch):
-        along = self.previous if self.v2 else self.gradient(batch)
+        along = self.along(batch)
         start = weights(self.model)
         if along is not None:
-            t = [p.abs() if a else torch.ones_like(p) for p, a in zip(start, self.adaptive, strict=True)]
-            norm = sum(((tp * g) ** 2).sum() for tp, g in zip(t, along, strict=True)) ** 0.5
+            t = [p.abs() if a else torch.ones_like(p.abs()) for p, a in zip(start, self.adaptive, strict=True)]
+            norm = sum(((tp * g).abs() ** 2).sum() for tp, g in zip(t, along, strict=True)) ** 0.5
             with torch.no_grad():
                 for p, tp, g, rho in zip(self.params, t, along, self.rho, strict=True):
                     p += rho * tp**2 * g / (norm + 1e-12)
@@ -81,4 +96,6 @@ class Reference:
                 p.copy_(w)
                 p.grad = g.clone()
         self.previous = gradient
+        kept = self.average or [torch.zeros_like(g) for g in gradient]
+        self.average = [self.beta * m + (1 - self.beta) * g for m, g in zip(kept, gradient, strict=True)]
         self.base.step()

@@ -39,7 +39,7 @@ def test_add_param_group_joins_the_norm_from_its_second_step_on():
     assert b.item() == 2.0  # moved by its own learning rate
     assert step() == (pytest.approx(3.6), pytest.approx(2.0 + 2.0 * 0.8))
     with pytest.raises(ValueError, match="rho"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1.0})
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": float("nan")})
     assert len(optimizer.param_groups) == 2
 
 
@@ -163,14 +163,21 @@ def test_a_closure_through_a_grad_scaler_is_refused():
         return loss
 
     scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(AssertionError, match="No inf checks"):
+        scaler.step(optimizer, closure)
+    scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, batch)).backward()
     with pytest.raises(RuntimeError, match="unscale_"):
         scaler.step(optimizer, closure)
+    with pytest.raises(RuntimeError, match="Closure"):
+        scaler.step(optimizer, closure=closure)
+    optimizer.zero_grad()
     torch.amp.GradScaler("cpu", enabled=False).step(optimizer, closure)  # nothing is scaled there
 
 
-@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), "0.05", None])
-def test_a_rho_that_is_no_radius_is_refused(rho):
+@pytest.mark.parametrize("rho", [float("nan"), float("inf"), "0.05", None, torch.ones(2), torch.tensor(1)])
+def test_a_rho_that_is_no_finite_scalar_is_refused(rho):
     with pytest.raises(ValueError, match="rho"):
         SAM([nn.Parameter(torch.ones(1))], torch.optim.SGD, rho=rho, lr=0.1)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from prune.flops import Flops, FlopsMeter
 from training.state import TrainState
 from utils.files import write_text_atomically
 
-# What studies vary: first in TensorBoard's table.
-STUDIED = ("optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity", "seed")
+# TensorBoard sorts groups of charts by name. Accuracy and loss come first, then what a study of SAM or of masks looks at,
+# then what it costs; measurements of sharpness come between them.
+ACCURACY, LOSS, STEP, SPARSITY, LAYERS, WORK = (
+    "accuracy", "loss", "optimizer", "sparsity", "sparsity_by_layer", "work",
+)  # fmt: skip
 
 
 class Logger:
@@ -89,30 +93,38 @@ class Logger:
         self._awaits_first_step = False
         return True
 
-    def scalars(self, group: str, values: dict[str, Tensor | float], global_step: int) -> None:
-        """Log scalars of one step to TensorBoard. Waits for the device."""
+    def log_step(self, loss: Tensor, values: dict[str, Tensor | float], global_step: int) -> None:
+        """Log a step's mean loss and what else was measured to TensorBoard. Waits for the device."""
         if not self.writes:
             return
-        if "loss" in values and self._bar is not None:
-            self._bar.set_postfix_str(f"{self.loss_label} {float(values['loss']):.3f}")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{self._tag(name)}", float(value), global_step)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.loss_label} {float(loss):.3f}")
+        self.writer.add_scalar(self._loss_tag("train_batch"), float(loss), global_step)
+        self.scalars(STEP, values, global_step)
+
+    def scalars(self, group: str, values: Mapping[str, Tensor | float], global_step: int) -> None:
+        """Log scalars to a group of TensorBoard's charts. Waits for the device."""
+        if self.writes:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", float(value), global_step)
 
     def log_epoch(self, state: TrainState, flops: Flops) -> None:
         """Log the last of the finished epochs to TensorBoard; it is on disk when this returns."""
         if not self.writes:
             return
-        row, step, density = state.rows[-1], state.global_step, state.pruner.masks.density()
-        for name in ("train_loss", "train_top1", "test_loss", "test_top1", "val_loss", "val_top1"):
-            if name in row:
-                self.writer.add_scalar(f"epoch/{self._tag(name)}", row[name], step)
-        self.writer.add_scalar("epoch/images_per_second", row["images_per_second"], step)
-        self.writer.add_scalar("sparsity/now", row["sparsity"], step)
-        self.writer.add_scalar("sparsity/ever_alive", state.pruner.ever_alive_fraction(), step)
-        self.writer.add_scalar("flops/inference", flops.inference(density), step)
-        self.writer.add_scalar("flops/training_so_far", state.training_flops, step)
-        for layer, value in density.items():
-            self.writer.add_scalar(f"density/{layer}", value, step)
+        row, step, pruner = state.rows[-1], state.global_step, state.pruner
+        density = pruner.masks.density()
+        for split in ("train", "val", "test"):
+            if f"{split}_loss" in row:
+                self.writer.add_scalar(f"{ACCURACY}/{split}", row[f"{split}_top1"], step)
+                tag = self._loss_tag(split) if split == "train" else f"{LOSS}/{split}"
+                self.writer.add_scalar(tag, row[f"{split}_loss"], step)
+        self.writer.add_scalar(f"{SPARSITY}/now", row["sparsity"], step)
+        if pruner.method.update or pruner.method.tickets:  # else its charts would be flat lines
+            self.writer.add_scalar(f"{SPARSITY}/ever_alive", pruner.ever_alive_fraction(), step)
+            self.scalars(LAYERS, {layer: 1 - value for layer, value in density.items()}, step)
+        work = {"images_per_second": row["images_per_second"], "training_flops": state.training_flops}
+        self.scalars(WORK, work | {"inference_flops": flops.inference(density)}, step)
         self.writer.flush()
 
     def write_row(self, state: TrainState) -> None:
@@ -128,24 +140,17 @@ class Logger:
             f"test {row['test_top1']:.2f}%   {row['images_per_second']:,.0f} images/s"
         )
 
-    def finish(self, result: dict, flags: dict, global_step: int) -> None:
+    def finish(self, result: dict, flags: dict) -> None:
         """Write result.json and TensorBoard's table of hyper-parameters.
 
         Args:
             result: see `run_result`.
             flags: hyper-parameters by name.
-            global_step: steps taken.
         """
         if not self.writes:
             return
-        # TensorBoard shows the first five by alphabet: the others come after them under "training/".
-        named = {n if n in STUDIED else f"training/{n}": v for n, v in flags.items()}
-        named = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in named.items()}
-        metrics = {f"result/{name}": result[name] for name in ("test_top1", "test_loss", "sparsity")}
-        for summary in hparams(named, metrics):
-            self.writer._get_file_writer().add_summary(summary)
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, global_step)
+        for summary in hparams(table_row(result, flags), {f"{ACCURACY}/test": 0.0, f"{LOSS}/test": 0.0}):
+            self.writer._get_file_writer().add_summary(summary)  # the metrics' values are those of their charts
         self.writer.close()
         write_text_atomically(self.directory / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
 
@@ -156,10 +161,9 @@ class Logger:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def _tag(self, name: str) -> str:
-        """Return the chart's name: a loss at perturbed weights does not share its chart with one at the weights."""
-        perturbed = name in ("loss", "train_loss") and self.loss_label != "loss"
-        return f"{name}_at_perturbed_weights" if perturbed else name
+    def _loss_tag(self, name: str) -> str:
+        """Return the chart of a training loss: at perturbed weights it does not share one with a loss at the weights."""
+        return f"{LOSS}/{name}" + ("" if self.loss_label == "loss" else "_at_perturbed_weights")
 
     def _write_metrics(self, rows: list[dict]) -> None:
         """Write the file anew each time: never a duplicate, missing or torn row."""
@@ -208,6 +212,29 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
         "seed": args["seed"],
         "args": args,
     }
+
+
+def table_row(result: dict, flags: dict) -> dict[str, str | float]:
+    """Return a run's row in TensorBoard's table of hyper-parameters.
+
+    The table shows five columns, the first by name: what studies vary. All flags are behind them, under "training/".
+    """
+    variant = "" if flags["sam_rho"] is None else " one-step" if flags["sam_v2"] else " two-step"
+    row: dict[str, str | float] = {  # the same names in all runs, or the table leaves them out
+        "optimizer": flags["optmzr"] + variant + (" adaptive" if flags["adaptive"] else ""),
+        "prune_method": flags["prune_method"],
+        "sam_rho": flags["sam_rho"] or 0.0,
+        "seed": str(flags["seed"]),  # a word: which one it is counts, not how large it is
+        "sparsity": flags["sparsity"] or round(result["sparsity"], 4),  # a pattern or a file says it where no flag does
+    }
+    words = {True: "yes", False: "no", None: "none"}
+    for name, value in flags.items():
+        if value is None or isinstance(value, bool):
+            value = words[value]
+        elif not isinstance(value, int | float):
+            value = str(value).encode(errors="replace").decode()  # a path may have any bytes
+        row[f"training/{name}"] = value
+    return row
 
 
 def _quiet_writer(thread: threading.ExceptHookArgs) -> None:

@@ -34,7 +34,7 @@ class Run:
         checkpoints: writes checkpoints: when they are due, after the last epoch and any that is the best on held-out
             images, and when a signal came. None to write none.
         total_steps: of the schedule.
-        log_interval: steps between two logged steps.
+        log_interval: steps between two logged steps; the last step of an epoch is logged too.
         execution: how evaluation computes.
         group: the processes that share the training.
         interruption: what a signal leaves here is looked at after every step or, in several processes, every logged step.
@@ -60,7 +60,7 @@ def fit(run: Run) -> None:
     Raises:
         Preempted: a signal came.
         TrainingError: the loss is no longer finite.
-        EmptyLayerError: the masks came to leave a layer empty.
+        EmptyLayerError: the masks came to leave no path through the network.
     """
     state = run.state
     while True:
@@ -112,7 +112,7 @@ def train_epoch(run: Run) -> dict:
         for position in range(epoch.done, epoch.steps):
             batch = run.loader.batch(state.schedule_step)
             run.meter.step(batch.size, state.pruner.grows_by_gradient(state.schedule_step))
-            log = (state.global_step + 1) % run.log_interval == 0
+            log = (state.global_step + 1) % run.log_interval == 0 or position + 1 == epoch.steps
             sums, logged = run.step(batch, log)
             epoch.add(position, sums, batch.size)
             if run.logger.first_step_of_process(sums, began) and epoch.steps - epoch.done > 1:
@@ -120,8 +120,7 @@ def train_epoch(run: Run) -> dict:
             if log:
                 epoch.check_finite(position + 1)
                 if not state.guard.skipped:
-                    scalars: dict[str, Tensor | float] = {"loss": sums[0] / batch.size, "lr": epoch.lrs[-1], **logged}
-                    run.logger.scalars("train", scalars, state.global_step)
+                    run.logger.log_step(sums[0] / batch.size, {"lr": epoch.lrs[-1], **logged}, state.global_step)
             bar.update()
             if position + 1 < epoch.steps and should_pause(run):
                 pause(run, epoch.partial(position + 1))
@@ -186,7 +185,7 @@ class EpochTotals:
         loss, top1 = (self._sums.double().sum(0) / self._counted).tolist()
         seconds = time.perf_counter() - self._speed_began
         state.training_flops += self._run.meter.read()
-        state.pruner.refuse_empty_layers()
+        state.pruner.check_layers()
         state.images += self._images
         state.partial = None
         return {

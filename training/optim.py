@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sam import SAM, flatten_parameters
+from sam import SAM
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Optimizer:
     lr: float
     weight_decay: float
     momentum: float | None = None
+
+    @property
+    def fine_tuning_lr(self) -> float:
+        """Return the default learning rate for trained weights, which the usual one would undo."""
+        return self.lr / 10
 
 
 def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults: float) -> dict[str, Optimizer]:
@@ -54,8 +59,6 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all parameters of a model.
 
-    The model stays on its device from now on: SAM moves its parameters into one piece of memory.
-
     Args:
         name: a key of OPTIMIZERS.
         model: what it optimizes.
@@ -74,16 +77,13 @@ def build_optimizer(
         options["capturable"] = True  # as a part of a CUDA graph
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # before there is one
     if kind.sam:
-        flatten_parameters(parameters)
         assert rho is not None
         return SAM(parameters, kind.base, rho=rho, adaptive=adaptive, v2=v2, **options)
     return kind.base(parameters, **options)
 
 
 def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that remember something of each weight: SAM has a state beside its base optimizer's."""
-    if isinstance(optimizer, SAM) and optimizer.base_optimizer is not None:
-        return [optimizer, optimizer.base_optimizer]
+    """Return the optimizers that remember something of each weight: SAM shares its state with its base optimizer."""
     return [optimizer]
 
 

@@ -81,7 +81,10 @@ class TrainState:
                 setattr(self, name, state[name])
             self.partial = PartialEpoch(**state["partial"]) if state["partial"] else None
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UsageError(f"the checkpoint does not fit the network and optimizer of its flags ({name})") from error
+            raise UsageError(
+                f"the checkpoint does not fit the network and optimizer of its flags ({name}), and so is damaged or of another "
+                "version of this program: begin anew in another --output-dir"
+            ) from error
 
 
 def is_best(rows: list[dict]) -> bool:

@@ -57,6 +57,8 @@ class TrainingStep:
         clip_grad: largest norm of the gradient, or None.
         sam_local: two-step SAM perturbs each process along the gradient of its own images (m-sharpness, Foret et al. 2021,
             section 4.1).
+        sam_unmasked: SAM perturbs pruned weights too, along their gradients, as the code of S2-SAM does: they move in the
+            forward pass and are zero after it. The norm of the perturbation is then over all weights.
         group: the processes that share each batch.
         graphed: replay the step from CUDA graphs.
     """
@@ -69,11 +71,17 @@ class TrainingStep:
         accumulate: int = 1,
         clip_grad: float | None = None,
         sam_local: bool = False,
+        sam_unmasked: bool = False,
         group: ProcessGroup = ProcessGroup(),
         graphed: bool = False,
     ):
         self.state, self.objective, self.lr_at = state, objective, lr_at
         self.accumulate, self.clip_grad, self.sam_local, self.group = accumulate, clip_grad, sam_local, group
+        self.sam_unmasked = sam_unmasked
+        if sam_unmasked:  # SAM keeps the whole gradient, and its base optimizer sees the masked one
+            assert isinstance(state.optimizer, SAM)
+            assert state.optimizer.base_optimizer is not None
+            state.optimizer.base_optimizer.register_step_pre_hook(lambda *_: state.pruner.mask_gradients())
         self._statistics = SavedStatistics(state.model)
         self._update: Callable[[Tensor, Tensor, StepKind], StepResult] = self.update_weights
         if graphed:
@@ -105,12 +113,15 @@ class TrainingStep:
 
         if two_step:  # the gradient at w, of the same batch
             self._backward(inputs, targets, kind, add_gradients=not self.sam_local)
-            pruner.mask_gradients()
+            if not self.sam_unmasked:
+                pruner.mask_gradients()
         if sam:  # w -> w + e; one-step SAM: along the gradient of the last step
             sam.first_step(zero_grad=True)
         sums = self._backward(inputs, targets, kind, keep_statistics=two_step)  # the gradient at w + e
         guard.unscale(optimizer)
-        pruner.mask_gradients(self.state.schedule_step)
+        pruner.keep_gradients(self.state.schedule_step)
+        if not self.sam_unmasked:
+            pruner.mask_gradients()
         logged = self._measure() if kind.log else {}
         if self.clip_grad:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)

@@ -123,15 +123,14 @@ def resolve_execution(
         precision = "bf16" if gains_from_bf16(device) and kernels == "fast" else "fp32"
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: it is not what fp32 says
-    missing = what_compilation_lacks(device)
-    if compilation == "on" and missing:
-        raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
+    if compilation == "on":
+        refuse_uncompilable(device)
     if compilation == "auto":
         # MobileNet, whose depthwise kernels are slow in bf16, gets slower by compilation in fp32 as well.
         kind = "amx" if has_amx(device) and kernels == "fast" else device.type
         takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
         worthwhile = steps * step_flops * saves > takes
-        compilation = "on" if worthwhile and not (missing or deterministic) else "off"
+        compilation = "on" if worthwhile and not (what_compilation_lacks(device) or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
     return Execution(precision, compilation == "on", graphed)
 
@@ -186,6 +185,12 @@ def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
             module.register_forward_pre_hook(look)
     shadow(torch.zeros(1, *image_shape, device="meta"))
     return next((kind for kind in ("wrong", "slow") if kind in found), "fast")
+
+
+def refuse_uncompilable(device: torch.device) -> None:
+    """Raise UsageError where this machine lacks what torch.compile needs."""
+    if missing := what_compilation_lacks(device):
+        raise UsageError(f"--compile on needs {missing}: install it, or give --compile off")
 
 
 def what_compilation_lacks(device: torch.device) -> str | None:

@@ -1,44 +1,15 @@
 """The tables of a study, from run directories with known figures."""
 
 import csv
-import json
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from analysis import paper_table
 from analysis.summarize import main
 
-FLAGS = {
-    "adaptive": False, "optmzr": "sgd", "output_dir": "x", "prune_method": "random", "resume": "auto", "sam_rho": None,
-    "sam_v2": False, "seed": 0, "sparsity": 0.9, "lr": 0.1, "dataset": "cifar10", "arch": "resnet", "depth": 32, "width": 2.0,
-    "epochs": 160,
-}  # fmt: skip
 SAM = {"optmzr": "sgd-sam", "sam_v2": True, "sam_rho": 0.05}
-
-
-@pytest.fixture
-def study(tmp_path):
-    """study(accuracy, flag=value, ...) leaves a run; without an accuracy one that did not finish."""
-
-    def add(accuracy, images=None, processes=1, **flags):
-        directory = tmp_path / "study" / f"run{len(list(tmp_path.glob('study/*')))}"
-        directory.mkdir(parents=True)
-        args = FLAGS | flags | {"output_dir": str(directory)}
-        about = {"args": args, "git": "abc123", "device": "cuda:0", "images": images, "processes": processes}
-        (directory / "args.json").write_text(json.dumps(about))
-        rows = [accuracy / 2, accuracy] if accuracy else [50.0]
-        lines = "".join(f"{epoch},{value}\n" for epoch, value in enumerate(rows, 1))
-        (directory / "metrics.csv").write_text("epoch,test_top1\n" + lines)
-        if accuracy:
-            result = {"test_top1": accuracy, "sparsity": 0.9, "seed": args["seed"], "args": args}
-            (directory / "result.json").write_text(json.dumps(result))
-        return directory
-
-    add.root = tmp_path / "study"
-    return add
 
 
 def summarize(root: Path, capsys) -> tuple[str, dict[str, list[dict]]]:
@@ -137,8 +108,8 @@ def test_what_did_not_finish_is_shown_and_in_no_mean(study, capsys):
     (row,) = tables["summary"]
     assert (float(row["mean"]), row["runs"], row["unfinished"]) == (80.0, "1", "2")
     assert "4 runs: 1 finished, 2 incomplete, 1 failed." in out
-    assert f"{broken}: failed after 1 epochs" in out
-    assert f"{cut}: incomplete after 1 epochs" in out
+    assert f"{broken}: failed after 1 epoch" in out
+    assert f"{cut}: incomplete after 1 epoch" in out
     assert "never-begun: incomplete after 0 epochs" in out
 
 
@@ -171,49 +142,105 @@ def test_runs_csv_has_every_run(study, capsys):
     assert list(pd.read_csv(study.root / "summary" / "runs.csv")["state"]) == ["finished", "incomplete"]
 
 
-@pytest.mark.parametrize("case", ["nothing", "empty", "unfinished", "damaged"])
-def test_bad_input_ends_in_a_sentence(study, case, capsys, tmp_path):
-    root = study.root
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("nothing", "there is no directory"),
+        ("empty", "no runs in"),
+        ("unfinished", "none of 1 run has finished"),
+        ("damaged", "cannot read the run in"),
+        ("unwritable", "cannot write to '/proc'"),
+        ("pivot", "--pivot names a flag of the runs"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(study, case, words, capsys):
+    root, flags = study.root, []
     if case == "empty":
         root.mkdir()
     elif case == "unfinished":
         study(None)
     elif case == "damaged":
         (study(80.0) / "result.json").write_text("{")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(root)])
-    assert stopped.value.code == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    elif case == "unwritable":
+        study(80.0)
+        flags = ["--output", "/proc"]
+    elif case == "pivot":
+        study(80.0)
+        flags = ["--pivot", "flavour"]
+    assert main([str(root), *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
     assert not (root / "summary").exists()
 
 
-def test_the_papers_table_names_its_source_and_leaves_cells_empty(study, capsys):
+def test_a_lone_run_is_not_bold_and_has_no_pairs(study, capsys):
+    study(80.0, epochs_done=1, update_interval=10)
+    study(81.0, sparsity=0.5)
+    (study.root / "summary").mkdir()
+    stale = [study.root / "summary" / name for name in ("paired.csv", "accuracy_against_rho.png")]
+    for file in stale:
+        file.touch()
+    out, tables = summarize(study.root, capsys)
+    assert "**" not in out
+    assert "Bold" not in out
+    assert not any(file.exists() for file in stale)
+    assert {row["--update_interval"] for row in tables["summary"]} == {"10", ""}  # not 10.0
+    assert "| 10 " in out
+
+
+def pivot(root, capsys, flag="prune_method"):
+    assert main([str(root), "--pivot", flag]) == 0
+    text = (root / "summary" / "pivot.md").read_text()
+    assert text in capsys.readouterr().out
+    head, *tables = text.split("## ")
+    return head, tables
+
+
+def cells(table):
+    """The rows of a Markdown table, from column names to texts."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_a_pivot_has_a_column_per_value_and_a_table_per_network_and_data(study, capsys):
     for seed, accuracy in enumerate((90.0, 92.0)):
-        study(accuracy, seed=seed, prune_method="rigl", **SAM)
-    study(None, seed=2, prune_method="rigl", **SAM)
+        study(accuracy, seed=seed, prune_method="rigl", update_interval=100, **SAM)
+    study(None, seed=2, prune_method="rigl", update_interval=100, **SAM)
+    study(85.0, **SAM)
+    study(75.0)
+    study(None, prune_method="snip")
     study(70.0, prune_method="set", sparsity=0.98, dataset="cifar100")
-    assert paper_table.main([str(study.root)]) == 0
-    page = capsys.readouterr().out
-    assert "4 runs: 3 finished, 1 incomplete." in page
-    assert "- commit: abc123\n- device: cuda:0" in page
-    first, second = page.split("## ")[1:]
-    assert first.startswith("resnet-32, width 2, on cifar10")
-    cells = {line.strip() for line in first.split("|")} - {""}
-    assert "91.00 ± 1.41 (2)" in cells
-    assert not any("70.00" in text for text in cells)
-    assert second.count("(1)") == second.count("70.00") == 1
-    study(60.0, prune_method="gmp", sparsity=0.8)
-    assert paper_table.main([str(study.root)]) == 0
-    assert capsys.readouterr().out.count("60.00 (1)") == 1  # beyond the paper's methods and sparsities
+    head, (first, second) = pivot(study.root, capsys, "prune-method")
+    assert "7 runs: 5 finished, 2 incomplete." in head
+    assert "- commit: abc123\n- device: cuda:0\n- torch: unknown\n- epochs: 160" in head
+    assert f"`python -m analysis.summarize {study.root} --pivot prune-method`" in head
+    assert first.startswith("resnet-32, width 2, on cifar10, 160 epochs\n")
+    base, sam = cells(first)
+    assert sam == {
+        "optimizer": "sgd SAM.v2",
+        "sam rho": "0.05",
+        "random": "85.00 (1)",
+        "rigl": "91.00 ± 1.41 (2)",
+        "snip": "",
+    }
+    assert base == {"optimizer": "sgd", "sam rho": "", "random": "75.00 (1)", "rigl": "", "snip": ""}
+    assert "Columns or rows also differ in update interval." in first
+    assert cells(second) == [{"set": "70.00 (1)"}]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [({"epochs": 10}, "one length"), ({"sam_rho": 0.5}, "differ in --sam_rho"), ({"lr": 9.0}, "differ in --lr")],
-)
-def test_no_cell_of_the_papers_table_mixes_runs(study, flags, words, capsys):
+@pytest.mark.parametrize(("flag", "value"), [("sam_rho", 0.5), ("lr", 9.0), ("epochs", 10)])
+def test_no_cell_of_a_pivot_mixes_runs_that_differ_in_more_than_the_seed(study, flag, value, capsys):
     study(90.0, **SAM)
-    study(80.0, seed=1, **SAM | flags)
-    with pytest.raises(SystemExit):
-        paper_table.main([str(study.root)])
-    assert words in capsys.readouterr().err
+    study(80.0, seed=1, **SAM | {flag: value})
+    _, tables = pivot(study.root, capsys)
+    found = [row["random"] for table in tables for row in cells(table)]
+    assert sorted(found) == ["80.00 (1)", "90.00 (1)"]
+
+
+def test_a_pivot_by_optimizer_puts_optimizers_side_by_side(study, capsys):
+    for sparsity in (0.9, 0.98):
+        study(90.0, sparsity=sparsity)
+        study(91.0, sparsity=sparsity, **SAM)
+    _, (table,) = pivot(study.root, capsys, "optimizer")
+    assert cells(table)[0] == {"sparsity": "0.9", "sgd": "90.00 (1)", "sgd SAM.v2": "91.00 (1)"}

@@ -1,67 +1,54 @@
-"""Rounding in software against autocast, and paired runs."""
+"""Pairs of runs in fp32 and bf16, and how they are launched."""
 
-import copy
 import json
 import re
+import signal
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+import sys
 
 import pytest
-import torch
 
-from benchmarks.bf16_accuracy import Rounding, interval, main
-from models import build_model
-
-
-def test_rounding_in_software_strays_from_float64_as_autocast_does():
-    """As far and in the same direction: not bit for bit, as sums are taken in another order."""
-    torch.manual_seed(0)
-    model = build_model("resnet", 8, 10, 0.5).to(memory_format=torch.channels_last)
-    inputs = torch.randn(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (64,))
-
-    def gradient(rounding: AbstractContextManager, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        network = copy.deepcopy(model).to(dtype)
-        with rounding:
-            logits = network(inputs.to(dtype))
-        torch.nn.functional.cross_entropy(logits.to(dtype), labels).backward()
-        return torch.cat([p.grad.flatten().double() for p in network.parameters()])
-
-    exact = gradient(nullcontext(), torch.float64)
-    software, autocast = (gradient(how) - exact for how in (Rounding(), torch.autocast("cpu", torch.bfloat16)))
-    assert software.norm() > 1e-3 * exact.norm()
-    assert autocast.norm().item() == pytest.approx(software.norm().item(), rel=0.1)
-    assert torch.cosine_similarity(autocast, software, dim=0) > 0.9
+import main_prune_train
+from benchmarks.bf16_accuracy import main, run_passing_signals
 
 
-def test_the_interval_is_students():
-    centre, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert centre == 3
-    assert half == pytest.approx(2.776445 * statistics.stdev([1, 2, 3, 4, 5]) / 5**0.5, rel=1e-6)
-
-
-def test_pairs_of_runs_differ_in_precision_alone(tmp_path, capsys):
-    command = f"--seeds 3 4 --device cpu --output-dir {tmp_path} --dataset digits --depth 8 --width 0.5 --epochs 2"
-    assert main(command.split()) == 0
+def test_pairs_of_runs_differ_in_precision_alone_and_finished_ones_are_kept(tmp_path, capsys):
+    flags = f"--seeds 3 4 --device cpu --output-dir {tmp_path} --dataset digits --depth 8 --width 0.25 --epochs 2"
+    assert main(flags.split(), run=main_prune_train.main) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     results = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/result.json")}
     assert results.keys() == {"fp32-seed3", "bf16-seed3", "fp32-seed4", "bf16-seed4"}
-    differing = {
-        name for name, value in results["fp32-seed3"]["args"].items() if results["bf16-seed3"]["args"][name] != value
-    }
-    assert differing == {"precision", "output_dir"}
-    expected = statistics.mean(
-        results[f"bf16-seed{s}"]["test_top1"] - results[f"fp32-seed{s}"]["test_top1"] for s in (3, 4)
+    fp32, bf16 = results["fp32-seed3"], results["bf16-seed3"]
+    assert {name for name in fp32["args"] if fp32["args"][name] != bf16["args"][name]} == {"precision", "output_dir"}
+    assert fp32["test_loss"] != bf16["test_loss"]
+    differences = [results[f"bf16-seed{s}"]["test_top1"] - results[f"fp32-seed{s}"]["test_top1"] for s in (3, 4)]
+    assert float(re.search(r"fp32: ([+-][\d.]+) points", last)[1]) == pytest.approx(
+        statistics.mean(differences), abs=0.006
     )
-    assert float(re.search(r"fp32: ([+-][\d.]+) points", last)[1]) == pytest.approx(expected, abs=0.006)
-    assert results["bf16-seed3"]["test_loss"] != results["fp32-seed3"]["test_loss"]
-    assert main(command.split()) == 0  # finished runs are not run again
+    assert main(flags.split(), run=main_prune_train.main) == 0
     assert capsys.readouterr().out.count("finished already") == 4
 
 
-def test_bad_input_is_refused(capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--seeds", "1"])
-    assert exit_.value.code == 2
-    assert main(["--depth", "21", "--output-dir", str(tmp_path / "none")]) == 2
-    assert "depth 6n+2" in capsys.readouterr().err
+def test_a_training_that_fails_ends_the_command_with_its_code(tmp_path, capfd):
+    assert main(["--depth", "21", "--device", "cpu", "--output-dir", str(tmp_path / "none")]) == 2
+    assert "depth 6n+2" in capfd.readouterr().err
+
+
+def test_a_signal_reaches_the_training_and_its_exit_code_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    training = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    assert run_passing_signals([sys.executable, "-c", training]) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--seeds 1", "--seeds has to name two or more"), ("--device tpu", "--device has to be")]
+)
+def test_bad_input_is_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(flags.split())
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -1,46 +1,60 @@
-"""The time that a dry run is said to take."""
+"""The time that a sweep is said to take."""
 
-import io
 import re
 
 import pytest
 
 from benchmarks import estimate
 
-PLAIN = "python main_prune_train.py --dataset digits --depth 8 --width 0.25 --epochs 10"
+TINY = "python main_prune_train.py --dataset cifar10 --depth 8 --width 0.25 --epochs 10"
 
 
-def run(lines, monkeypatch, *flags):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    return estimate.main(["--device", "cpu", *flags])
+def run(lines, *flags):
+    return estimate.main(["--device", "cpu", "--seconds", "2", *flags], lines)
 
 
-def test_it_is_the_epochs_of_all_runs_times_the_measured_step(monkeypatch, capsys):
-    ticket = f"{PLAIN} --prune-method lth --sparsity 0.9 --lth-rounds 2 --optmzr sgd"
-    lines = [f"{PLAIN} --optmzr sgd --seed {seed}" for seed in (0, 1)] + [ticket, f"{PLAIN} --optmzr sgd-sam", "4 runs"]
-    assert run(lines, monkeypatch) == 0
+@pytest.mark.parametrize(("flags", "at_a_time"), [("", 1), ("--jobs 2 --gpus 1", 2)])
+def test_it_is_the_epochs_of_all_runs_times_the_measured_step(capsys, flags, at_a_time):
+    ticket = f"{TINY} --prune-method lth --sparsity 0.9 --lth-rounds 2 --optmzr sgd"
+    lines = [f"{TINY} --optmzr sgd --seed {seed}" for seed in (0, 1)] + [ticket, f"{TINY} --optmzr sgd-sam", "4 runs"]
+    assert run(lines, *flags.split()) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"resnet-8, width 0.25, (\S+) +([\d.]+) ms, (\d+) epochs", out)
+    rows = re.findall(r"resnet-8, width 0.25, (\S+) +([\d.]+) ms a step \(median of \d+\), (\d+) epochs", out)
     assert [(name, int(count)) for name, _, count in rows] == [("sgd", 20 + 3 * 10), ("sgd-sam", 10)]
     seconds = sum(1e-3 * float(step) * int(count) * 50_000 / 128 for _, step, count in rows)
-    (hours,) = re.findall(r"about ([\d,]+) hours", out)
-    assert float(hours.replace(",", "")) == pytest.approx(seconds / 3600, abs=1)
+    (hours,) = re.findall(r"about ([\d.,]+) hours", out)
+    assert float(hours.replace(",", "")) == pytest.approx(seconds / 3600 / at_a_time, abs=0.06)
+
+
+def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
+    assert run([TINY], "--seconds", "0.001") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("measuring training steps on cpu")
+    assert "(median of 1)" in out  # the first step, without which there would be no figure
 
 
 @pytest.mark.parametrize(
-    ("lines", "flags"),
+    "lines",
     [
-        ([], ""),
-        (["5 runs"], ""),
-        ([f"{PLAIN} --no-such-flag"], ""),
-        ([f"{PLAIN} --adaptive"], ""),
-        ([PLAIN.replace("8", "9")], ""),
-        ([f"{PLAIN} --batch-size 64"], ""),
-        ([PLAIN], "--gpus 0"),
+        [],
+        ["5 runs"],
+        [f"{TINY} --no-such-flag"],
+        [f"{TINY} --adaptive"],
+        [TINY.replace("8", "9")],
+        [f"{TINY} --batch-size 64"],
+        [TINY.replace("cifar10", "digits")],
     ],
 )
-def test_bad_input_ends_in_a_sentence(lines, flags, monkeypatch, capsys):
+def test_commands_that_cannot_be_estimated_end_in_a_sentence(lines, capsys):
+    assert run(lines) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--gpus 0", "--jobs x", "--seconds 0", "--device gpu"])
+def test_bad_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(lines, monkeypatch, *flags.split())
+        raise SystemExit(run([TINY], *flags.split()))
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]

@@ -35,6 +35,10 @@ from main_prune_train import main
         ("--width 1000000", "argument --width"),
         ("--epochs 0", "argument --epochs: has to be a whole number above 0, not '0'"),
         ("--epochs 1.5", "argument --epochs: has to be a whole number"),
+        (
+            "--update-interval 0 --prune-method set --sparsity 0.9",
+            "has to be a whole number of steps above 0, or epochs",
+        ),
         ("--checkpoint-every 0", "--checkpoint-every takes epochs"),
         ("--nonfinite ignore", "argument --nonfinite"),
         ("--device tpu", "--device has to be auto, cpu, cuda or cuda:N, not 'tpu'"),

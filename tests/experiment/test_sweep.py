@@ -1,272 +1,494 @@
-"""The sweep scripts, launched as users launch them; their runs are short stand-ins where what they train does not matter."""
+"""Sweeps. What their runs train does not matter except in one test: elsewhere a script that writes a result stands in."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import pty
+import re
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from experiment.sweep import main, slurm_job
+
 ROOT = Path(__file__).parents[2]
-# Stands in for the Python that a sweep calls: leaves what a run leaves, or fails, as its flags say.
-STAND_IN = """#!/usr/bin/env bash
-[ "$1" = main_prune_train.py ] || exec PYTHON "$@"
-shift
-printf '%s\\n' "$CUDA_VISIBLE_DEVICES" >>"$STAND_IN_LOG"
-for arg; do
-    case $last in
-        --output-dir) out=$arg ;;
-        --sam-rho) rho=$arg ;;
-        --seed) seed=$arg ;;
-    esac
-    last=$arg
-done
-mkdir -p "$out"
-[ "$rho" != "$POISON" ] || { echo "error: poisoned" >&2; exit 1; }
-printf '%s\\0' "$@" >"$out/argv"
-sleep "${STAND_IN_SLEEP:-0}"
-echo '{}' >"$out/result.json"
+SCRIPTS = [path.name for path in sorted((ROOT / "scripts").glob("*.sh")) if "experiment.sweep" in path.read_text()]
+GRID = """
+# A sweep for tests.
+RHOS = 0.1 0.2  # radius
+samv2-rho{RHOS}  --optmzr sgd-sam --sam-v2 --sam-rho {RHOS}
+"""
+# What becomes of a run is said by FATES for its rho: it fails, is killed, waits for three others, or has its sweep end.
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+def value(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+
+directory = Path(value("--output-dir"))
+directory.mkdir(exist_ok=True)
+seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+(directory / "begun.json").write_text(json.dumps(seen | {"argv": sys.argv[1:]}))
+fate = json.loads(os.environ.get("FATES", "{}")).get(value("--sam-rho"))
+if fate == "fail":
+    print("error: poisoned", file=sys.stderr)
+    sys.exit(1)
+if fate == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate == "orphan":
+    os.kill(os.getppid(), signal.SIGKILL)
+while fate == "orphan" and not (directory / "go").exists():
+    time.sleep(0.01)
+while fate == "meet" and len(list(directory.parent.glob("*/begun.json"))) < 4:
+    time.sleep(0.01)
+if fate in ("SIGINT", "SIGTERM", "SIGHUP", "Ctrl-C"):
+    def end(*_):
+        (directory / "checkpoint.pt").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, end)
+    if fate == "Ctrl-C":
+        (directory / "ready").touch()
+    else:
+        os.kill(os.getppid(), getattr(signal, fate))
+    time.sleep(60)
+(directory / "result.json").write_text("{}")
 """
 
 
-class _Terminal:
-    """A process on a terminal of its own."""
-
-    def __init__(self, pid):
-        self.pid = pid
-
-    def wait(self, timeout):
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        raise TimeoutError
-
-
 @pytest.fixture
-def sweep(tmp_path):
-    """sweep("sweep_rho.sh", "--flag", RHOS="0.1") with a stand-in for training; returns the finished process."""
-    fake = tmp_path / "bin" / "python3"
-    fake.parent.mkdir()
-    fake.write_text(STAND_IN.replace("PYTHON", shlex.quote(sys.executable)))
-    fake.chmod(0o755)
+def sweep(tmp_path, monkeypatch, capfd):
+    """sweep("--flag", RHOS="0.1") does a sweep in this process; returns exit code, output and errors."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "out"))
+    monkeypatch.setenv("SEEDS", "0")
+    monkeypatch.setenv("FATES", "{}")
 
-    def run(script, *arguments, wait=True, terminal=False, **settings):
-        environment = os.environ | {
-            "PATH": f"{fake.parent}:{os.environ['PATH']}", "OUTPUT_DIR": str(tmp_path / "out"), "SEEDS": "0 1",
-            "STAND_IN_LOG": str(tmp_path / "log"), "POISON": "none", **settings,
-        }  # fmt: skip
-        command = ["bash", str(ROOT / "scripts" / script), *arguments]
-        if terminal:
-            pid, master = pty.fork()
-            if pid == 0:
-                os.chdir(tmp_path)
-                os.execvpe(command[0], command, environment)
-            return _Terminal(pid), master
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        if not wait:
-            return process
-        out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+    def run(*arguments, grid=GRID, **settings):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            capfd.readouterr()
+            try:
+                code = main(["scripts/sweep_test.sh", str(tmp_path), *arguments], grid, program)
+            except SystemExit as stopped:
+                code = stopped.code
+            out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
+    run.output, run.program = tmp_path / "out", program
     return run
 
 
-def wait_for_a_run(directory):
-    until = time.monotonic() + 30
-    while not list(directory.glob("*/argv")):
-        assert time.monotonic() < until, "no run began"
-        time.sleep(0.05)
+def grid_of(script):
+    return (ROOT / "scripts" / script).read_text().split("<<'GRID'\n")[1].removesuffix("GRID\n")
 
 
-def commands(process):
-    return [shlex.split(line) for line in process.stdout.splitlines() if "main_prune_train.py" in line]
+def commands(done):
+    return [shlex.split(line) for line in done.stdout.splitlines() if "main_prune_train.py" in line]
+
+
+def value(flag, command):
+    return command[command.index(flag) + 1]
+
+
+def begun(directory):
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*/begun.json"))]
+
+
+def refused(done):
+    """Whether it ended in one sentence."""
+    return (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+    )
+
+
+# what is run
 
 
 @pytest.mark.parametrize(
     ("script", "arms"),
-    [("sweep_rho.sh", 5), ("sweep_v2.sh", 3), ("sweep_adaptive.sh", 10), ("sweep_sam.sh", 25)],
+    [
+        ("sweep_rho.sh", 5),
+        ("sweep_v2.sh", 3),
+        ("sweep_adaptive.sh", 10),
+        ("sweep_sam.sh", 25),
+        ("reproduce_cifar.sh", 12),
+    ],
 )
-def test_a_dry_run_lists_every_run_of_the_grid_once(sweep, script, arms):
-    process = sweep(script, "--dry-run", METHODS="random rigl none", SPARSITIES="0.9 0.98", SEEDS="3 4 3")
-    listed = commands(process)
-    assert process.returncode == 0
-    assert process.stdout.splitlines()[-1] == f"{len(listed)} runs"
+def test_a_dry_run_lists_every_run_of_a_grid_once_and_does_nothing(sweep, script, arms):
+    settings = {"METHODS": "random rigl none", "SPARSITIES": "0.9 0.98", "SEEDS": "3 4 3"}
+    done = sweep("--dry-run", grid=grid_of(script), **settings)
+    listed = commands(done)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f"{len(listed)} runs"
     assert (
         len(listed) == len({tuple(command) for command in listed}) == arms * 5 * 2
     )  # a dense network has one sparsity
-    assert len({command[command.index("--output-dir") + 1] for command in listed}) == len(listed)
+    assert len({value("--output-dir", command) for command in listed}) == len(listed)
+    assert not sweep.output.exists()
 
 
-def test_settings_and_arguments_stay_what_they_are(sweep):
-    """No file names for a star, no octal numbers, no further flags out of one, and an empty one is one."""
-    process = sweep("sweep_rho.sh", "--dry-run", "--dataset", "digits", "--remark", "", RHOS="* 0.1", JOBS="08")
-    assert process.returncode == 0, process.stderr
-    listed = commands(process)
-    assert {command[command.index("--sam-rho") + 1] for command in listed} == {"*", "0.1"}
-    assert all(command[command.index("--remark") + 1] == "" for command in listed)
-    lines = sweep("sweep_rho.sh", "--dry-run", RHOS="0.1\n0.2", SEEDS="0\n1\n2")
-    assert len(commands(lines)) == 6
-    for arguments, settings in (
-        (["--remark", "a\x1f--lr\x1f0.7"], {}),
-        ([], {"RHOS": "0.1\x1f--lr\x1f0.7"}),
-        ([], {"RHOS": " "}),
-    ):
-        bad = sweep("sweep_rho.sh", "--dry-run", *arguments, **settings)
-        assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
-
-
-def test_what_an_earlier_version_began_goes_on(sweep, tmp_path):
-    """Its lists of flags had no separator at their end."""
-    assert sweep("sweep_v2.sh", POISON="0.05").returncode == 1
-    for path in (tmp_path / "out" / ".sweep").glob("*.command"):
-        path.write_text(path.read_text().removesuffix("\x1f"))
-    assert sweep("sweep_v2.sh").returncode == 0
-    assert sweep("sweep_v2.sh", EPOCHS="3").returncode == 2
-
-
-def test_the_table_of_the_paper_has_864_runs(sweep, tmp_path):
-    process = sweep("reproduce_cifar.sh", "--help")
-    assert process.returncode == 0
-    assert "864 runs" in process.stdout
-    script = (ROOT / "scripts" / "reproduce_cifar.sh").read_text()
-    listing = script.split('if [ -n "$dry_run" ]')[0].replace('$(dirname "$0")', str(ROOT / "scripts"))
-    done = subprocess.run(
-        ["bash", "-c", listing, "reproduce_cifar.sh", "--dry-run"], capture_output=True, text=True, cwd=tmp_path
+def test_the_table_of_the_paper_has_864_runs(sweep, monkeypatch):
+    monkeypatch.delenv("SEEDS")
+    done = sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"))
+    assert done.stdout.splitlines()[-1] == "864 runs"
+    part = sweep(
+        "--dry-run", grid=grid_of("reproduce_cifar.sh"), ARCHS="vgg", OPTIMIZERS="sgd samv2", DATASETS="cifar10"
     )
-    listed = commands(done)
-    assert len(listed) == len({tuple(command) for command in listed}) == 864
+    assert part.stdout.splitlines()[-1] == "144 runs"
+    assert {value("--arch", command) for command in commands(part)} == {"vgg"}
 
 
-def test_every_listed_command_is_one_that_the_program_takes(sweep):
-    from experiment import flags as cli
-
-    for script in ("sweep_sam.sh", "sweep_adaptive.sh", "sweep_v2.sh"):
-        for command in commands(sweep(script, "--dry-run", "--dataset", "digits", METHODS="random none")):
-            args, _ = cli.parse(command[2:])
-            assert args.dataset == "digits"
-
-
-def test_arguments_arrive_unchanged_and_nothing_in_them_is_run(sweep, tmp_path):
-    remark = f"two words 'quoted' \"twice\" $(touch {tmp_path}/pwned) `id` ; * \\ \n end"
-    process = sweep("sweep_rho.sh", "--remark", remark, RHOS="0.1", OUTPUT_DIR=str(tmp_path / "with space"))
-    assert process.returncode == 0, process.stderr
-    argv = (tmp_path / "with space" / "random-0.9-samv2-rho0.1-seed1" / "argv").read_text().split("\0")
-    assert argv[argv.index("--remark") + 1] == remark
-    assert argv[argv.index("--output-dir") + 1] == str(tmp_path / "with space" / "random-0.9-samv2-rho0.1-seed1")
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_a_failing_run_is_listed_and_stops_no_other(sweep, tmp_path):
-    process = sweep("sweep_rho.sh", RHOS="0.1 0.2 0.3", POISON="0.2", JOBS="2")
-    assert process.returncode == 1
-    assert "4 of 6 runs finished, 2 failed" in process.stdout
-    assert "failed: random-0.9-samv2-rho0.2-seed0" in process.stderr
-    assert "error: poisoned" in process.stderr
-    again = sweep("sweep_rho.sh", RHOS="0.1 0.2 0.3")  # mended: only what is left is run
-    assert again.returncode == 0
-    assert "4 of them finished already" in again.stdout
-    assert (tmp_path / "log").read_text().count("\n") == 8
-
-
-def test_runs_are_spread_over_the_gpus(sweep, tmp_path):
-    assert sweep("sweep_rho.sh", RHOS="0.1 0.2", JOBS="4", GPUS="2 5", STAND_IN_SLEEP="1").returncode == 0
-    assert sorted((tmp_path / "log").read_text().split()) == ["2", "2", "5", "5"]
-
-
-def test_interrupted_it_ends_its_runs_and_goes_on_when_launched_again(sweep, tmp_path):
-    process = sweep("sweep_rho.sh", RHOS="0.1 0.2", JOBS="2", STAND_IN_SLEEP="30", wait=False)
-    wait_for_a_run(tmp_path / "out")
-    second = sweep("sweep_rho.sh", RHOS="0.1 0.2")
-    assert second.returncode == 2
-    assert "a sweep is at work" in second.stderr
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "launch again" in err
-    again = sweep("sweep_rho.sh", RHOS="0.1 0.2")  # the lock is free: nothing runs on
-    assert again.returncode == 0
-    assert "4 of 4 runs finished, 0 failed" in again.stdout
-
-
-def test_other_flags_for_the_same_directory_are_refused(sweep):
-    assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0
-    other = sweep("sweep_rho.sh", "--lr", "0.2", RHOS="0.1")
-    assert other.returncode == 2
-    assert "other flags" in other.stderr
-
-
-def test_ctrl_c_on_a_terminal_ends_the_runs(sweep, tmp_path):
-    process, terminal = sweep("sweep_rho.sh", RHOS="0.1", STAND_IN_SLEEP="30", terminal=True)
-    wait_for_a_run(tmp_path / "out")
-    os.write(terminal, b"\x03")
-    assert process.wait(timeout=20) == 130
-    assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0  # nothing of it runs on
-
-
-def test_after_a_wrong_flag_the_right_one_is_taken(sweep, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".sweep").mkdir()
-    (tmp_path / "out" / ".sweep" / "random-0.9-samv2-rho0.1-seed0.command").write_text(
-        "of a run that made no directory"
+def test_runs_have_the_names_and_flags_that_they_have_always_had(sweep):
+    (command,) = commands(sweep("--dry-run", "--dataset", "digits", "--remark", "", RHOS="0.1", EPOCHS="3"))
+    directory = sweep.output / "random-0.9-samv2-rho0.1-seed0"
+    assert shlex.join(command) == (
+        "python main_prune_train.py --prune-method random --sparsity 0.9 --optmzr sgd-sam --sam-v2 --sam-rho 0.1 --seed 0 "
+        f"--epochs 3 --dataset digits --remark '' --output-dir {directory} --resume auto"
     )
-    assert sweep("sweep_rho.sh", RHOS="0.1").returncode == 0
 
 
-@pytest.mark.parametrize(
-    "flags", [["--seed", "3"], ["--sam-rho=1"], ["--output-dir", "x"], ["--epochs", "2"], ["--sparsity-config=f.yaml"]]
-)
-def test_what_the_sweep_sets_cannot_be_set_beside_it(sweep, flags):
-    process = sweep("sweep_rho.sh", "--dry-run", *flags)
-    assert process.returncode == 2
-    assert flags[0].split("=")[0] in process.stderr
+def test_lists_are_separated_by_any_white_space_and_jobs_is_no_octal_number(sweep):
+    assert len(commands(sweep("--dry-run", RHOS="0.1\n0.2", SEEDS=" 0\t1\n2 ", JOBS="08"))) == 6
 
 
-@pytest.mark.parametrize("flags", [["--sam-v2"], ["--weight-decay", "0", "--sam-v2"]])
-def test_what_arms_differ_in_is_not_for_all_of_them(sweep, flags):
-    process = sweep("sweep_v2.sh", "--dry-run", *flags)
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: --sam-v2 is what an arm of this sweep sets")
-    assert len(process.stderr.splitlines()) == 1
-
-
-def test_paths_are_the_callers(sweep, tmp_path):
-    (command, *_) = commands(sweep("sweep_rho.sh", "--dry-run", "--data-dir", "images", "--pretrained=a=b.pt"))
-    assert command[command.index("--data-dir") + 1] == str(tmp_path / "images")
+def test_paths_are_relative_to_where_the_sweep_was_called(sweep, trained, tmp_path):
+    (command, _) = commands(sweep("--dry-run", "--data-dir", "images", OUTPUT_DIR="here"))
+    assert value("--data-dir", command) == str(tmp_path / "images")
+    assert Path(value("--output-dir", command)).parent == tmp_path / "here"
+    shutil.copy(trained.directory / "checkpoint.pt", tmp_path / "a=b.pt")
+    network = "--dataset digits --depth 8 --width 0.5".split()
+    (command, _) = commands(sweep("--dry-run", *network, "--pretrained=a=b.pt"))
     assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
 
 
-@pytest.mark.parametrize("settings", [{"JOBS": "0"}, {"JOBS": "two"}, {"SEEDS": "0 x"}, {"EPOCHS": "1.5"}])
-def test_bad_settings_end_in_a_sentence(sweep, settings):
-    process = sweep("sweep_rho.sh", **settings)
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: ")
-    assert len(process.stderr.splitlines()) == 1
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_settings_that_a_sweep_reads_with_its_own_defaults(sweep, script):
+    shown = sweep("--help", grid=grid_of(script)).stdout
+    own = dict(re.findall(r"^([A-Z]+) *= *([^#\n]*[^#\s])", grid_of(script), re.MULTILINE))
+    defaults = {"METHODS": "random", "SPARSITIES": "0.9", "SEEDS": "0 1 2", "EPOCHS": "160", "JOBS": "1"} | own
+    listed = re.findall(r"^  ([A-Z_]+) ", shown, re.MULTILINE)
+    assert sorted(listed) == sorted([*defaults, "GPUS", "OUTPUT_DIR"])
+    for name, default in defaults.items():
+        assert re.search(rf"^  {name} .*\({re.escape(default)}\)$", shown, re.MULTILINE)
 
 
-def test_a_real_sweep_ends_in_a_table(tmp_path):
-    environment = os.environ | {
-        "SEEDS": "0 1", "EPOCHS": "2", "RHOS": "0.05", "JOBS": "2", "OUTPUT_DIR": str(tmp_path / "out"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    flags = "--dataset digits --depth 8 --width 0.25 --batch-size 256 --compile off".split()
-    command = ["bash", str(ROOT / "scripts" / "sweep_v2.sh"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("RHO", "RHOS"), ("SEED", "SEEDS"), ("METHOD", "METHODS"), ("SPARSITY", "SPARSITIES"), ("GPU", "GPUS")],
+)
+def test_a_mistyped_setting_is_refused_by_the_name_of_the_right_one(sweep, monkeypatch, wrong, right):
+    monkeypatch.delenv("SEEDS")
+    done = sweep("--dry-run", **{wrong: "1"})
+    assert refused(done)
+    assert f"{wrong} is no setting of this sweep, but {right} is" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["CPUS", "SLURM_JOB_ID", "HOSTNAME", "OMP_NUM_THREADS", "rhos", "ARCH", "SEED"])
+def test_unrelated_variables_and_those_beside_the_right_one_are_left_alone(sweep, name):
+    assert sweep("--dry-run", **{name: "1"}).returncode == 0  # SEEDS is set, and this sweep has no ARCHS
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"JOBS": "0"}, {"JOBS": "two"}, {"JOBS": "1 2"}, {"SEEDS": "0 x"}, {"SEEDS": "²"}, {"GPUS": "all"}, {"EPOCHS": "1.5"},
+        {"EPOCHS": "0"}, {"RHOS": " "}, {"RHOS": "*"}, {"RHOS": "0.1\x1f--lr\x1f0.7"}, {"SPARSITIES": "90"}, {"METHODS": "rigle"},
+    ],
+)  # fmt: skip
+def test_a_setting_that_no_run_could_have_is_refused_before_any_starts(sweep, settings):
+    assert refused(sweep(**settings))
+    assert not sweep.output.exists()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--depht 20", "--depth 9", "--adaptive --mixup --alpha 0", "--warmup-epochs 500", "--no-such"]
+)
+def test_a_flag_that_a_run_would_refuse_is_refused_before_any_starts(sweep, flags):
+    assert refused(sweep(*flags.split()))
+    assert not sweep.output.exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--seed 3", "--epochs=2", "--output-dir x", "--save-model x", "--resume auto", "--sparsity-config f.yaml", "--sparsity 0.5",
+     "--prune-method set", "--evaluate x", "--sam-rho=1", "--sam-v2", "--weight-decay 0 --optmzr adam"],
+)  # fmt: skip
+def test_a_flag_that_the_sweep_or_one_of_its_arms_sets_is_refused(sweep, flag):
+    done = sweep("--dry-run", *flag.split())
+    assert refused(done)
+    assert (
+        f"{flag.split()[-2 if ' ' in flag else -1].split('=')[0]} ".replace("--save-model", "--output-dir")
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("sgd --optmzr sgd --lr {LRS}", "no setting for {LRS}"),
+        ("sgd --optmzr sgd\nsgd --optmzr sgd --lr 0.2", "two arms of the grid are called 'sgd'"),
+        ("a/b --optmzr sgd\na_b --optmzr sgd --lr 0.2", "two runs of the grid are called 'random-0.9-a_b-seed0'"),
+        ("ARCHS = vgg resnet\n{ARCHS=vgg} --arch vgg --optmzr sgd", "ARCHS: no arm of this sweep is for 'resnet'"),
+        ("sgd --remark 'open", "a quotation in the grid has no end"),
+        ("", "there is nothing to run"),
+    ],
+)
+def test_a_grid_that_means_nothing_is_refused(sweep, lines, sentence):
+    done = sweep("--dry-run", grid=lines)
+    assert refused(done)
+    assert sentence in done.stderr
+
+
+def test_an_estimate_measures_a_step_of_each_optimizer_and_trains_nothing(sweep):
+    flags = "--estimate --device cpu --depth 8 --width 0.25 --precision fp32".split()
+    done = sweep(*flags, grid=grid_of("sweep_v2.sh"), JOBS="2")
     assert done.returncode == 0, done.stderr
-    summary = [sys.executable, "-m", "analysis.summarize", str(tmp_path / "out")]
-    done = subprocess.run(summary, capture_output=True, text=True, cwd=ROOT)
+    assert re.findall(r"resnet-8, width 0.25, (\S+ ?\S*) .* (\d+) epochs", done.stdout) == [
+        ("sgd ", "160"), ("sgd-sam ", "160"), ("sgd-sam v2", "160"),
+    ]  # fmt: skip
+    assert "2 at a time" in done.stdout
+    assert not sweep.output.exists()
+    assert refused(sweep("--estimate", "--dataset", "digits"))
+
+
+# running
+
+
+def test_arguments_arrive_unchanged_and_each_run_has_a_log_of_its_own(sweep, tmp_path):
+    remark = f"two words 'quoted' \"twice\" $(touch {tmp_path}/it-ran) `id` ; * \\ \n end"
+    done = sweep("--remark", remark, RHOS="0.1", OUTPUT_DIR=str(tmp_path / "with space"), FATES='{"0.1": "fail"}')
+    assert (done.returncode, "error: poisoned" in done.stderr) == (1, True)
+    (run,) = begun(tmp_path / "with space")
+    assert value("--remark", run["argv"]) == remark
+    assert (tmp_path / "with space/.sweep/random-0.9-samv2-rho0.1-seed0.log").read_text() == "error: poisoned\n"
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_run_that_fails_or_crashes_is_listed_and_stops_no_other(sweep):
+    done = sweep(RHOS="0.1 0.2 0.3", JOBS="2", SEEDS="0 1", FATES='{"0.1": "kill", "0.2": "fail"}')
+    assert done.returncode == 1
+    assert "2 of 6 runs finished, 4 failed" in done.stdout
+    assert "failed: random-0.9-samv2-rho0.2-seed1" in done.stderr
+    assert "error: poisoned" in done.stderr
+    assert "ended by SIGKILL" in done.stderr
+    assert len(list(sweep.output.glob(".sweep/*.failed"))) == 4
+
+
+def test_launched_again_a_sweep_does_what_is_left(sweep):
+    assert sweep(SEEDS="0 1", FATES='{"0.2": "fail"}').returncode == 1
+    for path in sweep.output.glob("*/begun.json"):
+        path.unlink()
+    again = sweep(SEEDS="0 1")
+    assert again.returncode == 0
+    assert "4 runs, 2 of them finished already" in again.stdout
+    assert [value("--sam-rho", run["argv"]) for run in begun(sweep.output)] == ["0.2", "0.2"]
+    assert not list(sweep.output.glob(".sweep/*.failed"))
+
+
+def test_other_flags_for_a_run_that_was_begun_are_refused(sweep):
+    sweep(RHOS="0.1", FATES='{"0.1": "fail"}')
+    other = sweep("--lr", "0.2", RHOS="0.1")
+    assert refused(other)
+    assert "begun with other flags: give another OUTPUT_DIR" in other.stderr
+    (sweep.output / "random-0.9-samv2-rho0.1-seed0" / "begun.json").unlink()
+    (sweep.output / "random-0.9-samv2-rho0.1-seed0").rmdir()
+    assert sweep("--lr", "0.2", RHOS="0.1").returncode == 0  # it left nothing
+
+
+@pytest.mark.parametrize("end", ["", "\x1f"])
+def test_sweeps_of_the_earlier_runner_go_on(sweep, end):
+    """It separated flags by 0x1f, and at first did not end them by it."""
+    sweep(RHOS="0.1", FATES='{"0.1": "fail"}')
+    (path,) = sweep.output.glob(".sweep/*.command")
+    path.write_text("\x1f".join(json.loads(path.read_text())) + end)
+    assert sweep(RHOS="0.1", EPOCHS="3").returncode == 2
+    assert sweep(RHOS="0.1").returncode == 0
+
+
+def test_runs_go_several_at_a_time_and_share_gpus_and_cores(sweep, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    done = sweep(SEEDS="0 1", JOBS="4", GPUS="2 5", FATES='{"0.1": "meet", "0.2": "meet"}')
+    assert done.returncode == 0
+    assert sorted(run["CUDA_VISIBLE_DEVICES"] for run in begun(sweep.output)) == ["2", "2", "5", "5"]
+    cores = len(os.sched_getaffinity(0))
+    assert {run["OMP_NUM_THREADS"] for run in begun(sweep.output)} == {str(max(1, cores // 4))}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_runs_with_a_checkpoint_and_the_sweep_goes_on_later(sweep, name):
+    done = sweep(FATES=json.dumps({"0.1": name}))
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: launch again to go on\n"
+    assert [path.parent.name for path in sweep.output.glob("*/checkpoint.pt")] == ["random-0.9-samv2-rho0.1-seed0"]
+    assert len(begun(sweep.output)) == 1  # no other was started
+    again = sweep()
+    assert again.returncode == 0
+    assert "2 of 2 runs finished, 0 failed" in again.stdout
+
+
+def test_ctrl_c_on_a_terminal_ends_runs_and_the_progress_line_is_in_place(sweep, monkeypatch):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "w" if number else "r") for number in range(3))
+        os.environ["FATES"] = '{"0.1": "Ctrl-C"}'
+        os._exit(main(["sweep_test.sh", "/", "--remark", "on a terminal"], GRID, sweep.program))
+    shown, typed = b"", False
+    while chunk := read(terminal):
+        shown += chunk
+        if not typed and list(sweep.output.glob("*/ready")):
+            typed = bool(os.write(terminal, b"\x03"))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert b"\r0 done, 1 running, 0 failed of 2\x1b[K" in shown
+    assert b"interrupted: launch again to go on" in shown
+    assert len(list(sweep.output.glob("*/checkpoint.pt"))) == 1
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 1000)
+    except OSError:  # nobody is left on it
+        return b""
+
+
+def test_two_sweeps_do_not_work_in_one_directory(sweep):
+    (sweep.output / ".sweep").mkdir(parents=True)
+    with open(sweep.output / ".sweep" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = sweep()
+    assert refused(second)
+    assert "a sweep is at work" in second.stderr
+    assert sweep().returncode == 0
+
+
+def test_the_runs_of_a_sweep_that_is_killed_keep_others_out_until_they_end(sweep):
+    os.environ["FATES"] = '{"0.1": "orphan"}'
+    arguments = (["sweep_test.sh", "/"], GRID, sweep.program)
+    killed = multiprocessing.get_context("fork").Process(target=main, args=arguments)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -9
+    assert "a sweep is at work" in sweep().stderr
+    directory = sweep.output / "random-0.9-samv2-rho0.1-seed0"
+    (directory / "go").touch()
+    with open(sweep.output / ".sweep" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the run
+    assert (directory / "result.json").exists()
+    assert "2 runs, 1 of them finished already" in sweep().stdout
+
+
+def test_a_directory_that_cannot_be_written_is_refused(sweep, tmp_path):
+    (tmp_path / "file").touch()
+    assert refused(sweep(OUTPUT_DIR=str(tmp_path / "file" / "out")))
+
+
+def test_commands_of_the_grid_run_at_the_end_without_a_shell(sweep):
+    write = "import sys; open(sys.argv[1] + '/page', 'w').write(sys.argv[2])"
+    grid = f'{GRID}\n> python -c "{write}" {{OUTPUT_DIR}} "$(id); *"\n> cp {{OUTPUT_DIR}}/page {{OUTPUT_DIR}}/copy'
+    assert sweep(grid=grid).returncode == 0
+    assert (sweep.output / "copy").read_text() == "$(id); *"
+
+
+# Slurm
+
+
+@pytest.fixture
+def submitted(sweep, tmp_path, monkeypatch):
+    """submitted(**settings) submits to an sbatch that writes down what it was given; returns that."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$@" >"$0.arguments"\ncat >"$0.script"\necho "$SWEEP_LEFT" >"$0.left"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "")
+
+    def submit(**settings):
+        done = sweep("--slurm", **settings)
+        assert done.returncode == 0, done.stderr
+        return [Path(f"{sbatch}.{name}").read_text() for name in ("arguments", "script", "left")]
+
+    return submit
+
+
+def job(left, number, program=None):
+    """The exit code of one job of the array."""
+    os.environ["SLURM_ARRAY_TASK_ID"] = number
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(slurm_job(Path(left.strip()), program))
+    )
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_slurm_gets_an_array_of_the_runs_that_are_left(sweep, submitted, tmp_path, monkeypatch):
+    sweep(RHOS="0.1")
+    arguments, script, left = submitted(RHOS="0.1 0.2 0.3", JOBS="5")
+    assert {"--array=0-1%5", "--requeue", "--export=ALL", "--job-name=sweep_test"} <= set(arguments.split("\n"))
+    environment = {"SWEEP_PYTHON": "echo", "SWEEP_LEFT": "$(touch it-ran) a"}
+    called = subprocess.run(
+        ["sh"], input=script, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert called.stdout == "-m experiment.sweep --slurm-job $(touch it-ran) a\n"
+    assert not (tmp_path / "it-ran").exists()
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setenv("FATES", '{"0.3": "fail"}')
+    assert [job(left, number, sweep.program) for number in ("0", "1")] == [0, 1]
+    assert [(value("--sam-rho", run["argv"]), run["OMP_NUM_THREADS"]) for run in begun(sweep.output)] == [
+        ("0.1", "1"), ("0.2", "3"), ("0.3", "3"),
+    ]  # fmt: skip
+    assert [path.stem for path in sweep.output.glob(".sweep/*.failed")] == ["random-0.9-samv2-rho0.3-seed0"]
+
+
+@pytest.mark.parametrize("number", ["", "2", "-1", "x[$(touch it-ran)]"])
+def test_a_slurm_job_without_a_run_is_refused(submitted, capfd, number):
+    assert job(submitted()[2], number) == 2
+    assert capfd.readouterr().err.startswith("error: SLURM_ARRAY_TASK_ID")
+
+
+def test_without_slurm_there_is_nothing_to_submit_to(sweep, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(sweep("--slurm"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dataset", "digits"]])
+def test_the_slurm_script_wants_the_script_of_a_sweep_first(arguments):
+    command = ["bash", str(ROOT / "scripts" / "sweep_slurm.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert refused(done)
+
+
+# the scripts
+
+
+def test_all_sweep_scripts_launch_their_grid_alike():
+    assert len(SCRIPTS) == 5
+    texts = [(ROOT / "scripts" / name).read_text().replace(" requirements-analysis.txt", "") for name in SCRIPTS]
+    assert len({text.split("<<'GRID'")[0] for text in texts}) == 1
+
+
+def test_a_real_sweep_trains_and_no_shell_reads_a_flag_as_code(tmp_path):
+    evil = "$(touch it-ran);`touch it-ran`'\"& touch it-ran"
+    settings = {"SEEDS": "0", "EPOCHS": "1", "JOBS": "2", "OUTPUT_DIR": "out"}
+    environment = os.environ | settings | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    flags = "--dataset digits --depth 8 --width 0.25 --batch-size 256 --compile off --remark".split()
+    command = ["bash", str(ROOT / "scripts" / "sweep_v2.sh"), *flags, evil]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "6 runs: 6 finished." in done.stdout
-    accuracy = [
-        json.loads(p.read_text())["test_top1"] for p in sorted((tmp_path / "out").glob("*-sgd-seed*/result.json"))
-    ]
-    assert f"{sum(accuracy) / 2:.2f} ± " in done.stdout
+    assert "3 of 3 runs finished, 0 failed" in done.stdout
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/result.json")]
+    assert sorted(result["args"]["optmzr"] for result in results) == ["sgd", "sgd-sam", "sgd-sam"]
+    assert {result["args"]["remark"] for result in results} == {evil}
+    assert not list(ROOT.glob("it-ran")) + list(tmp_path.rglob("it-ran"))

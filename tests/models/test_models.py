@@ -168,6 +168,28 @@ def test_training_in_channels_last_reaches_every_parameter(arch, depth, width):
         assert parameter.grad.any() or name.endswith("key.bias"), name
 
 
+@pytest.mark.parametrize(("depth", "counts"), [(16, [2, 2, 3, 3, 3]), (19, [2, 2, 4, 4, 4])])
+def test_vgg_is_the_published_formula(depth, counts):
+    """Convolutions, batch norm and ReLU; four max pools of 2, then one average pool of 2, as GraSP and S2-SAM have it."""
+    torch.manual_seed(0)
+    model = build_model("vgg", depth, 10, 0.125).double()
+    inputs = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    model(inputs)  # running statistics that are not 0 and 1
+    model.eval()
+    weights = iter(model.state_dict().values())
+    x = inputs
+    for number, count in enumerate(counts):
+        for _ in range(count):
+            kernel, scale, shift, mean, variance = (next(weights) for _ in range(5))
+            x = nn.functional.conv2d(x, kernel, padding=1) - mean[:, None, None]
+            x = x / (variance[:, None, None] + 1e-5).sqrt() * scale[:, None, None] + shift[:, None, None]
+            x = x.clamp_min(0)
+        x = x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        x = x.amax(4) if number < 4 else x.mean(4)
+    logits = x.flatten(1) @ next(weights).T + next(weights)
+    torch.testing.assert_close(model(inputs), logits, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("arch", "depth", "width", "threads"),
     [("resnet", 8, 0.25, 1), ("resnet", 8, 0.25, 2), ("resnet", 8, 1, 2), ("wideresnet", 10, 0.25, 2)],
@@ -200,12 +222,15 @@ def test_projections_are_right_where_onednn_is_not(arch, depth, width, threads):
 
 
 @pytest.mark.parametrize("arch", ["mobilenet", "resnet", "vgg", "wideresnet"])
-def test_convolutions_start_with_the_variance_of_he(arch):
+def test_weights_start_with_the_variance_of_he(arch):
     torch.manual_seed(0)
     for name, module in prunable(build_model(arch, None, 10)).items():
         if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15), name
+            fan = math.prod(module.kernel_size) * module.out_channels / module.groups  # out
+        else:
+            fan = module.in_features
+            assert not module.bias.any()
+        assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.15), name
 
 
 def test_transformer_weights_start_small_and_its_patches_keep_the_variance():

@@ -3,14 +3,19 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from models import build_model
 from prune import METHODS, Pruner
+from prune.schedules import Timing
+from prune.scores import Scored, grasp, synflow
 from sam import SAM
 
 CLASSES = 4
@@ -123,10 +128,65 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
             assert (blocks.all(1) == blocks.any(1)).all()
 
 
+@pytest.mark.parametrize("method", ["magnitude", "oneshot", "gmp", "lth"])
+def test_units_of_magnitudes_rank_by_their_l2_norm(method):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False))
+    with torch.no_grad():  # an even filter of mean 0.5 against one of mean 0.3 and a larger norm, three times
+        even, peak = torch.full((4,), 0.5), torch.tensor([1.2, 0.0, 0.0, 0.0])
+        model[0].weight.copy_(torch.stack([even, peak, even, peak, even, peak]))
+    options = {"lth": {"lth_rounds": 1}, "gmp": {"update_interval": 1}}.get(method, {})
+    pruner = Pruner(model, method, 0.5, pattern="channel", distribution="uniform", total_steps=4, **options)
+    pruner.choose_masks()
+    for step in range(4):
+        pruner.update_masks(step)
+    pruner.next_round(4)
+    assert pruner.masks.masks["0"].amax(1).tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "mest"])
+def test_moving_units_drop_the_smallest_l2_norm(method):
+    model = nn.Sequential(nn.Linear(4, 10, bias=False))
+    pruner = Pruner(model, method, 0.5, pattern="channel", total_steps=30, update_interval=2, drop_fraction=0.5)
+    pruner.choose_masks()
+    alive = pruner.masks.masks["0"].amax(1).nonzero().flatten()
+    with torch.no_grad():
+        model[0].weight[alive] = torch.tensor([1.2, 0.0, 0.0, 0.0])
+        model[0].weight[alive[:2]] = 0.5
+    model[0].weight.grad = 1 - pruner.masks.masks["0"]  # dead ones come before those that were just dropped
+    pruner.mask_gradients(1)
+    pruner.update_masks(1)
+    assert not {*alive[:2].tolist()} & {*model[0].weight.abs().amax(1).nonzero().flatten().tolist()}
+    assert (model[0].weight[alive[2:], 0] == 1.2).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    method=st.sampled_from(["magnitude", "gmp", "lth"]),
+    group=st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))),
+    sizes=st.tuples(*[st.integers(1, 23)] * 3),
+)
+@example(method="magnitude", group=(2, 4), sizes=(3, 7, 5))
+def test_every_group_of_every_layer_keeps_n_of_m_whatever_the_sizes(method, group, sizes):
+    (n, m), (inputs, hidden, outputs) = group, sizes
+    model = nn.Sequential(
+        nn.Conv2d(inputs, hidden, (1, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(hidden, outputs)
+    )
+    options = {"lth": {"lth_rounds": 2}, "gmp": {"update_interval": 1}}.get(method, {})
+    pruner = Pruner(model, method, pattern=f"{n}:{m}", total_steps=4, **options)
+    pruner.choose_masks()
+    for step in range(4):
+        pruner.update_masks(step)
+    while pruner.next_round(4) == 0:
+        pass
+    for mask in pruner.masks.masks.values():
+        for part in mask.movedim(1, -1).flatten(0, -2).split(m, dim=1):
+            assert (part.sum(1) == min(n, math.ceil(n * part.shape[1] / m))).all()
+
+
 @pytest.mark.parametrize("method", [name for name in SPARSE if METHODS[name].score])
 def test_scoring_changes_neither_weights_nor_statistics_nor_gradients(method):
     model, fresh = Tiny(), Tiny()
-    mask = Pruner(model, method, 0.5, total_steps=200)
+    mask = Pruner(model, method, 0.5, total_steps=8000, steps_per_epoch=10)
     mask.choose_masks(sample)
     for (name, now), before in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         alive = mask.masks.masks.get(name.removesuffix(".weight"), torch.ones_like(now))
@@ -184,6 +244,31 @@ def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
     assert torch.equal(kept(mask), ~highest)
 
 
+def test_grasp_in_parts_has_the_scores_of_one_batch():
+    class WithoutNorm(nn.Module):  # which would make a part depend on its other images
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.classifier = nn.Conv2d(4, 6, 3), nn.Linear(6, CLASSES)
+            self.double()
+
+        def forward(self, x):
+            WithoutNorm.largest = max(WithoutNorm.largest, len(x))
+            return self.classifier(torch.tanh(self.conv(x)).mean((2, 3)))
+
+    WithoutNorm.largest = 0
+    model = WithoutNorm()
+    options = {"score_images": 60}
+    scores = grasp(Scored(model, layers(model), torch.Generator(), sample, options=options))
+    assert WithoutNorm.largest == 80  # 240 images in three parts
+    inputs, labels = sample(60)
+    weights = list(layers(model).values())
+    grads = torch.autograd.grad(F.cross_entropy(model(inputs) / 200, labels), weights, create_graph=True)
+    curved = torch.autograd.grad(sum((g.detach() * g).sum() for g in grads), weights)
+    for score, w, hg in zip(scores.values(), weights, curved, strict=True):
+        torch.testing.assert_close(score, (w * hg).detach(), rtol=1e-10, atol=0)
+
+
 def test_synflow_is_refused_where_flow_is_not_conserved():
     mask = Pruner(build_model("vit", 1, 10), "synflow", 0.5)
     with pytest.raises(ValueError, match="synflow has no meaning for a network with layer normalisation"):
@@ -196,8 +281,6 @@ def test_synflow_conserves_flow_and_prunes_in_a_hundred_rounds():
         nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
     )
     net = net.double()
-    from prune.scores import Scored, synflow
-
     weights = layers(net)
     scores = synflow(Scored(net, weights, torch.Generator(), lambda k: (torch.randn(k, 6), torch.zeros(k))))
     for before, after in itertools.pairwise(scores.values()):
@@ -294,13 +377,62 @@ def test_mest_weighs_the_gradient_and_soft_mest_is_denser_until_the_last_change(
     counts = []
     train(model, mask, optimizer, 40, on_step=lambda step: counts.append(sum(mask.masks.alive().values())))
     targets = mask.state_dict()["targets"]
-    grown = lambda fraction: sum(int(0.3 * fraction * count) for count in targets.values())  # noqa: E731
+    room = {name: w.numel() - targets[name] for name, w in layers(model).items()}
+    grown = lambda fraction: sum(min(int(fraction * n), room[name]) for name, n in targets.items())  # noqa: E731
     assert counts[3] == target
-    assert counts[4] == target + grown(1.0)  # at a sixth of the way: the whole fraction
-    assert counts[14] == target + grown(0.5)  # at a half
-    assert counts[24] == target + grown(0.25)
+    assert counts[4] == target + grown(0.5)  # at a sixth of the way
+    assert counts[19] == target + grown(0.5)
+    assert counts[24] == target + grown(0.25)  # from three quarters on
     assert counts[29:] == [target] * 11  # the last change, at three quarters of training
     assert targets == mask.masks.alive()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "interval", "moved"),
+    [
+        ("set", {}, 30, [0.3] * 24),  # each epoch
+        ("mest", {}, 150, [0.2] * 17 + [0.1] * 6),  # each five epochs
+        ("mest", {"mest_soft": True}, 150, [0.5] * 17 + [0.25] * 6),
+        ("rigl", {}, 100, None),
+        ("gmp", {}, 100, None),
+    ],
+)
+def test_a_method_changes_masks_when_and_as_much_as_its_paper_says(method, options, interval, moved):
+    epochs = 160 if method == "mest" else 200
+    pruner = Pruner(Tiny(), method, 0.5, total_steps=30 * epochs, steps_per_epoch=30, **options)
+    assert pruner.timing == Timing(30 * epochs, interval, 0.75)
+    if moved:
+        due = [step for step in range(30 * epochs) if pruner.due(step)][: len(moved)]
+        update = METHODS[method].update
+        assert [pruner.options["drop_fraction"] * update.decay(pruner.timing.fraction(step)) for step in due] == moved
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_a_weight_that_is_dropped_and_regrown_at_once_keeps_its_value_in_rigl_only(method):
+    model = nn.Sequential(nn.Linear(10, 10, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"update_interval": 2, "drop_fraction": 0.9}
+    pruner = Pruner(model, method, 0.3, total_steps=40, optimizers=[optimizer], **options)
+    pruner.choose_masks()
+    for step in range(2):
+        model[0].weight.grad = torch.ones(10, 10) + pruner.masks.masks["0"]  # regrowth of what was dropped comes first
+        pruner.mask_gradients(step)
+        optimizer.step()
+        pruner.mask_weights()
+        before = model[0].weight.detach().clone()
+        alive = pruner.masks.masks["0"].bool()
+        momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+        pruner.update_masks(step)
+    again = alive & pruner.masks.masks["0"].bool()
+    kept = again & (model[0].weight == before)
+    if method == "rigl":
+        assert torch.equal(kept, again)
+        assert torch.equal(momentum != 0, again)
+    else:
+        assert kept.sum() == 70 - 63  # the others are dropped, and many of them come back
+        assert again.sum() > kept.sum() + 10
+        assert (model[0].weight[again & ~kept] == 0).all()
+        assert torch.equal(momentum != 0, kept)
 
 
 def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
@@ -314,6 +446,42 @@ def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
         assert value == pytest.approx(1 - round((1 - expected) * total) / total, abs=1e-12), step
     assert dead(model) == pytest.approx(0.8, abs=1 / total)
     assert mask.ever_alive_fraction() == 1
+
+
+CHANGING = ["set", "rigl", "mest", "gmp"]
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_a_usual_interval_is_shortened_to_twenty_changes_and_said(method):
+    said = []
+    pruner = Pruner(Tiny(), method, 0.5, total_steps=120, steps_per_epoch=60, warn=said.append)
+    (sentence,) = said
+    assert sentence.startswith("masks change every 4 steps, 22 times before they stay, from step 90 of 120 on; every ")
+    assert [step + 1 for step in range(120) if pruner.due(step)] == [*range(4, 90, 4), 90]
+    long = Pruner(Tiny(), method, 0.5, total_steps=10**6, steps_per_epoch=500, warn=said.append)
+    assert len(said) == 1
+    assert not long.due(98)
+
+
+@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("interval", [15, 100, "1e"])
+def test_an_interval_without_a_change_is_refused_by_a_sentence_with_one_that_works(method, interval):
+    def pruner(interval):
+        return Pruner(Tiny(), method, 0.5, total_steps=20, steps_per_epoch=20, update_interval=interval)
+
+    with pytest.raises(ValueError, match="masks would never change before they stay, from step 15 of 20 on") as error:
+        pruner(interval)
+    works, changes = map(
+        int, re.search(r"take update_interval=(\d+), which gives (\d+) changes", str(error.value)).groups()
+    )
+    assert sum(pruner(works).due(step) for step in range(14)) == changes
+    assert changes == 14
+
+
+def test_an_interval_in_epochs_is_that_many_steps():
+    for interval, first in (("1e", 30), ("0.5e", 15), ("2e", 60), (7, 7)):
+        pruner = Pruner(Tiny(), "rigl", 0.5, total_steps=1000, steps_per_epoch=30, update_interval=interval)
+        assert next(step + 1 for step in range(1000) if pruner.due(step)) == first
 
 
 def test_lottery_tickets_go_back_to_the_weights_of_the_rewind_step():
@@ -378,6 +546,14 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"layer_sparsity": {"conv": 1.5}}, "sparsity of layer 'conv' has to be"),
         ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.6}, "the sparsity by layer fixes the sparsity at 0.5"),
         ({"layer_sparsity": {"conv": 0.5}, "distribution": "erk"}, "leaves nothing to distribute"),
+        ({"layer_sparsity": {}}, "every layer is to stay dense"),
+        ({"pattern": "2:4", "dense_layers": ["*"]}, "every layer is to stay dense"),
+        (
+            {"layer_sparsity": {"conv": 0.5, "classifier": 0.999}},
+            "0.999 leaves layer 'classifier' without a weight: give",
+        ),
+        ({"method": "gmp", "layer_sparsity": {"linear": 0.9999}}, "0.9999 leaves layer 'linear' without a weight"),
+        ({"method": "gmp", "layer_sparsity": {"conv": 0.95}, "pattern": "channel"}, "without a unit of 36 weights"),
         ({"pattern": "2:4", "sparsity": 0.9}, "pattern 2:4 fixes the sparsity at 0.5"),
         ({"pattern": "2:4", "distribution": "erk"}, "leaves nothing to distribute"),
         ({"pattern": "2:4", "method": "rigl"}, "take 2:4 with gmp"),
@@ -387,7 +563,10 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"method": "synflow", "sparsity": 0.5, "distribution": "erk"}, "choose global"),
         ({"method": "lth", "sparsity": 0.5, "lth_rewind": 20}, "cannot rewind to step 20"),
         ({"pattern": "channel", "sparsity": 0.97}, "take a finer pattern"),
-        ({"method": "rigl", "sparsity": 0.5, "interval": 15}, "masks would never move"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "1x"}, "or epochs such as 1e, not '1x'"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "0e"}, "or epochs such as 1e, not '0e'"),
+        ({"method": "rigl", "sparsity": 0.5, "interval": "1e"}, "give steps_per_epoch, or update_interval as a number"),
+        ({"method": "rigl", "sparsity": 0.5, "steps": 1}, "they stay from step 1 of 1 on; train for longer"),
         ({"method": "rigl", "sparsity": 0.5, "drop_fraction": 2}, "drop_fraction has to be above 0 and below 1, not 2"),
         (
             {"method": "rigl", "sparsity": 0.5, "drop_fractoin": 0.2},

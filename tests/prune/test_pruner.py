@@ -85,6 +85,24 @@ def test_global_magnitude_keeps_the_largest_weights_of_the_network():
     assert ((after != 0) == expected).all()
 
 
+@pytest.mark.parametrize(
+    ("network", "sparsity"),
+    [
+        (("resnet", 20, 1), 0.98),
+        (("vgg", 16, 0.25), 0.98),
+        (("wideresnet", 10, 1), 0.98),
+        (("mobilenet", 28, 0.5), 0.9),
+    ],
+)
+def test_global_magnitude_keeps_the_classifier_alive(network, sparsity):
+    torch.manual_seed(0)
+    arch, depth, width = network
+    pruner = pruned(build_model(arch, depth, 10, width), method="magnitude", sparsity=sparsity, distribution="global")
+    density = pruner.masks.density()
+    assert density["classifier"] > (1 - sparsity) / 4
+    assert min(density.values()) > 0
+
+
 def test_ties_go_to_the_earlier_weight():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     nn.init.ones_(model[0].weight)
@@ -113,6 +131,41 @@ def test_dense_layers_stay_whole_and_the_others_make_up_for_them():
     line = pruner.describe()
     assert "0.9000" in line
     assert "6 layers (8,240 weights) stay dense, the others have 0.9282" in line
+
+
+class Depthwise(nn.Module):
+    """Two convolutions that see one channel each, under names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(1, 8, 1)  # one channel of one: no depthwise convolution
+        self.second = nn.Conv2d(8, 8, 3, groups=8)
+        self.third = nn.Conv2d(8, 16, 3, groups=8)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gmp"])
+def test_depthwise_filters_without_a_weight_are_counted_and_told_and_can_be_kept(method):
+    said = []
+    model = Depthwise()
+    with torch.no_grad():
+        model.second.weight[:3] *= 1e-6  # filters that no ranking keeps
+    options = {"update_interval": 1} if method == "gmp" else {}
+    pruner = Pruner(model, method, 0.5, "uniform", total_steps=8, warn=said.append, **options)
+    pruner.choose_masks(lambda k: (torch.randn(k, 1, 9, 9), torch.zeros(k)))
+    for step in range(8):
+        pruner.update_masks(step)
+        pruner.check_layers()
+    empty = sum(int((w.flatten(1).abs().amax(1) == 0).sum()) for w in (model.second.weight, model.third.weight))
+    assert empty >= 3
+    (sentence,) = said
+    assert sentence.startswith(f"{empty} of 24 depthwise filters have no weight")
+    assert f"; {empty + int((model.first.weight == 0).sum())} of 32 filters have no weight" in pruner.describe()
+    kept = Pruner(Depthwise(), "random", 0.01, dense_layers=["depthwise"])
+    assert kept.budget.dense == {"second", "third"}
 
 
 def test_none_leaves_everything_alone():
@@ -175,7 +228,7 @@ def test_a_shared_weight_counts_once():
         ({"method": "random", "sparsity": 0.99999}, "at most 0.9999 is possible"),
         ({"method": "random", "sparsity": 0.995, "distribution": "erk", "dense_layers": ["stage3.*"]}, "at most 0.2"),
         ({"method": "random", "sparsity": 0.9995, "distribution": "uniform"}, "without a weight"),
-        ({"method": "magnitude", "sparsity": 0.98, "distribution": "global"}, "without a weight"),
+        ({"method": "random", "sparsity": 0.98, "distribution": "uniform", "pattern": "channel"}, "without a weight"),
         ({"method": "random", "sparsity": 0.9, "dense_layers": ["steam"]}, "matches 'steam'"),
         ({"method": "random", "sparsity": 0.0, "dense_layers": ["*"]}, "every layer is to stay dense"),
     ],

@@ -49,7 +49,12 @@ class Training:
         """All that a step may change, the SAM memory of one-step SAM apart."""
         state = self.state.state_dict()
         tensors = [*state["model"].values(), *state["pruner"]["masks"].values()]
-        tensors += [t for p in state["optimizer"]["state"].values() for t in p.values() if isinstance(t, torch.Tensor)]
+        tensors += [
+            t
+            for p in state["optimizer"]["state"].values()
+            for key, t in p.items()
+            if key[:4] != "sam_" and isinstance(t, torch.Tensor)
+        ]
         return [t.clone() for t in tensors]
 
 

@@ -1,0 +1,201 @@
+"""The grid of a sweep, as a script writes it down, and the runs that it makes.
+
+A grid has lines of four kinds; scripts/reproduce_cifar.sh shows all of them:
+
+    # TEXT                         --help shows it
+    NAME = VALUES  # MEANING       a setting with its default; an environment variable of that name replaces the default
+    ARM FLAG ...                   a name and flags, for each value of every setting in braces: {NAME} stands for the
+                                   value, {NAME=VALUE} for this value alone
+    > COMMAND                      runs at the end of the sweep, without a shell; {OUTPUT_DIR} is the sweep's directory
+
+Every arm becomes a run for each pruning method, sparsity and seed.
+"""
+
+import difflib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+SETTINGS = {  # of every sweep: default, which a grid may replace, and meaning
+    "METHODS": ("random", "pruning methods; none for a dense network"),
+    "SPARSITIES": ("0.9", "shares of the weights that are zero"),
+    "SEEDS": ("0 1 2", ""),
+    "EPOCHS": ("160", ""),
+    "JOBS": ("1", "runs at a time; the cores are shared out between them, unless OMP_NUM_THREADS is set"),
+    "GPUS": ("", "numbers of the GPUs to spread runs over, such as 0 1; several runs may share one"),
+    "OUTPUT_DIR": ("", "where the directories of the runs are"),
+}
+SETTING = re.compile(r"([A-Z][A-Z0-9_]*)\s*=\s*([^#]*?)\s*(?:#\s*(.*))?")
+PLACE = re.compile(r"\{([A-Z][A-Z0-9_]*)(?:=([^{}]*))?\}")
+NEAR = 0.76  # difflib's ratio: RHO is nearer than this to RHOS, and SPARSITY to SPARSITIES; CPUS is not to GPUS
+SET_BY_SWEEP = {"prune_method", "sparsity", "sparsity_config", "seed", "epochs", "output_dir", "resume", "evaluate"}
+NOT_OF_NETWORKS = {
+    "dataset",
+    "optmzr",
+    "sam_v2",
+    "sam_rho",
+    "adaptive",
+    "seed",
+}  # networks that differ in them build alike
+PATHS = ("--data-dir", "--pretrained")
+
+Flags = dict[str, list[str]]  # by the name of an arm or of a run
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Say in a sentence what is wrong with the input, and exit with code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid says.
+
+    Attributes:
+        about: its comments.
+        settings: default and meaning of each setting.
+        arms: name and flags of each arm, with places for the values of settings.
+        after: commands for the end of the sweep.
+    """
+
+    about: list[str]
+    settings: dict[str, tuple[str, str]]
+    arms: list[list[str]]
+    after: list[list[str]]
+
+    def value(self, name: str) -> str:
+        """Return a setting's text, from the environment or the grid."""
+        return os.environ.get(name) or self.settings[name][0]
+
+    def numbers(self, name: str) -> list[str]:
+        """Return a setting's whole numbers, as text."""
+        values = self.value(name).split()
+        for value in values:
+            if not re.fullmatch("[0-9]+", value):
+                refuse(f"{name} takes whole numbers, not '{value}'")
+        return values
+
+    def number(self, name: str) -> int:
+        """Return a setting that is one whole number."""
+        values = self.numbers(name)
+        if len(values) != 1 or int(values[0]) < 1:
+            refuse(f"{name} takes one whole number above 0, not '{' '.join(values)}'")
+        return int(values[0])
+
+    def help(self) -> str:
+        """Describe the sweep and the settings that it reads."""
+        lines = [*self.about, "", "settings, in the environment, and their defaults; lists are separated by spaces:"]
+        for name, (default, meaning) in self.settings.items():
+            lines.append(" ".join([f"  {name:<11}", *filter(None, [meaning, default and f"({default})"])]))
+        return "\n".join(lines)
+
+    def expand_arms(self) -> Flags:
+        """Return the flags of each arm, for every combination of the grid's own settings."""
+        own = {name: self.value(name).split() for name in self.settings if name not in SETTINGS}
+        arms: Flags = {}
+        taken = set()
+        for values in itertools.product(*own.values()):
+            chosen = dict(zip(own, values, strict=True))
+            for arm in self.arms:
+                places = PLACE.findall(" ".join(arm))
+                for name, _ in places:
+                    if name not in own:
+                        refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
+                if any(only and only != chosen[name] for name, only in places):
+                    continue
+                name, *flags = (fill_in(word, chosen) for word in arm)
+                if arms.setdefault(name, flags) != flags:
+                    refuse(f"two arms of the grid are called '{name}': give them different names")
+                taken |= {(name, chosen[name]) for name, _ in places}
+        for name, value in [(name, value) for name, values in own.items() for value in values]:
+            if (name, value) not in taken:
+                refuse(f"{name}: no arm of this sweep is for '{value}'")
+        return arms
+
+    def expand_runs(self, arms: Flags, extra: list[str]) -> Flags:
+        """Return the flags of each run, which end in the extra ones."""
+        runs: Flags = {}
+        for arm, method, sparsity, seed in itertools.product(
+            arms, self.value("METHODS").split(), self.value("SPARSITIES").split(), self.numbers("SEEDS")
+        ):
+            sparse, share = (["--sparsity", sparsity], f"{method}-{sparsity}") if method != "none" else ([], "dense")
+            flags = ["--prune-method", method, *sparse, *arms[arm], "--seed", seed, "--epochs", self.value("EPOCHS")]
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{share}-{arm}-seed{seed}")
+            if runs.setdefault(name, [*flags, *extra]) != [*flags, *extra]:
+                refuse(f"two runs of the grid are called '{name}': give its arms other names")
+        if not runs:
+            refuse("there is nothing to run: the grid has no arm, or a setting is white space alone")
+        return runs
+
+
+def fill_in(word: str, values: dict[str, str]) -> str:
+    """Put the values of settings in their places."""
+    return PLACE.sub(lambda place: values[place[1]], word)
+
+
+def read_grid(text: str, name: str) -> Grid:
+    """Read a sweep's grid, and refuse variables of the environment that look like one of its settings misspelt."""
+    settings = SETTINGS | {"OUTPUT_DIR": (f"runs/{name}", SETTINGS["OUTPUT_DIR"][1])}
+    grid = Grid([], {}, [], [])
+    for line in map(str.strip, text.splitlines()):
+        try:
+            if line.startswith("#"):
+                grid.about.append(line.removeprefix("#").strip())
+            elif setting := SETTING.fullmatch(line):
+                grid.settings[setting[1]] = (setting[2], setting[3] or settings.get(setting[1], ("", ""))[1])
+            elif line.startswith(">"):
+                grid.after.append(shlex.split(line[1:]))
+                if not shutil.which(grid.after[-1][0]) and grid.after[-1][0] != "python":
+                    refuse(f"the grid ends in a command that is not installed: {line}")
+            elif line:
+                grid.arms.append(shlex.split(line))
+        except ValueError:
+            refuse(f"a quotation in the grid has no end: {line}")
+    grid.settings.update({known: both for known, both in settings.items() if known not in grid.settings})
+    for variable in filter(str.isupper, os.environ):
+        near = difflib.get_close_matches(variable, grid.settings, 1, NEAR)
+        if near and variable not in grid.settings and near[0] not in os.environ:
+            refuse(f"{variable} is no setting of this sweep, but {near[0]} is: set that, or unset {variable}")
+    return grid
+
+
+def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
+    """Yield flags and their values, with relative paths among them taken from a directory."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, path = argument.partition("=")
+        if before in PATHS:
+            yield os.path.realpath(os.path.join(directory, argument))
+        elif equals and flag in PATHS:
+            yield f"{flag}={os.path.realpath(os.path.join(directory, path))}"
+        else:
+            yield argument
+
+
+def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
+    """Refuse what a run would refuse before it looks at data, so that none is started in vain."""
+    from experiment.build import check_on_meta  # here: these import torch
+    from experiment.checks import check
+    from experiment.flags import flag, parse
+    from utils.errors import UsageError
+
+    run, built = "all runs", set()
+    try:
+        taken = SET_BY_SWEEP.union(*(parse(flags)[1] for flags in arms.values()))
+        for name in sorted(taken & parse(extra)[1]):
+            refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
+        for run, flags in runs.items():  # noqa: B007 (the sentence below names it)
+            args, given = parse(flags)
+            check(args, given)
+            network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
+            if network not in built:
+                check_on_meta(args)
+            built.add(network)
+    except UsageError as error:
+        refuse(f"{error} (flags of {run}; no run was started)")

@@ -1,0 +1,46 @@
+"""Whether the living weights still connect the input of a network with its output."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from prune.masks import prunable_weights
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
+    """Return whether any path of living weights leads from the input to the output. Waits for the device.
+
+    This is SynFlow's flow (Tanaka et al. 2020) in a network whose living weights are 1 and whose normalisation is the
+    identity, on an input of ones. Each layer's output is scaled to a largest value of 1, so that the flow through many
+    layers neither over- nor underflows. Biases do not count: they reach the output without the input.
+
+    Args:
+        model: the network, which stays as it is.
+        alive: masks of its weights by layer; a layer without one is dense.
+        input_shape: of one input, without the batch.
+    """
+    shadow = copy.deepcopy(model).double().eval()
+    weights = prunable_weights(shadow)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            mask = alive.get(name)
+            weight.fill_(1) if mask is None else weight.copy_(mask)
+    for module in shadow.modules():
+        if isinstance(module, NORMS):
+            module.forward = nn.Identity().forward  # type: ignore[method-assign]
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            module.bias = None
+            module.register_forward_hook(_scaled)
+    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(shadow(ones).sum(), [ones], allow_unused=True)
+    return slope is not None and bool(slope.any())
+
+
+def _scaled(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    largest = output.detach().abs().amax()
+    return output / torch.where(largest > 0, largest, 1)

@@ -1,0 +1,60 @@
+"""What becomes of flags where the machine is too small."""
+
+import pytest
+import torch
+
+from experiment import build
+from experiment.flags import parse, resolve
+from models import build_model
+from utils.errors import TrainingError
+
+
+class FullGpu:
+    def sample(self, per_class):
+        raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--prune-method grasp", "try --score-images 5 "),
+        ("--prune-method snip --score-images 3", "try --score-images 1 "),
+        ("--prune-method snip --score-images 1", "try a smaller --width "),
+        ("--prune-method synflow", "try a smaller --width "),
+    ],
+)
+def test_too_little_memory_for_the_scores_advises_what_they_take(flags, words):
+    args = resolve(parse(f"--depth 8 --width 0.25 --sparsity 0.5 {flags}".split())[0])
+    pruner = build.pruner(args, build_model("resnet", 8, 10, 0.25), [], total_steps=1000)
+    with pytest.raises(TrainingError, match="out of GPU memory: ") as error:
+        build.choose_masks(args, pruner, FullGpu())
+    assert words in str(error.value)
+
+
+def test_masks_of_a_pretrained_network_are_kept_where_asked_and_their_loss_is_said(train, trained):
+    zeros = {name: mask == 0 for name, mask in trained.checkpoint()["state"]["pruner"]["masks"].items()}
+    pretrained = f"--epochs 1 --pretrained {trained.directory / 'checkpoint.pt'}"
+    kept = train(f"{pretrained} --keep-masks")
+    assert kept.code == 0, kept.err
+    assert "warning" not in kept.err
+    assert kept.json("result.json")["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    weights = kept.checkpoint()["state"]["model"]
+    assert all((weights[f"{name}.weight"] == 0)[zero].all() for name, zero in zeros.items())
+
+    lost = train(pretrained, "lost")
+    assert lost.code == 0, lost.err
+    assert "warning: the checkpoint's masks, of sparsity 0.5000, are not kept" in lost.err
+    assert lost.json("result.json")["sparsity"] == 0
+
+    dense = train(f"--epochs 1 --keep-masks --pretrained {lost.directory / 'checkpoint.pt'}", "dense")
+    assert (dense.code, dense.err.count("\n")) == (2, 1)
+    assert "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network" in dense.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr"),
+    [("", 0.1), ("--prune-method oneshot", 0.01), ("--prune-method oneshot --optmzr adamw-sam", 0.0001)],
+)
+def test_oneshot_fine_tunes_at_a_tenth_of_the_usual_learning_rate(flags, lr):
+    assert resolve(parse(flags.split())[0]).lr == pytest.approx(lr)
+    assert resolve(parse([*flags.split(), "--lr", "0.3"])[0]).lr == 0.3

@@ -1,0 +1,131 @@
+"""Layers without a weight: allowed where other layers lead from the input to the output, refused where none do."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from prune import EmptyLayerError, Pruner
+from prune.masks import prunable_weights, select_layers
+
+NETWORKS = {"basic": ("resnet", 8, 0.5), "bottleneck": ("resnet", 50, 0.125), "wide": ("wideresnet", 10, 0.5)}
+
+
+def sample(per_class):
+    return torch.randn(10 * per_class, 3, 16, 16), torch.arange(10).repeat(per_class)
+
+
+def emptied(network, patterns, warn=warnings.warn):
+    """A network and its Pruner, whose layers of these names are too small for a ranking by magnitude to keep any weight."""
+    torch.manual_seed(0)
+    model = build_model(*NETWORKS[network][:2], 10, NETWORKS[network][2])
+    weights = prunable_weights(model)
+    names = select_layers(list(weights), patterns)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.rand_like(weight) + 1)
+            if name in names:
+                weight.mul_(1e-6)
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    sparsity = sum(sizes[name] for name in names) / sum(sizes.values())
+    return model, Pruner(model, "magnitude", sparsity, "global", warn=warn), names
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("patterns", [["shortcut"], ["conv1"], ["conv2"], ["stage2.0.conv1", "stage3.0.shortcut*"]])
+def test_empty_layers_beside_a_living_path_are_a_warning_that_names_them(network, patterns):
+    said = []
+    model, pruner, names = emptied(network, patterns, said.append)
+    pruner.choose_masks(sample)
+    assert {name for name, count in pruner.masks.alive().items() if count == 0} == names
+    (sentence,) = said
+    listed = re.fullmatch(r"no weight is left in (.*); other layers still lead from the input to the output", sentence)[
+        1
+    ]
+    first = [name for name in pruner.masks.weights if name in names][:5]
+    assert listed.startswith(", ".join(first))
+    assert listed.endswith(f" and {len(names) - 5} other layers") == (len(names) > 5)
+    inputs, labels = sample(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(2):
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        pruner.mask_gradients(step)
+        optimizer.step()
+        pruner.mask_weights()
+        pruner.check_layers()
+    assert len(said) == 1  # once a layer
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("patterns", [["stem*"], ["classifier"], ["stage2.0.*"]])
+def test_a_network_without_a_path_is_refused(network, patterns):
+    _, pruner, names = emptied(network, patterns)
+    first = next(name for name in pruner.masks.weights if name in names)
+    with pytest.raises(
+        EmptyLayerError, match=f"'{first}' without a weight: no path leads from the input to the output"
+    ):
+        pruner.choose_masks(sample)
+
+
+def test_a_path_that_is_cut_between_layers_is_refused_although_none_is_empty():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, 2.0], [0.1, 0.1]]))  # feeds the first unit
+        model[2].weight.copy_(torch.tensor([[0.1, 2.0], [0.1, 2.0]]))  # reads the second
+        model[0].bias.fill_(1)
+    pruner = Pruner(model, "magnitude", 0.5, "uniform")
+    with pytest.raises(EmptyLayerError, match="leaves no path of weights through the network: take sparsity="):
+        pruner.choose_masks(lambda k: (torch.randn(k, 2), torch.zeros(k)))
+
+
+def test_without_a_sample_an_empty_layer_is_refused_and_the_sentence_asks_for_one():
+    _, pruner, _ = emptied("basic", ["shortcut"])
+    with pytest.raises(EmptyLayerError, match="give choose_masks a sample"):
+        pruner.choose_masks()
+
+
+def test_a_path_through_hundreds_of_sparse_layers_is_found():
+    torch.manual_seed(0)
+    layers = [nn.Linear(100, 100, bias=False) for _ in range(300)]
+    model = nn.Sequential(*layers, nn.Linear(100, 3))
+    pruner = Pruner(model, "magnitude", 0.9, "uniform")
+    pruner.choose_masks(lambda k: (torch.randn(k, 100), torch.zeros(k)))
+    assert pruner.masks.sparsity() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_transformer_whose_blocks_are_empty_lives_by_its_residual_path():
+    torch.manual_seed(0)
+    said = []
+    for layer, fits in (("blocks", True), ("stem", False)):
+        model = build_model("vit", 2, 10, 1 / 3)
+        weights = prunable_weights(model)
+        names = {name for name in weights if name.startswith(layer)}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_((torch.rand_like(weight) + 1) * (1e-6 if name in names else 1))
+        share = sum(weights[name].numel() for name in names) / sum(weight.numel() for weight in weights.values())
+        pruner = Pruner(model, "oneshot", share, "global", warn=said.append)
+        if fits:
+            pruner.choose_masks(sample)
+        else:
+            with pytest.raises(EmptyLayerError, match="'stem' without a weight: no path"):
+                pruner.choose_masks(sample)
+    assert len(said) == 1
+
+
+def test_lottery_tickets_train_on_where_a_shortcut_is_empty_and_after_a_resume():
+    said = []
+    model, _, names = emptied("basic", ["shortcut"])
+    sizes = {name: weight.numel() for name, weight in prunable_weights(model).items()}
+    sparsity = sum(sizes[name] for name in names) / sum(sizes.values())
+    first = Pruner(model, "lth", sparsity, "global", lth_rounds=1, warn=said.append)
+    first.choose_masks(sample)
+    again = Pruner(model, "lth", sparsity, "global", lth_rounds=1, warn=said.append)
+    again.load_state_dict(first.state_dict())
+    assert again.next_round(10) == 0
+    assert {name for name, count in again.masks.alive().items() if count == 0} == names
+    assert len(said) == 1

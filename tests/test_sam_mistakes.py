@@ -1,0 +1,278 @@
+"""Uses that went wrong without a word in SAM implementations: each is right here, or refused by a sentence."""
+
+import io
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from formulas import assert_same, batches, documented_step, loss_of, network, weights
+from torch import nn
+
+from sam import SAM
+
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "rho": 0.3}
+BOTH = pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
+
+
+class Wrapper:
+    """A wrapper in the manner of training frameworks: the optimizer's attributes are copied when it is wrapped."""
+
+    def __init__(self, optimizer):
+        self.__dict__ = dict(optimizer.__dict__)
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+
+@BOTH
+def test_a_wrapper_that_copies_attributes_and_the_optimizer_in_it_are_one(v2):
+    model, other = network(), network()
+    inner = SAM(model.parameters(), torch.optim.SGD, v2=v2, **OPTIONS)
+    wrapper = Wrapper(inner)
+    by_hand = SAM(other.parameters(), torch.optim.SGD, v2=v2, **OPTIONS)
+    for number, batch in enumerate(batches(6)):
+        first, second = (wrapper, inner) if number % 2 else (inner, wrapper)
+        first.zero_grad()
+        if not v2:
+            loss_of(model, batch).backward()
+        first.first_step(zero_grad=True)
+        loss_of(model, batch).backward()
+        second.second_step()
+        documented_step(other, by_hand, batch)
+        assert_same(weights(model), weights(other))
+        saved = [o.state_dict()["state"] for o in (inner, wrapper)]
+        assert all(("sam_buffer" in values) == v2 for state in saved for values in state.values())
+    wrapper.load_state_dict(by_hand.state_dict())
+    assert inner.param_groups is wrapper.param_groups is inner.base_optimizer.param_groups
+    assert inner.state is inner.base_optimizer.state
+
+
+@BOTH
+def test_a_closure_that_computes_nothing_is_refused(v2):
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, v2=v2, **OPTIONS)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        optimizer.step(lambda: None)
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="before step"):
+        optimizer.step(lambda: None)
+
+
+@BOTH
+def test_a_closure_that_does_not_zero_gradients_computes_those_of_its_batch(v2):
+    model, other = network(), network()
+    optimizer, by_hand = (SAM(m.parameters(), torch.optim.SGD, v2=v2, **OPTIONS) for m in (model, other))
+    for batch in batches(4):
+
+        def closure(batch=batch):
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        documented_step(other, by_hand, batch)
+        assert_same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
+def test_a_closure_after_first_step_is_the_rest_of_the_step(v2):
+    model, other = network(), network()
+    optimizer, by_hand = (SAM(m.parameters(), torch.optim.SGD, v2=v2, **OPTIONS) for m in (model, other))
+    for batch in batches(4):
+        optimizer.zero_grad()
+        if not v2:
+            loss_of(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        optimizer.step(lambda batch=batch: loss_of(model, batch).backward())
+        documented_step(other, by_hand, batch)
+        assert_same(weights(model), weights(other))
+
+
+def test_the_loop_of_two_steps_around_one_step_sam_warns_once():
+    model, other = network(), network()
+    optimizer, by_hand = (SAM(m.parameters(), torch.optim.SGD, **OPTIONS) for m in (model, other))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches(3):
+            loss_of(model, batch).backward()
+            optimizer.first_step(zero_grad=True)
+            loss_of(model, batch).backward()
+            optimizer.second_step(zero_grad=True)
+    assert ["v2=False" in str(w.message) and w.filename == __file__ for w in caught] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(3):
+            by_hand.first_step(zero_grad=True)  # gradients of the last step may be there
+            loss_of(other, batch).backward()
+            by_hand.second_step()
+        assert_same(weights(model), weights(other))
+        by_hand.zero_grad()
+        by_hand.first_step()
+        loss_of(other, batch).backward()
+        by_hand.restore()  # nor is the gradient of a step that was left out one of a pass too many
+        by_hand.first_step()
+
+
+@BOTH
+def test_steps_inside_a_compiled_function_are_those_outside(v2):
+    model, other = network(), network()
+    optimizer, by_hand = (SAM(m.parameters(), torch.optim.SGD, v2=v2, **OPTIONS) for m in (model, other))
+    first_step, second_step = (torch.compile(f) for f in (optimizer.first_step, optimizer.second_step))
+    for batch in batches(4):
+        optimizer.zero_grad()
+        if not v2:
+            loss_of(model, batch).backward()
+        first_step(zero_grad=True)
+        loss_of(model, batch).backward()
+        second_step()
+        documented_step(other, by_hand, batch)
+    assert_same(weights(model), weights(other))
+
+
+def test_one_autocast_region_around_both_passes_reads_the_perturbed_weights():
+    models = [network(dtype=torch.float32) for _ in range(2)]
+    for model, one_region in zip(models, (True, False), strict=True):
+        optimizer = SAM(model.parameters(), torch.optim.SGD, v2=False, lr=0.1, rho=3.0)
+        for batch in batches(3, dtype=torch.float32):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16) if one_region else nullcontext():
+                for half in (lambda o=optimizer: o.first_step(zero_grad=True), optimizer.second_step):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss_of(model, batch).backward()
+                    half()
+    assert_same(*map(weights, models))
+
+
+def test_a_loss_reused_after_first_step_is_refused_by_torch():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, v2=False, **OPTIONS)
+    loss = model(torch.ones(2, 3)).sum()
+    loss.backward(retain_graph=True)
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+def test_groups_that_change_are_followed():
+    a, b, c = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(3))
+    optimizer = SAM([{"params": [a]}, {"params": [b]}], torch.optim.SGD, lr=0.0, rho=1.0)
+
+    def step(*params):
+        optimizer.first_step(zero_grad=True)
+        seen = [round(p.item(), 6) for p in (a, b, c)]
+        sum(p.sum() * k for p, k in zip(params, (3, 4), strict=False)).backward()
+        optimizer.second_step()
+        return seen
+
+    step(a, b)
+    assert step(a, b) == [0.6, 0.8, 0]
+    optimizer.param_groups[1]["params"][0] = c  # replaced, as by a wrapper that shards
+    assert step(a, c) == [1, 0, 0]
+    assert step(a, c) == [0.6, 0, 0.8]
+    del optimizer.param_groups[0]
+    assert step(c) == [0, 0, 1]
+    assert step(c) == [0, 0, 1]
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": []})
+    assert step(c) == [0, 0, 1]
+    assert [s.item() for s in optimizer.perturbation_stats()] == [0, 0]
+
+
+def test_frozen_parameters_have_no_buffer_and_are_not_moved():
+    for direction in ("previous", "momentum", "ema", "random"):
+        model = network()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, direction=direction, **OPTIONS).attach(model)
+        model[0].requires_grad_(False)
+        start = weights(model)
+        for batch in batches(3):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            assert torch.equal(model[0].weight, start[0])
+            optimizer.step()
+        assert not optimizer.state.get(model[0].weight)
+        model[0].requires_grad_(True)
+        for batch in batches(2):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        model.requires_grad_(False)
+        model[3].requires_grad_(True)  # frozen in the middle of training: neither moved nor kept
+        start = weights(model)
+        optimizer.zero_grad()
+        loss_of(model, batches(1)[0]).backward()
+        assert torch.equal(model[0].weight, start[0])
+        optimizer.step()
+        assert "sam_buffer" not in optimizer.state[model[0].weight]
+        assert "sam_buffer" in optimizer.state[model[3].weight]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_checkpoint_without_the_base_optimizers_state_is_refused(base):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SAM([p], base, lr=0.1)
+    group = {k: v for k, v in optimizer.state_dict()["param_groups"][0].items() if not k.startswith("sam_")}
+    with pytest.raises(ValueError, match="does not save its base optimizer"):
+        optimizer.load_state_dict({"state": {0: {"old_p": torch.ones(2)}}, "param_groups": [group]})
+
+
+def test_accumulating_for_a_closure_without_attach_is_refused():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
+    first, second, third = batches(3)
+    documented_step(model, optimizer, first)
+    optimizer.zero_grad()
+    loss_of(model, second).backward()
+    with pytest.raises(RuntimeError, match="attach"):
+        optimizer.step(lambda: loss_of(model, third).backward())
+
+
+def test_what_state_dict_returns_does_not_change_with_the_next_step():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+    first, second = batches(2)
+    documented_step(model, optimizer, first)
+    saved = optimizer.state_dict()["state"][0]["sam_buffer"]
+    before = saved.clone()
+    documented_step(model, optimizer, second)
+    assert torch.equal(saved, before)
+
+
+def test_what_is_saved_is_no_larger_than_what_it_holds():
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 1))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1).attach(model)
+    model(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    for what in (model[1].state_dict(), optimizer.state_dict()["state"][3]):
+        file = io.BytesIO()
+        torch.save(what, file)
+        assert file.tell() < 8192
+
+
+def test_hooks_on_state_dicts_and_steps_are_called():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
+    called = []
+    optimizer.register_state_dict_pre_hook(lambda o: called.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda o, state: called.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: called.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda o: called.append("loaded"))
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: called.append("stepping"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: called.append("stepped"))
+    documented_step(model, optimizer, batches(1)[0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert called == ["stepping", "stepped", "saving", "saved", "loading", "loaded"]
+
+
+def test_a_state_loaded_under_inference_mode_can_be_trained_on():
+    model, other = network(), network()
+    optimizer, resumed = (SAM(m.parameters(), torch.optim.SGD, **OPTIONS) for m in (model, other))
+    first, second = batches(2)
+    documented_step(model, optimizer, first)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    with torch.inference_mode():
+        saved = torch.load(file, weights_only=True)
+        resumed.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    for m, o in ((model, optimizer), (other, resumed)):
+        documented_step(m, o, second)
+    assert_same(weights(model), weights(other))

@@ -1,0 +1,201 @@
+"""The Python that scripts find or make, tried with stubs of Python and pip: no network, nothing installed."""
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A Python of another version, whose packages are the lines of a file of its prefix, with a venv and a pip to match.
+STUB = """#!{python} -I
+import importlib.metadata as metadata, os, pathlib, signal, sys, time, types
+path = pathlib.Path(sys.argv[0])
+del sys.argv[0]
+version = (*{version}, 0, "final", 0)
+sys.version_info, sys.executable, sys.prefix = version, str(path), str(path.parents[1])
+sys._base_executable = {base!r} or str(path)
+packages = pathlib.Path(sys.prefix, "packages")
+installed = packages.read_text().split() if packages.exists() else []
+def version_of(name):
+    if name not in installed:
+        raise metadata.PackageNotFoundError(name)
+    return "1.0"
+metadata.version = version_of
+what, *rest = sys.argv
+if what in ("-", "-c"):
+    code = sys.stdin.read() if what == "-" else rest[0]
+    if {bare}:
+        sys.modules["ensurepip"] = None
+    exec(code, {{"__name__": "__main__"}})
+elif rest[:1] == ["venv"]:
+    source, target = path.read_text(), pathlib.Path(rest[1], "bin")
+    target.mkdir(parents=True, exist_ok=True)
+    target.joinpath("python").write_text(source.replace("_base_executable = ''", f"_base_executable = {{str(path)!r}}"))
+    target.joinpath("python").chmod(0o755)
+elif rest[:2] == ["pip", "install"]:
+    print("Collecting torch>=2.8", flush=True)
+    print("  Downloading torch-2.14.1-manylinux_2_28_x86_64.whl (888.1 MB)", flush=True)
+    pathlib.Path("asked").write_text(" ".join(rest))
+    time.sleep(float(os.environ.get("PIP_SECONDS", 0)))
+    if "PIP_FAILS" in os.environ:
+        sys.exit("ERROR: No matching distribution found for torch>=2.8")
+    if "PIP_KILLED" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
+    packages.write_text("torch")
+"""
+
+
+class Machine:
+    """A checkout with scripts/setup.sh, and a PATH with stubs of Python."""
+
+    def __init__(self, root):
+        self.root, self.path = root, root / "usr" / "bin"
+        self.path.mkdir(parents=True)
+        (root / "scripts").mkdir()
+        shutil.copy(ROOT / "scripts" / "setup.sh", root / "scripts")
+        (root / "requirements.txt").write_text("torch>=1\n")
+        for tool in ("bash", "dirname", "rm", "mkdir", "touch", "sed", "grep", "head", "tail", "du", "cut", "cat"):
+            (self.path / tool).symlink_to(shutil.which(tool))
+
+    def python(self, name, version, directory=None, bare=False, base=""):
+        file = (directory or self.path) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(STUB.format(python=sys.executable, version=version, bare=bare, base=base))
+        file.chmod(0o755)
+        return file
+
+    def setup(self, path="", stderr=subprocess.PIPE, **environment):
+        """What a script sees once it has sourced setup.sh; its last line is the Python."""
+        script = 'set -euo pipefail; set -- requirements.txt; source scripts/setup.sh; echo "$PYTHON"'
+        environment = {"PATH": f"{path}:{self.path}", "HOME": str(self.root)} | environment
+        return subprocess.run(
+            ["bash", "-c", script], cwd=self.root, env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr,
+            timeout=60,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_a_python_that_has_everything_is_used_and_nothing_is_made(machine):
+    machine.python("python3", (3, 9))
+    machine.python("python3.11", (3, 11))
+    (machine.root / "usr" / "packages").write_text("torch")
+    done = machine.setup()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "python3.11\n", "")
+    assert not (machine.root / ".venv").exists()
+
+
+@pytest.mark.parametrize(("names", "chosen"), [({"python3": 9, "python3.12": 12}, 12), ({"python": 10}, 10)])
+def test_the_environment_is_made_by_a_python_of_at_least_3_10(machine, names, chosen):
+    for name, minor in names.items():
+        machine.python(name, (3, minor))
+    done = machine.setup()
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+    assert f"version = (*(3, {chosen})" in (machine.root / ".venv/bin/python").read_text()
+    assert done.stderr.startswith("installing requirements.txt into .venv: about 6 GB and five minutes")
+    again = machine.setup()
+    assert (again.stdout, again.stderr) == (".venv/bin/python\n", "")
+
+
+@pytest.mark.parametrize(
+    ("pythons", "words"),
+    [
+        ([], "Python 3.10 or newer is needed, and there is none on PATH: install one"),
+        ([("python3", (3, 9), False)], "Python 3.10 or newer is needed, and python3 is Python 3.9: install one"),
+        ([("python3", (3, 9), False), ("python3.12", (3, 12), True)], "python3.12 cannot make environments"),
+    ],
+)
+def test_without_a_python_one_sentence_says_so_and_nothing_is_made(machine, pythons, words):
+    for name, version, bare in pythons:
+        machine.python(name, version, bare=bare)
+    (machine.root / ".venv").mkdir()
+    done = machine.setup()
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert list((machine.root / ".venv").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [((3, 9), "is of Python 3.9, not 3.12"), ((3, 11), "is of Python 3.11, not 3.12")]
+)
+def test_an_environment_of_another_python_is_said_and_made_anew(machine, version, words):
+    machine.python("python3", (3, 12))
+    machine.python("python", version, machine.root / ".venv" / "bin")
+    (machine.root / ".venv" / "old").touch()
+    done = machine.setup()
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n")
+    assert f"note: .venv {words}, and is made anew\n" in done.stderr
+    assert not (machine.root / ".venv" / "old").exists()
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(machine):
+    machine.python("python3", (3, 12))
+    (machine.root / ".venv" / "bin").mkdir(parents=True)
+    (machine.root / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
+    done = machine.setup()
+    assert done.returncode == 0
+    assert "note: .venv has no Python that runs, and is made anew\n" in done.stderr
+
+
+def test_a_half_installed_environment_is_made_anew_even_if_it_is_active(machine):
+    machine.python("python3", (3, 12))
+    assert machine.setup(PIP_KILLED="1").returncode == -9
+    venv = machine.root / ".venv"
+    (venv / "packages").write_text(
+        "torch"
+    )  # its metadata are there: only the installation knows that it was not finished
+    shutil.copy(venv / "bin" / "python", venv / "bin" / "python3")
+    done = machine.setup(path=venv / "bin")
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+    assert "note: .venv was left half-installed, and is made anew\n" in done.stderr
+    assert not (venv / "bin" / "python3").exists()
+    assert machine.setup(path=venv / "bin").stderr == ""
+
+
+def test_an_environment_that_lacks_a_package_is_filled_not_made_anew(machine):
+    machine.python("python3", (3, 12))
+    machine.python("python", (3, 12), machine.root / ".venv" / "bin")
+    (machine.root / ".venv" / "mine").touch()
+    done = machine.setup()
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n")
+    assert "made anew" not in done.stderr
+    assert (machine.root / ".venv" / "mine").exists()
+
+
+def test_an_index_of_cpu_builds_goes_to_pip(machine):
+    machine.python("python3", (3, 12))
+    done = machine.setup(TORCH_INDEX="https://index.example/cpu")
+    assert "torch from https://index.example/cpu" in done.stderr
+    asked = (machine.root / "asked").read_text()
+    assert (
+        asked
+        == "pip install --progress-bar off --extra-index-url=https://index.example/cpu --requirement=requirements.txt"
+    )
+
+
+def test_a_failing_pip_ends_in_its_error_and_one_sentence(machine):
+    machine.python("python3", (3, 12))
+    done = machine.setup(PIP_FAILS="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    error, sentence = done.stderr.splitlines()[-2:]
+    assert error == "ERROR: No matching distribution found for torch>=2.8"
+    assert sentence.startswith("error: pip could not install requirements.txt: .venv/pip.log has all it said")
+
+
+def test_a_line_on_the_terminal_tells_what_pip_is_at(machine):
+    machine.python("python3", (3, 12))
+    reader, writer = pty.openpty()
+    assert machine.setup(stderr=writer, PIP_SECONDS="1.3").returncode == 0
+    os.close(writer)
+    shown = os.read(reader, 10_000).decode()
+    assert "0:01" in shown
+    assert "MB in .venv  Downloading torch-2.14.1" in shown
