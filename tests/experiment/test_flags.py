@@ -209,7 +209,7 @@ def test_foreign_checkpoints_are_refused(train, tmp_path):
             assert (bad.code, bad.err.count("\n"), bad.out) == (2, 1, "")
             assert words in bad.err
     path.rename(run.directory / "mine.pt")
-    assert "checkpoint.pt or best.pt" in train(f"--resume {run.directory}/mine.pt", None, short=False).err
+    assert "checkpoint.pt, previous.pt or best.pt" in train(f"--resume {run.directory}/mine.pt", None, short=False).err
     assert "no checkpoint.pt to go on from" in train("--epochs 1 --resume auto").err
     (run.directory / "mine.pt").rename(path)
     (run.directory / "result.json").unlink()
