@@ -43,6 +43,7 @@ from utils.precision import PRECISIONS, Execution, resolve_execution
 
 DYNAMIC = [name for name, method in METHODS.items() if method.update]
 ROOT = Path(__file__).parent.parent
+TURNS = 7  # by default
 STEP_FLOPS, STEPS = 3e10, 62_560  # what `auto` is resolved for: ResNet-20, 160 epochs of CIFAR-10
 
 
@@ -55,6 +56,10 @@ class Setting:
     steps: int
     turns: int
     scratch: Path
+
+    def repeats(self, most: int) -> int:
+        """Return how often to measure something short: less often with fewer turns than by default."""
+        return max(2, most * min(self.turns, TURNS) // TURNS)
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def share_of_peak(report: Report, setting: Setting, loop: Loop, step: float) -> 
     device = setting.device
     size, dtype = 8192 if device.type == "cuda" else 2048, {"bf16": torch.bfloat16, "fp32": torch.float32}
     matrix = torch.randn(size, size, device=device, dtype=dtype[setting.execution.precision])
-    seconds = median(measure(50, {"product": lambda: matrix @ matrix}, device)["product"])
+    seconds = median(measure(setting.repeats(50), {"product": lambda: matrix @ matrix}, device)["product"])
     peak = report.add(f"product of two {size} x {size} matrices", 2e-9 * size**3 / seconds, "GFLOP/s")
     flops = loop.meter.flops.dense_training
     attained = report.add("a step of SAM.v2, masked", 1e-9 * BATCH * flops / step, "GFLOP/s")
@@ -201,7 +206,7 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
             pruner.update_masks(at)
 
         calls[name] = call
-    seconds = measure(20, calls, setting.device)
+    seconds = measure(setting.repeats(20), calls, setting.device)
     report.add("masks on gradients and weights", [1e3 * s for s in seconds["random"]], "ms")
     for name in DYNAMIC:
         extra = [a - b for a, b in zip(seconds[name], seconds["random"], strict=True)]
@@ -245,7 +250,7 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
         usual.second_step()
 
     steps = {"default": default.step, "fused": fused.step, "ours": samv2, "usual": per_tensor}
-    seconds = measure(300, {name: repeated(step) for name, step in steps.items()}, device)
+    seconds = measure(setting.repeats(300), {name: repeated(step) for name, step in steps.items()}, device)
     for name, text in {
         "default": "torch.optim.SGD by default, alone",
         "fused": "its fused kernel, the base optimizer here",
@@ -359,7 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
-    parser.add_argument("--turns", type=int, default=7, help="of each whole training loop (%(default)s)")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each whole training loop (%(default)s)")
     parser.add_argument("--steps", type=int, help="of a training loop in each turn (20 on the CPU, 400 on CUDA)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="(%(default)s)")
     return parser

@@ -1,6 +1,7 @@
 """Batches of training and test images: cut on the device, or ahead of the training step by worker processes."""
 
 import contextlib
+import copy
 import itertools
 import os
 import signal
@@ -49,10 +50,12 @@ class Stream(torch.utils.data.Dataset):
     def __call__(self, step: int) -> Tensor:
         """Return the pixels of a step. Workers start anew where it does not follow the last one."""
         if step != self._next:
+            self._batches = iter(())  # ends the workers of before
             self._refuse_full_memory()
             with signals_blocked():  # and so they are in the workers from their first moment
+                # A copy: a cycle of references would keep workers until garbage is collected, and for seconds then.
                 loader: DataLoader = DataLoader(
-                    self, batch_size=None, sampler=itertools.count(step), num_workers=self.workers,
+                    copy.copy(self), batch_size=None, sampler=itertools.count(step), num_workers=self.workers,
                     pin_memory=self.pin, multiprocessing_context="fork", worker_init_fn=_ignore_signals,
                 )  # fmt: skip
                 self._batches = iter(loader)
@@ -145,7 +148,7 @@ class TrainLoader:
         self.labels, self.one_hot = images.labels.to(device), torch.eye(num_classes, device=device)
         self.pixels = images.pixels if workers else images.pixels.to(device)
         self._stream = Stream(self.pixels, augmentation, workers, device.type == "cuda", group) if workers else None
-        self._cut: Callable[..., Tensor] = self._cut_on_device
+        self._cut = _cut_and_normalize(self.pixels, normalize, augmentation.pad)
         if device.type == "cuda":
             self._cut = execution.compile(self._cut, -(-augmentation.batch_size // group.world))
         self._epoch = -1
@@ -169,9 +172,6 @@ class TrainLoader:
             inputs, targets = self._mix(inputs, weight), self._mix(targets, weight)
         return Batch(inputs, targets, self.augmentation.size(position))
 
-    def _cut_on_device(self, order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        return self.normalize(cut(self.pixels, order, top, left, mirrored, self.augmentation.pad))
-
     def _mix(self, tensor: Tensor, weight: float) -> Tensor:
         if self.group.world == 1:
             return tensor.mul(weight).add_(tensor.flip(0), alpha=1 - weight)
@@ -189,6 +189,15 @@ class TrainLoader:
             rank[of_class] = torch.arange(int(of_class.sum()), device=self.device)
         chosen = order[rank < per_class].to(self.pixels.device)
         return self.normalize(self.pixels[chosen].to(self.device)), labels[rank < per_class]
+
+
+def _cut_and_normalize(pixels: Tensor, normalize: Normalize, pad: int) -> Callable[..., Tensor]:
+    """Return a function of a plan's order, top, left and mirrored. It is no method, so that no loader refers to itself."""
+
+    def cut_and_normalize(order: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        return normalize(cut(pixels, order, top, left, mirrored, pad))
+
+    return cut_and_normalize
 
 
 class EvalLoader:

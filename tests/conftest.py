@@ -1,8 +1,13 @@
 """One command line for the tests, run in this process."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
+import sys
+import types
 from pathlib import Path
 
 # Before torch is imported, and for child processes too: on cores that others use, threads wait for each other for minutes.
@@ -10,14 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from running import DIGITS, FINISHED
 
 from main_prune_train import main
 
 # A shell that launches tests in the background has them, and all that they launch, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-SMALL = "--dataset digits --depth 8 --width 0.5 --batch-size 256 --log-interval 2".split()
 
 
 class Outcome:
@@ -32,25 +35,56 @@ class Outcome:
     def checkpoint(self, name="checkpoint.pt"):
         return torch.load(self.directory / name, weights_only=True)
 
+    def files(self):
+        """Return the content of its directory's files by name."""
+        return {path.name: path.read_bytes() for path in self.directory.iterdir() if path.is_file()}
+
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A finished run of one-step SAM with masks. Tests read it and do not change it."""
-    directory = tmp_path_factory.mktemp("trained") / "run"
-    flags = "--epochs 2 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.5"
-    assert main([*SMALL, *flags.split(), "--output-dir", str(directory)]) == 0
-    return Outcome(0, "", "", directory)
+def run_once(tmp_path_factory):
+    """run_once("--flag value ...") is like `train`, for fixtures of several tests that read a run and do not change it."""
+
+    def run(flags: str) -> Outcome:
+        directory = tmp_path_factory.mktemp("run_once") / "run"
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = main([*DIGITS.split(), *flags.split(), "--output-dir", str(directory)])
+        assert code == 0, err.getvalue()
+        return Outcome(code, out.getvalue(), err.getvalue(), directory)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run_once):
+    """A finished run of FINISHED. Tests read it and do not change it."""
+    return run_once(FINISHED)
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of `trained`, where `train(FINISHED)` would write, for a test to change."""
+    return Outcome(0, trained.out, trained.err, shutil.copytree(trained.directory, tmp_path / "run"))
+
+
+@pytest.fixture
+def unfinished(finished):
+    """The same as if it had been ended after its last epoch, before the result."""
+    (finished.directory / "result.json").unlink()
+    return finished
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """train("--flag value ...") runs main_prune_train.py on digits, in a directory of its own, depth 8."""
+    """train("--flag value ...") runs main_prune_train.py with DIGITS and these flags, in a directory of its own.
+
+    `short=False` leaves DIGITS out, `output=None` the directory.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(flags: str, output: str | None = "run", short: bool = True) -> Outcome:
         argv = flags.split()
         if short:
-            argv = SMALL + argv
+            argv = DIGITS.split() + argv
         if output:
             argv += ["--output-dir", str(tmp_path / output)]
         code = main(argv)
@@ -58,6 +92,19 @@ def train(tmp_path, monkeypatch, capsys):
         return Outcome(code, captured.out, captured.err, Path(tmp_path / (output or "")))
 
     return run
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(processor, capability, compiler) makes this one look like another: words of /proc/cpuinfo, GPU, C++ compiler."""
+
+    def look(processor: str = "GenuineIntel", capability: tuple[int, int] = (8, 0), compiler: str = "true") -> None:
+        monkeypatch.setattr(Path, "read_text", lambda path: processor)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+        monkeypatch.setenv("CXX", compiler)
+
+    return look
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,27 +1,30 @@
-"""What tests of whole runs share: a run in a process of its own, what it needs, and what is the same in two of them."""
+"""What tests of whole runs share: a hook into a run, what it wrote, and what is the same in two of them."""
 
 import csv
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training.state import TrainState
 from training.step import TrainingStep
 from utils.precision import what_compilation_lacks
 
 ROOT = Path(__file__).parent.parent
 SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
+FINISHED = f"{SPARSE_SAM} --epochs 3"  # of the fixtures trained and finished
 TIMES = ("seconds", "images_per_second")
-DIGITS = "--dataset digits --depth 8 --width 0.5 --batch-size 256"
+DIGITS = "--dataset digits --depth 8 --width 0.25 --batch-size 256 --log-interval 2"
 NEEDS_COMPILER = pytest.mark.skipif(bool(what_compilation_lacks(torch.device("cpu"))), reason="no C++ compiler")
+
+Action = Callable[[TrainState], object]
 
 
 def same(left, right):
-    """Equal to the last bit, but for what a clock says."""
+    """Assert that two values are equal to the last bit, except times."""
     assert type(left) is type(right)
     if isinstance(left, dict):
         assert left.keys() == right.keys()
@@ -37,38 +40,35 @@ def same(left, right):
         assert left == right or left != left
 
 
-def before_step(number, action):
-    """TrainingStep.__call__ that first calls action(state) at a global step."""
-    original = TrainingStep.__call__
+@contextmanager
+def before_step(numbers: int | Container[int], action: Action) -> Iterator[None]:
+    """Call action(state) before the steps that have these global steps, in every run of the block."""
+    original, wanted = TrainingStep.__call__, {numbers} if isinstance(numbers, int) else numbers
 
     def call(step, *arguments):
-        if step.state.global_step == number:
+        if step.state.global_step in wanted:
             action(step.state)
         return original(step, *arguments)
 
-    return call
+    TrainingStep.__call__ = call
+    try:
+        yield
+    finally:
+        TrainingStep.__call__ = original
 
 
-def child(flags, directory, **options):
-    command = [sys.executable, "main_prune_train.py", *flags.split(), "--output-dir", str(directory)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
-
-
-def wait_for(path, process):
-    """Until a process has written a file."""
-    deadline = time.monotonic() + 100
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def interrupt(state: TrainState) -> None:
+    """End a run at once, as a second Ctrl-C does: with what it has written, and no further checkpoint."""
+    raise KeyboardInterrupt
 
 
 def rows(directory):
+    """Return the rows of metrics.csv."""
     with open(directory / "metrics.csv") as file:
         return list(csv.DictReader(file))
 
 
 def scalars(directory):
-    """{tag: [(step, value)]}, as TensorBoard shows them."""
+    """Return {tag: [(step, value)]}, as TensorBoard shows them."""
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -1,26 +1,22 @@
 """Runs killed at random moments, checkpoints damaged at random places, flags at random. Each test prints what it counted."""
 
-import os
 import random
-import signal
-import sys
 import time
 from collections import Counter
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import same
+from processes import Child, forks
+from running import rows, same
 
-import main_prune_train
 from experiment import build
 from experiment.flags import build_parser, parse
 from experiment.run_directory import locate_run
 from training.checkpoint import load_checkpoint
 from utils.errors import UsageError
 
-DIGITS = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --epochs 3 --log-interval 3 --precision fp32 --compile off"
+RUN = "--dataset digits --depth 8 --width 0.25 --batch-size 128 --epochs 2 --log-interval 3 --precision fp32 --compile off"
 ARMS = [
     "--optmzr sgd",
     "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.8 --val-split 100",
@@ -31,76 +27,51 @@ ARMS = [
 KILLS = 6  # of each arm
 
 
-def start(flags: str, directory) -> int:
-    """main_prune_train.py in a child, which a fork spares the imports. Returns its process number."""
-    process = os.fork()
-    if process:
-        return process
-    sys.stderr = directory.with_suffix(".log").open("a", buffering=1)
-    code = 99
-    try:
-        code = main_prune_train.main([*flags.split(), "--output-dir", str(directory), "--resume", "auto"])
-    finally:
-        os._exit(code)
-
-
-def ended_alone(process: int, seconds: float) -> bool:
-    """Whether a child ends well within so many seconds; else it is killed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return True
-        time.sleep(0.002)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return False
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+@forks
 def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path, record_property):
+    """A checkpoint comes every 30 ms, so that many are killed while they write one."""
     chance, kills = random.Random(0), Counter()
     for number, arm in enumerate(ARMS):
-        flags = f"{DIGITS} {arm} --checkpoint-every 0.002m"
+        flags = f"{RUN} {arm} --checkpoint-every 0.0005m --resume auto"
         whole, cut = tmp_path / f"whole{number}", tmp_path / f"cut{number}"
         began = time.monotonic()
-        assert ended_alone(start(flags, whole), 100)
+        assert Child(flags, whole).wait() == 0
         duration = time.monotonic() - began
         hit = tries = 0
         while hit < KILLS:
             tries += 1
             assert tries <= 10 * KILLS
-            ended = ended_alone(start(flags, cut), chance.uniform(0.05, 0.6) * duration)
-            kills["ended before the kill" if ended else "killed"] += 1
-            hit += not ended
-            if ended:  # once more, from the beginning
+            child = Child(flags, cut)
+            if child.wait(chance.uniform(0.05, 0.6) * duration) is None:
+                child.kill()
+                child.wait()
+                kills["killed"] += 1
+                hit += 1
+            else:  # once more, from the beginning
+                assert child.wait() == 0, child.err
+                kills["ended before the kill"] += 1
                 kills["bit-identical"] += identical(whole, cut)
                 for file in cut.iterdir():
                     file.unlink()
-        assert ended_alone(start(flags, cut), 100)
+        last = Child(flags, cut)
+        assert last.wait() == 0, last.err
         kills["bit-identical"] += identical(whole, cut)
-        assert cut.with_suffix(".log").read_text() == ""
+        assert last.err == ""
     record_property("SIGKILL at random moments", f"{dict(kills)}, tracebacks: 0")
     assert kills["killed"] == KILLS * len(ARMS) >= 30
     assert kills["bit-identical"] == kills["ended before the kill"] + len(ARMS)
 
 
 def identical(whole, cut) -> bool:
-    left, right = (torch.load(run / "checkpoint.pt", weights_only=True)["state"] for run in (whole, cut))
-    same(left, right)
-    for run in (whole, cut):
-        assert (run / "result.json").exists()
-    lines = [[line.split(",")[:-2] for line in (run / "metrics.csv").read_text().splitlines()] for run in (whole, cut)]
-    assert lines[0] == lines[1]
-    return True
+    same(*(torch.load(run / "checkpoint.pt", weights_only=True)["state"] for run in (whole, cut)))
+    same(*(rows(run) for run in (whole, cut)))
+    return all((run / "result.json").exists() for run in (whole, cut))
 
 
-def test_damaged_checkpoints_are_refused_or_whole(train, tmp_path, record_property):
+def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(trained, tmp_path, record_property):
     """500 of them, cut short or with a flipped bit: a sentence, or (a bit of the padding) every value as it was."""
-    run = train("--epochs 1 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9 --width 0.25")
-    whole = (run.directory / "checkpoint.pt").read_bytes()
-    original, chance, outcomes = load_checkpoint(run.directory / "checkpoint.pt"), random.Random(1), Counter()
+    whole = (trained.directory / "checkpoint.pt").read_bytes()
+    original, chance, outcomes = load_checkpoint(trained.directory / "checkpoint.pt"), random.Random(1), Counter()
     path = tmp_path / "damaged.pt"
     for number in range(500):
         content = bytearray(whole)
@@ -130,7 +101,7 @@ OPTIONS = [action for action in build_parser()._actions if action.dest != "help"
 
 @st.composite
 def flag_sets(draw):
-    argv = []
+    argv = ["--depth", "8"] if draw(st.integers(0, 3)) else []  # small networks mostly: building one takes the longest
     for action in draw(st.lists(st.sampled_from(OPTIONS), max_size=5)):
         argv.append(draw(st.sampled_from(action.option_strings)))
         if action.nargs != 0:
@@ -139,7 +110,7 @@ def flag_sets(draw):
     return argv
 
 
-def test_flags_at_random_are_taken_or_refused_in_a_sentence(tmp_path, monkeypatch, record_property):
+def test_random_flags_are_accepted_or_refused_with_a_sentence(tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
     outcomes = Counter()
 

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 import torch
 import torchvision
+from running import FINISHED
 
 
 class Payload:
@@ -33,17 +34,16 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_in_it_runs(trained, train
     assert not mark.exists()
 
 
-def test_the_checkpoint_before_is_no_way_in(train, tmp_path):
-    run = train("--epochs 2")
+def test_a_malicious_previous_checkpoint_is_refused_too(train, unfinished, tmp_path):
     mark = tmp_path / "it-ran"
-    (run.directory / "checkpoint.pt").write_bytes(b"damaged")
-    torch.save({"format": Payload(mark)}, run.directory / "previous.pt")
-    assert train("--epochs 2 --resume auto").code == 2
+    (unfinished.directory / "checkpoint.pt").write_bytes(b"damaged")
+    torch.save({"format": Payload(mark)}, unfinished.directory / "previous.pt")
+    assert train(f"{FINISHED} --resume auto").code == 2
     assert not mark.exists()
 
 
 @pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python cannot filter: the checksum alone guards")
-def test_an_archive_writes_nowhere_but_under_its_directory(train, tmp_path, monkeypatch):
+def test_an_archive_that_writes_outside_its_directory_is_refused(train, tmp_path, monkeypatch):
     """Even one with the checksum that is wanted."""
     archive = tmp_path / "data" / torchvision.datasets.CIFAR10.filename
     archive.parent.mkdir()
@@ -59,7 +59,7 @@ def test_an_archive_writes_nowhere_but_under_its_directory(train, tmp_path, monk
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 @pytest.mark.parametrize("place", ["args", "data", "state", "state.model", "state.pruner", "state.optimizer"])
-def test_a_checkpoint_without_one_of_its_parts_is_refused_in_a_sentence(trained, train, tmp_path, flag, place):
+def test_a_checkpoint_without_one_of_its_parts_is_refused_with_a_sentence(trained, train, tmp_path, flag, place):
     path = tmp_path / "part" / "checkpoint.pt"
     path.parent.mkdir()
     checkpoint = trained.checkpoint()
@@ -74,32 +74,16 @@ def test_a_checkpoint_without_one_of_its_parts_is_refused_in_a_sentence(trained,
     assert "checkpoint" in refused.err
 
 
-def test_a_sparsity_file_of_brackets_is_a_sentence(train, tmp_path):
+def test_a_deeply_nested_sparsity_file_is_refused_with_a_sentence(train, tmp_path):
     path = tmp_path / "deep.yaml"
     path.write_text("[" * 3000)
     bad = train(f"--prune-method random --sparsity-config {path} --epochs 1")
     assert (bad.code, bad.err.count("\n")) == (2, 1)
 
 
-def test_a_sparsity_file_is_read_as_plain_values(train, tmp_path):
+def test_code_in_a_sparsity_file_does_not_run(train, tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text(f"prune_ratios: !!python/object/apply:os.mkdir ['{tmp_path / 'it-ran'}']\n")
     bad = train(f"--prune-method random --sparsity-config {path} --epochs 1")
     assert (bad.code, bad.err.count("\n")) == (2, 1)
     assert not (tmp_path / "it-ran").exists()
-
-
-@pytest.mark.parametrize(
-    "remark", ["../../../outside", "/absolute", "$(touch it-ran)", "a;touch it-ran", "é\u202e/..", "x" * 500]
-)
-def test_a_remark_names_a_directory_and_no_more(tmp_path, monkeypatch, capsys, remark):
-    from main_prune_train import main
-
-    monkeypatch.chdir(tmp_path)
-    assert main(["--dataset", "digits", "--depth", "8", "--width", "0.25", "--epochs", "1", "--remark", remark]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    (run,) = (tmp_path / "runs").iterdir()
-    assert run.resolve().parent == tmp_path / "runs"
-    assert run.name.isascii()
-    assert len(run.name) <= 255
-    assert not set(run.name) & set("/;$() ")

@@ -1,12 +1,14 @@
 """Batches against naive loops over images."""
 
+import os
+
 import numpy as np
+import pytest
 import torch
 
-from imagedata import loaders
 from imagedata.augment import Augmentation, Normalize, cut
 from imagedata.images import Images, channel_statistics
-from imagedata.loaders import Batch, EvalLoader, TrainLoader
+from imagedata.loaders import Batch, EvalLoader, TrainLoader, pick_workers
 from utils.precision import Execution
 
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ def test_order_and_augmentation_are_functions_of_seed_and_step():
     assert not torch.equal(other, loader(images(), pad=2, flip=True).batch(0)[0])
 
 
-def test_every_image_is_a_shifted_and_perhaps_mirrored_original():
+def test_every_image_is_a_shifted_or_mirrored_original():
     data, pad, size = images(200), 2, 6
     feed = loader(data, pad=pad, flip=True, batch_size=200)
     black = (0 - data.pixels.numpy().astype(np.float64).mean((0, 1, 2))) / data.pixels.numpy().std((0, 1, 2))
@@ -96,7 +98,7 @@ def test_every_image_is_a_shifted_and_perhaps_mirrored_original():
     assert len(seen) > 40  # of 25 shifts times 2: all are drawn
 
 
-def test_workers_cut_the_same_batches_in_whatever_order_they_are_asked_for():
+def test_workers_cut_the_same_batches_in_any_order():
     resident, streamed = (loader(images(), pad=2, flip=True, mixup=0.4, workers=workers) for workers in (0, 2))
     for step in (0, 1, 2, 3, 4, 9, 10, 2, 3):
         assert_same(streamed.batch(step), resident.batch(step))
@@ -104,14 +106,13 @@ def test_workers_cut_the_same_batches_in_whatever_order_they_are_asked_for():
         assert torch.equal(a, b)
 
 
-def test_images_that_would_fill_the_memory_are_for_workers(monkeypatch):
-    data = images()  # 5,400 bytes
-    for size, resident in ((10_800, True), (10_799, False)):
-        monkeypatch.setattr(loaders, "memory_size", lambda size=size: size)
-        assert (loaders.pick_workers(data, CPU) == 0) is resident
+@pytest.mark.parametrize(("memory", "resident"), [(10_800, True), (10_799, False)])
+def test_workers_cut_images_that_take_more_than_half_of_memory(monkeypatch, memory, resident):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+    assert (pick_workers(images(), CPU) == 0) is resident  # 5,400 bytes
 
 
-def test_mixup_is_a_convex_mixture_of_two_images_and_of_their_labels():
+def test_mixup_mixes_two_images_and_their_labels_with_one_weight():
     data = images()
     plain, mixed = loader(data), loader(data, mixup=0.5)
     weights = []
@@ -147,7 +148,7 @@ def test_test_batches_are_in_order_and_not_augmented():
     assert len(feed) == 50
 
 
-def test_a_batch_is_cut_by_one_graph_where_that_is_compiled():
+def test_cutting_a_batch_compiles_as_one_graph():
     data = images()
     lines = Augmentation(50, 16, seed=0, pad=2, flip=True).plan(0)[0]
     norm = normalize(data)

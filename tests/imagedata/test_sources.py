@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from imagedata import sources as datasets
 from imagedata.sources import load_dataset
 from utils.errors import UsageError
 
@@ -39,7 +38,7 @@ def test_a_folder_gives_its_images_and_classes(tree):
         assert (images.pixels.numpy() == expected).all()
 
 
-def test_val_may_stand_for_test(tree):
+def test_a_folder_may_call_its_test_images_val(tree):
     root, _ = tree
     expected = load_dataset("folder", root).test.pixels
     (root / "test").rename(root / "val")
@@ -50,16 +49,16 @@ def test_the_second_load_decodes_nothing(tree, monkeypatch):
     root, _ = tree
     first = load_dataset("folder", root)
 
-    def fail(*args):
+    def fail(*arguments):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(datasets, "_decode", fail)
+    monkeypatch.setattr(Image, "open", fail)
     second = load_dataset("folder", root)
     assert torch.equal(first.train.pixels, second.train.pixels)
     assert torch.equal(first.test.pixels, second.test.pixels)
 
 
-def test_the_cache_goes_by_content_and_survives_damage(tree):
+def test_the_cache_is_found_by_content_and_may_be_damaged(tree):
     root, _ = tree
     first = load_dataset("folder", root)
     path = root / "train" / "cat" / "0.png"
@@ -78,7 +77,7 @@ def test_the_cache_goes_by_content_and_survives_damage(tree):
     assert not torch.equal(first.train.pixels, third.train.pixels)
 
 
-def test_a_bit_that_flips_in_the_cache_is_found(tree):
+def test_a_flipped_bit_in_the_cache_is_found(tree):
     root, _ = tree
     first = load_dataset("folder", root)
     (cache,) = (root / ".decoded").iterdir()
@@ -92,7 +91,7 @@ def test_a_bit_that_flips_in_the_cache_is_found(tree):
         assert torch.equal(first.train.pixels, load_dataset("folder", root).train.pixels)
 
 
-def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(tree, capsys):
+def test_a_folder_that_cannot_be_written_to_is_read_without_a_cache(tree, capsys):
     root, _ = tree
     (root / ".decoded").write_text("a file where the cache would be")
     assert len(load_dataset("folder", root).train) == 6
@@ -111,7 +110,7 @@ def test_image_size_crops_to_a_square_and_resizes(tree):
     assert (dataset.train.pixels[0, 1:-1, 1:-1] == torch.tensor([200, 100, 50])).all()
 
 
-def test_grey_images_make_one_channel_and_mixed_ones_three(tree):
+def test_grey_images_have_one_channel_and_mixed_ones_three(tree):
     root, pixels = tree
     for path, values in pixels.items():
         Image.fromarray(values[..., 0]).save(path)
@@ -125,7 +124,7 @@ def test_grey_images_make_one_channel_and_mixed_ones_three(tree):
     assert torch.equal(grey, grey[..., :1].expand_as(grey))
 
 
-def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
+def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     from sklearn.datasets import load_digits
 
     dataset, again = load_dataset("digits"), load_dataset("digits")
@@ -140,7 +139,7 @@ def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
     assert (share - 0.2).abs().max() < 0.01
 
 
-def test_parallel_first_loads_agree(tree):
+def test_processes_that_load_first_at_once_agree(tree):
     root, _ = tree
     children = []
     for _ in range(4):
@@ -191,7 +190,7 @@ def test_images_beyond_half_of_memory_are_mapped_from_a_file(tree, monkeypatch):
     root, _ = tree
     expected = load_dataset("folder", root)
     shutil.rmtree(root / ".decoded")
-    monkeypatch.setattr(datasets, "memory_size", lambda: 1000)  # bytes; the images take 1,152
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}.get)  # bytes; the images take 1,152
     decoded, cached = load_dataset("folder", root), load_dataset("folder", root)
     for found in (decoded, cached):
         assert torch.equal(found.train.pixels, expected.train.pixels)
@@ -208,18 +207,18 @@ def test_an_image_size_beyond_memory_is_refused_before_anything_is_decoded(tree)
         load_dataset("folder", root, 10**6)
 
 
-def test_a_file_is_no_folder(tree):
+def test_a_file_given_as_the_folder_is_refused(tree):
     root, _ = tree
     with pytest.raises(UsageError, match="--data-dir needs"):
         load_dataset("folder", root / "train" / "cat" / "0.png")
 
 
-def test_a_folder_needs_a_directory():
+def test_a_folder_without_a_directory_is_refused():
     with pytest.raises(UsageError, match="--data-dir"):
         load_dataset("folder")
 
 
-def test_cifar_without_network_is_one_sentence(tmp_path, monkeypatch):
+def test_cifar_without_a_network_is_refused_with_a_sentence(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 

@@ -1,10 +1,16 @@
-"""Recalibrated statistics against numpy."""
+"""Recalibrated statistics against numpy, and synchronised batch norm against torch's own on all images."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
+from processes import forks
 from torch import nn
 
-from training.batch_norm import recalibrated
+from training.batch_norm import recalibrated, synchronise
+from utils.distributed import ProcessGroup
+
+SIZES = (7, 1, 0)  # images of a batch
 
 
 def test_statistics_are_the_weighted_means_of_the_batches_and_the_model_stays():
@@ -37,3 +43,48 @@ def test_statistics_are_the_weighted_means_of_the_batches_and_the_model_stays():
         sizes = np.array([size for size, *_ in parts]) / sum(size for size, *_ in parts)
         np.testing.assert_allclose(layer.running_mean, sizes @ np.stack([m for _, m, _ in parts]), rtol=1e-12)
         np.testing.assert_allclose(layer.running_var, sizes @ np.stack([v for _, _, v in parts]), rtol=1e-12)
+
+
+def layer_and_batch(size: int) -> tuple[nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
+    """Return a layer, a batch of images in float64, and the slope of a loss in the layer's output."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3).double()
+    layer.num_batches_tracked = None
+    nn.init.normal_(layer.weight)
+    images, slope = torch.randn(2, size, 3, 2, 2, dtype=torch.float64)
+    return layer, images.requires_grad_(), slope
+
+
+def normalise_shares(rank: int, directory: Path) -> None:
+    """Save, in one of two processes, output, gradients and statistics of its shares of batches by their size."""
+    torch.distributed.init_process_group("gloo", f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    group, results = ProcessGroup(rank, 2), {}
+    for size in SIZES:
+        layer, images, slope = layer_and_batch(size)
+        synchronise(layer)
+        share = group.share(images.detach()).requires_grad_()
+        out = layer(share)
+        (out * group.share(slope)).sum().backward()
+        sums = [group.add(parameter.grad) for parameter in layer.parameters()]
+        results[size] = [out.detach(), share.grad, *sums, layer.running_mean, layer.running_var]
+    torch.save(results, directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@forks
+def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.start_processes(normalise_shares, (tmp_path,), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for size in SIZES:
+        layer, images, slope = layer_and_batch(size)
+        if size:
+            out = layer(images)
+            (out * slope).sum().backward()
+            expected = [out.detach(), images.grad, *(parameter.grad for parameter in layer.parameters())]
+        else:
+            expected = [images, images, torch.zeros(3), torch.zeros(3)]
+        expected += [layer.running_mean, layer.running_var]
+        for number, tensor in enumerate(expected):
+            found = torch.cat([first[size][number], second[size][number]]) if number < 2 else first[size][number]
+            torch.testing.assert_close(found, tensor.detach().double(), rtol=1e-9, atol=1e-12)
+            assert number < 2 or torch.equal(first[size][number], second[size][number])

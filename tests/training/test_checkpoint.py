@@ -1,17 +1,17 @@
-"""Checkpoints are whole, or refused in one sentence."""
+"""Checkpoints are whole or refused with a sentence, and come as often as asked."""
 
 import os
 import pickle
 
 import pytest
 import torch
+from running import FINISHED, same
 from torch import nn
 
 from prune import Pruner
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointSchedule, load_checkpoint, save_checkpoint
 from training.state import TrainState
 from utils.errors import UsageError
-from utils.files import save_atomically
 
 DATA = {"classes": ["a", "b"], "mean": [125.3], "deviation": [63.0], "fingerprint": "f00d"}
 
@@ -34,7 +34,7 @@ def test_a_checkpoint_holds_what_was_saved(saved):
     assert checkpoint["state"]["schedule_step"] == 3
 
 
-def test_a_checkpoint_of_the_format_before_is_read(saved):
+def test_a_checkpoint_of_the_older_format_is_read(saved):
     path, state = saved
     checkpoint = load_checkpoint(path)
     names = {"schedule_step": "step", "global_step": "progress", "pruner": "sparsity"}
@@ -47,7 +47,7 @@ def test_a_checkpoint_of_the_format_before_is_read(saved):
     assert torch.equal(model.weight, state.model.weight)
 
 
-def test_every_truncation_is_refused(saved):
+def test_a_truncated_checkpoint_is_refused(saved):
     path, _ = saved
     content = path.read_bytes()
     for length in range(0, len(content), max(1, len(content) // 150)):
@@ -88,10 +88,31 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not mark.exists()
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(saved):
-    path, _ = saved
-    before = path.read_bytes()
-    with pytest.raises(AttributeError):
-        save_atomically(path, {"state": lambda: None})  # cannot be pickled, found out half-way
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["checkpoint.pt"]
+@pytest.fixture
+def saves(monkeypatch):
+    """The global step of each checkpoint that is written."""
+    written, original = [], torch.save
+
+    def save(value, file):
+        written.append(value["state"]["global_step"])
+        original(value, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    return written
+
+
+def test_checkpoints_come_after_every_second_epoch_and_the_last(train, saves):
+    train(f"{FINISHED} --checkpoint-every 2")
+    assert saves == [12, 18]
+
+
+def test_checkpoints_come_within_epochs_when_minutes_are_given(train, trained, saves):
+    run = train(f"{FINISHED} --checkpoint-every 0.00000001m")
+    assert saves == list(range(1, 19))
+    same(trained.checkpoint()["state"], run.checkpoint()["state"])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "m", "0m", "infm", "nanm", "soon"])
+def test_an_impossible_checkpoint_interval_is_refused(text):
+    with pytest.raises(UsageError, match="--checkpoint-every takes epochs, as 5, or minutes, as 10m"):
+        CheckpointSchedule(text)

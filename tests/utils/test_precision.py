@@ -9,55 +9,42 @@ from torch import nn
 
 from models import build_model
 from training.step import build_objective
-from utils import precision
-from utils.errors import UsageError
-from utils.precision import Execution, bf16_on_cpu, resolve_execution
+from utils.errors import TrainingError, UsageError
+from utils.precision import Execution, bf16_on_cpu, gains_from_bf16, has_bf16, resolve_execution
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def able(monkeypatch):
-    """able(bf16, missing, amx): what the device can do."""
-
-    def set_to(bf16: bool, missing: str | None, amx: bool = False) -> None:
-        monkeypatch.setattr(precision, "gains_from_bf16", lambda device: bf16)
-        monkeypatch.setattr(precision, "_processor", lambda: {"amx_bf16"} if amx else set())
-        monkeypatch.setattr(precision, "what_compilation_lacks", lambda device: missing)
-
-    return set_to
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_auto_takes_bf16_only_where_it_is_faster(able, bf16):
-    able(bf16, None)
-    for device in (CPU, torch.device("cuda")):
-        assert resolve_execution("auto", "off", device).precision == ("bf16" if bf16 else "fp32")
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_takes_bf16_only_where_it_is_faster(machine, faster):
+    machine("AuthenticAMD avx512_bf16" if faster else "AuthenticAMD avx2", capability=(8, 0) if faster else (7, 0))
+    for device in (CPU, CUDA):
+        assert resolve_execution("auto", "off", device).precision == ("bf16" if faster else "fp32")
     assert resolve_execution("fp32", "off", CPU).precision == "fp32"
     assert resolve_execution("bf16", "off", CPU).precision == "bf16"
 
 
-def test_auto_compiles_only_what_earns_it_back(able):
-    able(True, None)
-    resnet20, cuda = 128 * 244e6, torch.device("cuda")  # FLOPs of a step
-    assert resolve_execution("auto", "auto", cuda, resnet20, steps=160 * 391).compiled
-    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=391).compiled
-    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=160 * 391, deterministic=True).compiled
-    assert not resolve_execution("auto", "off", cuda, resnet20, steps=160 * 391).compiled
-    assert resolve_execution("auto", "on", cuda, resnet20, steps=1, deterministic=True).compiled
+def test_auto_compiles_only_what_saves_more_time_than_it_takes(machine):
+    machine("AuthenticAMD avx512_bf16")
+    resnet20 = 128 * 244e6  # FLOPs of a step
+    assert resolve_execution("auto", "auto", CUDA, resnet20, steps=160 * 391).compiled
+    assert not resolve_execution("auto", "auto", CUDA, resnet20, steps=391).compiled
+    assert not resolve_execution("auto", "auto", CUDA, resnet20, steps=160 * 391, deterministic=True).compiled
+    assert not resolve_execution("auto", "off", CUDA, resnet20, steps=160 * 391).compiled
+    assert resolve_execution("auto", "on", CUDA, resnet20, steps=1, deterministic=True).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
     assert resolve_execution("auto", "on", CPU, resnet20, steps=1).compiled
-    able(True, None, amx=True)
+    machine("GenuineIntel amx_bf16")
     assert resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
     assert resolve_execution("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels="slow").compiled
-    assert not resolve_execution("auto", "auto", cuda, resnet20, steps=30 * 391).compiled
+    assert not resolve_execution("auto", "auto", CUDA, resnet20, steps=30 * 391).compiled
 
 
-def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
-    able(False, "a C++ compiler")
-    assert not resolve_execution("auto", "auto", torch.device("cuda"), 1e12, steps=10**6).compiled
+def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(machine):
+    machine(compiler="no-such-compiler")
+    assert not resolve_execution("auto", "auto", CUDA, 1e12, steps=10**6).compiled
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
         resolve_execution("auto", "on", CPU)
 
@@ -71,10 +58,9 @@ def test_without_a_compiler_auto_does_not_compile_and_on_is_refused(able):
         ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True, True),
     ],
 )
-def test_bf16_on_a_cpu_depends_on_its_maker_and_its_features(monkeypatch, tmp_path, vendor, flags, has, gains):
-    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(precision, "Path", lambda _: tmp_path / "cpuinfo")
-    assert (precision.has_bf16(CPU), precision.gains_from_bf16(CPU)) == (has, gains)
+def test_bf16_on_a_cpu_depends_on_its_maker_and_its_features(machine, vendor, flags, has, gains):
+    machine(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    assert (has_bf16(CPU), gains_from_bf16(CPU)) == (has, gains)
 
 
 def network() -> nn.Module:
@@ -102,13 +88,23 @@ def test_a_compiled_objective_is_the_same_function(rows):
 
 
 @NEEDS_COMPILER
-def test_however_many_functions_a_process_compiles_none_runs_as_it_is():
+def test_every_function_is_compiled_however_many_there_are():
     """Torch by itself stops after eight of the same code."""
 
     def build() -> Callable:
         return Execution(compiled=True).compile(lambda x: x + torch.compiler.is_compiling(), 3)
 
     assert [build()(torch.zeros(3)).tolist() for _ in range(10)] == [[1.0] * 3] * 10
+
+
+@NEEDS_COMPILER
+def test_a_broken_compiler_is_reported_with_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    broken = Execution(compiled=True).compile(lambda x: x.sin() + 1, 3)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/bin/false")}), pytest.raises(TrainingError) as error:
+        broken(torch.zeros(3))
+    assert "the network could not be compiled" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_bf16_rounds_the_forward_pass_and_nothing_else():
@@ -125,12 +121,12 @@ def test_bf16_rounds_the_forward_pass_and_nothing_else():
 @pytest.mark.parametrize(
     ("arch", "size", "kernels"), [("mobilenet", 8, "wrong"), ("mobilenet", 32, "slow"), ("resnet", 32, "fast")]
 )
-def test_auto_leaves_bf16_alone_on_a_cpu_with_wrong_or_slow_kernels_for_it(able, arch, size, kernels):
-    able(True, None)
+def test_auto_avoids_bf16_where_its_cpu_kernels_are_wrong_or_slow(machine, arch, size, kernels):
+    machine("AuthenticAMD avx512_bf16")
     assert bf16_on_cpu(build_model(arch, {"mobilenet": 28, "resnet": 8}[arch], 10, 0.25), (3, size, size)) == kernels
     expected = "bf16" if kernels == "fast" else "fp32"
     assert resolve_execution("auto", "off", CPU, cpu_kernels=kernels).precision == expected
-    assert resolve_execution("auto", "off", torch.device("cuda"), cpu_kernels=kernels).precision == "bf16"
+    assert resolve_execution("auto", "off", CUDA, cpu_kernels=kernels).precision == "bf16"
     if kernels != "wrong":
         assert resolve_execution("bf16", "off", CPU, cpu_kernels=kernels).precision == "bf16"
         return

@@ -1,0 +1,85 @@
+"""Flags that contradict each other, have no effect, or ask for what cannot be built: one sentence, and nothing written."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--depth 21", "depth 6n+2"),
+        ("--sparsity 0.99999 --prune-method random", "at most 0.9999 is possible"),
+        ("--sparsity 0.9998 --prune-method random --sparsity-distribution uniform", "leaves layer"),
+        ("--sparsity 0.9", "--sparsity has no effect with --prune-method none"),
+        ("--prune-method random", "--prune-method random needs --sparsity"),
+        ("--prune-method random --sparsity 0.9 --sparsity-distribution global", "choose erk or uniform"),
+        ("--prune-method random --sparsity 0.9 --dense-layers steam", "no prunable layer matches 'steam'"),
+        ("--dense-layers stem", "--dense-layers has no effect with --prune-method none"),
+        ("--dataset folder", "--data-dir"),
+        ("--dataset folder --data-dir nowhere", "'nowhere/train' does not exist"),
+        ("--data-dir x", "--data-dir has no effect with --dataset digits"),
+        ("--image-size 8", "--image-size has no effect with --dataset digits"),
+        ("--val-split 1442", "cannot hold out 1442 of 1,442 training images"),
+        ("--sam-v2", "--sam-v2 has no effect with --optmzr sgd"),
+        ("--adaptive --optmzr adam", "--adaptive has no effect with --optmzr adam"),
+        ("--sam-rho 0.1", "--sam-rho has no effect with --optmzr sgd"),
+        ("--optmzr adam --momentum 0.8", "--momentum has no effect with --optmzr adam"),
+        ("--optmzr adamw-sam --nesterov", "--nesterov has no effect with --optmzr adamw-sam"),
+        ("--nesterov --momentum 0", "--nesterov needs a --momentum above 0"),
+        ("--alpha 0.2", "--alpha has no effect without --mixup"),
+        ("--dataset cifar10 --depth 21", "depth 6n+2"),
+        ("--dataset cifar10 --prune-method random --sparsity 0.9 --dense-layers steam", "no prunable layer matches"),
+        ("--sparsity-pattern 2:4 --prune-method rigl", "take 2:4 with gmp"),
+        ("--sparsity-pattern 2:4 --prune-method random --sparsity 0.9", "fixes the sparsity at 0.5"),
+        ("--sparsity-config missing.yaml --prune-method random", "cannot read 'missing.yaml'"),
+        (
+            "--drop-fraction 0.2 --prune-method gmp --sparsity 0.9",
+            "--drop-fraction has no effect with --prune-method gmp",
+        ),
+        ("--mest-soft --prune-method rigl --sparsity 0.9", "--mest-soft has no effect with --prune-method rigl"),
+        ("--lth-rounds 2 --prune-method set --sparsity 0.9", "--lth-rounds has no effect with --prune-method set"),
+        ("--update-interval 5 --prune-method snip --sparsity 0.9", "--update-interval has no effect"),
+        ("--lth-rewind 999 --prune-method lth --sparsity 0.9", "cannot rewind to step 999"),
+        ("--prune-method oneshot --sparsity 0.9", "give them by --pretrained"),
+        ("--keep-masks", "--keep-masks has no effect without --pretrained"),
+        (
+            "--keep-masks --pretrained x.pt --prune-method snip --sparsity 0.9",
+            "--keep-masks has no effect with --prune-m",
+        ),
+        ("--update-interval 99e --prune-method gmp --sparsity 0.9", "masks would never change before they stay"),
+        ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--arch vgg --depth 20", "a VGG has depth 16 or 19, not 20"),
+        ("--batch-size 1441 --arch vgg", "cannot be batch-normalised"),
+        ("--warmup-epochs 2 --epochs 2", "--warmup-epochs 2 has to be less than --epochs 2"),
+        ("--batch-size 4 --accumulate 5", "--accumulate 5"),
+        ("--no-cuda --device cuda", "contradict"),
+        ("--sync-bn", "--sync-bn has no effect in one process"),
+        ("--sync-bn --compile on", "--sync-bn cannot be compiled"),
+        ("--sync-bn --arch vit", "--sync-bn has no effect"),
+        ("--sam-local", "--sam-local has no effect with --optmzr sgd"),
+        ("--sam-local --optmzr sgd-sam --sam-v2", "--sam-local has no effect with --sam-v2"),
+        ("--sam-local --optmzr sgd-sam", "--sam-local has no effect in one process"),
+        ("--sam-unmasked --optmzr sgd-sam", "--sam-unmasked has no effect with --prune-method none"),
+        ("--sam-unmasked --prune-method random --sparsity 0.9", "--sam-unmasked has no effect with --optmzr sgd"),
+        ("--sam-unmasked --clip-grad 1 --optmzr sgd-sam --prune-method random --sparsity 0.9", "leave one of them out"),
+        ("--sam-local --sync-bn --optmzr sgd-sam", "contradict each other"),
+        ("--resume missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--evaluate missing.pt", "there is no checkpoint 'missing.pt'"),
+        ("--resume auto --evaluate missing.pt", "give one of them"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused_and_nothing_is_written(train, tmp_path, flags, words):
+    bad = train(f"--dataset digits --epochs 1 {flags}", short=False)
+    assert bad.code == 2
+    assert bad.out == ""
+    assert bad.err.startswith("error: ")
+    assert bad.err.count("\n") == 1
+    assert words in bad.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_is_not_there_is_reported_with_a_sentence(train, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    bad = train("--epochs 1 --compile on")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "--compile on needs a C++ compiler ('no-such-compiler' is not there)" in bad.err
+    assert not bad.directory.exists()
