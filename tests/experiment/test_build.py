@@ -37,13 +37,13 @@ def test_masks_of_a_pretrained_network_are_kept_where_asked_and_their_loss_is_sa
     kept = train(f"{pretrained} --keep-masks")
     assert kept.code == 0, kept.err
     assert "warning" not in kept.err
-    assert kept.json("result.json")["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert kept.json("result.json")["sparsity"] == pytest.approx(0.9, abs=1e-3)
     weights = kept.checkpoint()["state"]["model"]
     assert all((weights[f"{name}.weight"] == 0)[zero].all() for name, zero in zeros.items())
 
     lost = train(pretrained, "lost")
     assert lost.code == 0, lost.err
-    assert "warning: the checkpoint's masks, of sparsity 0.5000, are not kept" in lost.err
+    assert "warning: the checkpoint's masks, of sparsity 0.9001, are not kept" in lost.err
     assert lost.json("result.json")["sparsity"] == 0
 
     dense = train(f"--epochs 1 --keep-masks --pretrained {lost.directory / 'checkpoint.pt'}", "dense")
