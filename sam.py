@@ -167,7 +167,7 @@ class SAM(torch.optim.Optimizer):
             warnings.warn(
                 "one-step SAM does not use the gradient of a backward() before first_step(): leave that pass out, or pass "
                 "v2=False for two-step SAM",
-                stacklevel=4,  # two decorators lie between
+                stacklevel=5,  # beyond the decorators
             )
         if zero_grad:
             self.zero_grad()  # before the perturbation is made, so that it takes no memory beside the gradients

@@ -43,7 +43,8 @@ def measure_step(
     """
     steps = 100 if device.type == "cuda" else 1  # on a GPU what an epoch ends in would count beside one step
     arch, depth, width = network
-    with tempfile.TemporaryDirectory() as scratch, usage_errors():
+    # TensorBoard's thread may still write when the directory goes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, usage_errors():
         kernels = bf16_on_cpu(build_model(arch, depth, CLASSES, width), (3, 32, 32))
         execution = resolve_execution("auto", "off", device, cpu_kernels=kernels)
         loop = Loop(

@@ -75,7 +75,7 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Iterator[Located]:
             raise UsageError(f"there is no checkpoint '{resume}'")
         if resume.name not in (NEWEST, PREVIOUS, BEST):
             raise UsageError(
-                f"--resume goes on from the checkpoint.pt or best.pt of a run's directory, not '{args.resume}'"
+                f"--resume goes on from the checkpoint.pt, previous.pt or best.pt of a run's directory, not '{args.resume}'"
             )
         if "output_dir" in given and args.output_dir.resolve() != directory.resolve():
             raise UsageError(

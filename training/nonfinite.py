@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from sam import SAM
 from training.batch_norm import SavedStatistics
 
 
@@ -44,22 +43,19 @@ class NonFiniteGuard:
         """Divide the gradients by the scale."""
         self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, sums: Tensor) -> None:
-        """Let the optimizer step; where steps may be left out, only if loss and gradient are finite."""
+    def accepts(self, optimizer: torch.optim.Optimizer, sums: Tensor) -> bool:
+        """Return whether the optimizer is to step: where steps may be left out, only if loss and gradient are finite."""
         if self.active:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             finite = torch.isfinite(nn.utils.get_total_norm(grads)) & torch.isfinite(sums[0])
             self.skipped = not finite.item()
             self.skipped_steps += self.skipped
-        if not self.skipped:
-            optimizer.step()
-        elif isinstance(optimizer, SAM):
-            optimizer.restore()
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        return not self.skipped
 
     def end(self, sums: Tensor) -> Tensor:
-        """Return a step's sums: zeros for a step that was left out and is no reason to stop."""
+        """End a step. Return its sums: zeros for a step that was left out and is no reason to stop."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
         if not self.skipped:
             return sums
         if self._statistics:

@@ -35,7 +35,7 @@ class TrainState:
 
     Attributes:
         schedule_step: place in the schedule; learning rate and data follow from it. A method may set it back.
-        global_step: steps taken; only grows. The axis of logs.
+        global_step: batches trained on, those of skipped steps included; only grows. The axis of logs.
         rows: one row of metrics.csv for each finished epoch.
         images: trained on, repetitions counted.
         training_flops: that this took, at the densities that the steps had.

@@ -125,7 +125,10 @@ class TrainingStep:
         logged = self._measure() if kind.log else {}
         if self.clip_grad:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)
-        guard.step(optimizer, sums)  # back to w, then the base optimizer's step; one-step SAM keeps the gradient
+        if guard.accepts(optimizer, sums):  # always, except where steps that are not finite are left out
+            optimizer.step()  # SAM: back to w, then the base optimizer's step; one-step SAM keeps the gradient
+        elif sam:
+            sam.restore()
         pruner.mask_weights()
         return StepResult(sums, logged)
 

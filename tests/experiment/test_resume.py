@@ -214,7 +214,7 @@ def test_resume_names_the_checkpoint_of_a_run_directory(train, finished):
     path = finished.directory / "checkpoint.pt"
     shutil.move(path, finished.directory / "mine.pt")
     bad = train(f"--resume {finished.directory}/mine.pt", None, short=False)
-    assert (bad.code, "checkpoint.pt or best.pt" in bad.err) == (2, True)
+    assert (bad.code, "checkpoint.pt, previous.pt or best.pt" in bad.err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import DIGITS
 
 from experiment.sweep import main, slurm_job
 
@@ -164,7 +165,7 @@ def test_paths_are_relative_to_where_the_sweep_was_called(sweep, trained, tmp_pa
     assert value("--data-dir", command) == str(tmp_path / "images")
     assert Path(value("--output-dir", command)).parent == tmp_path / "here"
     shutil.copy(trained.directory / "checkpoint.pt", tmp_path / "a=b.pt")
-    network = "--dataset digits --depth 8 --width 0.25".split()
+    network = DIGITS.split()
     (command, _) = commands(sweep("--dry-run", *network, "--pretrained=a=b.pt"))
     assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
 

@@ -309,7 +309,7 @@ def test_widths_without_a_channel_are_refused(arch, width):
 def test_transformers_are_as_wide_as_their_heads():
     assert outline("vit", 1, 10, 0.33).classifier.in_features == 64
     assert outline("vit", 1, 10, 2).classifier.in_features == 384
-    with pytest.raises(ValueError, match="multiple of 1/3, which is one head: 0.33, 0.67 or 1, not 1.5"):
+    with pytest.raises(ValueError, match="multiple of 1/3, which is one head: .*, not 1.5"):
         build_model("vit", 1, 10, 1.5)
 
 
