@@ -40,23 +40,21 @@ def test_a_run_writes_its_flags_metrics_checkpoint_and_result(trained):
 
 @NEEDS_COMPILER
 def test_a_compiled_run_trains_like_a_plain_one_and_resumes_bit_for_bit(train):
-    """One block of a transformer takes the least to compile; the last batch of an epoch is a smaller one."""
-    flags = (
-        f"--arch vit --depth 1 --width 0.34 --dataset digits --batch-size 256 {FINISHED} --precision fp32 --epochs 2"
-    )
-    whole = train(f"{flags} --compile on", "whole", short=False)
+    """The last batch of an epoch is a smaller one."""
+    flags = f"{SPARSE_SAM} --precision fp32 --epochs 2"
+    whole = train(f"{flags} --compile on", "whole")
     assert whole.code == 0, whole.err
     assert "fp32, compiled" in whole.out.splitlines()[0]
     assert whole.json("args.json")["args"]["compile"] == whole.checkpoint()["args"]["compile"] == "on"
-    plain = train(f"{flags} --compile off", "plain", short=False)
+    plain = train(f"{flags} --compile off", "plain")
     losses = [float(rows(run.directory)[0]["train_loss"]) for run in (whole, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     with before_step(8, interrupt):
-        assert train(f"{flags} --compile on", "cut", short=False).code == 130
-    resumed = train(f"{flags} --compile auto --resume auto", "cut", short=False)
+        assert train(f"{flags} --compile on", "cut").code == 130
+    resumed = train(f"{flags} --compile auto --resume auto", "cut")
     assert resumed.code == 0, resumed.err
     same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
-    refused = train(f"{flags} --compile off --resume auto", "cut", short=False)
+    refused = train(f"{flags} --compile off --resume auto", "cut")
     assert refused.code == 2
     assert "--compile was on and is off" in refused.err
 
