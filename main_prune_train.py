@@ -11,7 +11,7 @@ import torch
 from analysis.trained import evaluate_checkpoint, measure_trained, measured_names
 from experiment import build
 from experiment.exit_code import exit_code, smaller_batch
-from experiment.flags import FREE, PER_PROCESS, parse, plain
+from experiment.flags import MAY_CHANGE_ON_RESUME, MAY_DIFFER_BETWEEN_PROCESSES, parse, plain
 from experiment.run_directory import Located, locate_run
 from imagedata.augment import Normalize
 from imagedata.images import Dataset
@@ -68,7 +68,7 @@ def train(located: Located, interruption: Interruption) -> None:
         if group.is_main:
             print(f"finished already with test accuracy {earlier['test_top1']:.2f}%: {directory / 'result.json'}")
         return
-    flags = {name: value for name, value in plain(args).items() if name not in PER_PROCESS}
+    flags = {name: value for name, value in plain(args).items() if name not in MAY_DIFFER_BETWEEN_PROCESSES}
     group.check_same({"flags": flags, "data": about, "state": state.state_dict()})
     if group.is_main:
         located.prepare(keep_result=bool(earlier))
@@ -95,7 +95,7 @@ def train(located: Located, interruption: Interruption) -> None:
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
     result |= measure_trained(run, args, data, normalize, earlier)
-    logger.finish(result, {n: v for n, v in plain(args).items() if n not in FREE})
+    logger.finish(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME})
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
 

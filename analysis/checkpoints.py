@@ -9,7 +9,7 @@ from torch import nn
 
 from experiment import build
 from experiment.build import Trained
-from experiment.flags import FREE, number, parse, plain
+from experiment.flags import MAY_CHANGE_ON_RESUME, number, parse, plain
 from training.batch_norm import recalibrated
 from utils.device import pick_device
 from utils.errors import UsageError, usage_errors
@@ -80,7 +80,9 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
 def study_settings(trained: Trained) -> dict:
     """Return what a run has in common with its repetitions by other seeds: flags and images."""
     args = plain(trained.args)
-    return {k: v for k, v in args.items() if k not in FREE | {"seed", "compile"}} | {"images": trained.images}
+    return {k: v for k, v in args.items() if k not in MAY_CHANGE_ON_RESUME | {"seed", "compile"}} | {
+        "images": trained.images
+    }
 
 
 def smaller_batch(args: Namespace) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
-from experiment.flags import FREE
+from experiment.flags import MAY_CHANGE_ON_RESUME
 from utils.errors import UsageError
 
 METRIC = "test_top1"
@@ -106,7 +106,11 @@ def _read_run(directory: Path) -> dict:
             "processes": about.get("processes", 1),
             "data": f"folder ({args['data_dir']})" if args["dataset"] == "folder" else args["dataset"],
         }
-        row |= {f"--{n}": " ".join(v) if isinstance(v, list) else v for n, v in args.items() if n not in FREE}
+        row |= {
+            f"--{n}": " ".join(v) if isinstance(v, list) else v
+            for n, v in args.items()
+            if n not in MAY_CHANGE_ON_RESUME
+        }
         metrics = directory / "metrics.csv"
         row["epochs_done"] = len(pd.read_csv(metrics)) if metrics.exists() else 0
         if not (directory / "result.json").exists():

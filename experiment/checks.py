@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from experiment.flags import FREE, PATHS, RESOLVED, absolute, flag, method_options, parse, plain
+from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, absolute, flag, method_options, parse, plain
 from prune import METHODS
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
@@ -32,7 +32,7 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
     now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
     saved |= {name: absolute(saved[name]) for name in PATHS}
     given = given - {name for name in RESOLVED if now[name] == "auto"}
-    differing = sorted(name for name in given - FREE if now[name] != saved.get(name))
+    differing = sorted(name for name in given - MAY_CHANGE_ON_RESUME if now[name] != saved.get(name))
     if differing == ["epochs"] and now["epochs"] > saved["epochs"] and may_grow(saved):
         differing = []
     if differing:

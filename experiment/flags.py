@@ -22,13 +22,13 @@ SCHEDULES = ("cosine", "step", "constant")
 
 # Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics, except that
 # `nonfinite` does where a run without it would have ended.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "data_dir", "test_batch_size", "device", "no_cuda", "output_dir", "remark", "resume", "evaluate", "log_interval",
     "summary", "workers", "recalibrate_bn", "sharpness", "checkpoint_every", "nonfinite",
 }  # fmt: skip
 
 # Flags that may differ between the processes of a run.
-PER_PROCESS = {
+MAY_DIFFER_BETWEEN_PROCESSES = {
     "data_dir", "output_dir", "device", "no_cuda", "workers", "remark", "resume", "pretrained", "sparsity_config",
 }  # fmt: skip
 
@@ -174,7 +174,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw; a tenth with oneshot)")
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
-    add("--weight-decay", "--wd", type=number(float, least=0), help="(5e-4 for sgd and adam, 0.01 for adamw)")
+    add("--weight-decay", "--wd", type=number(float, least=0), help="weight decay (5e-4 for sgd and adam, 0.01 for adamw)")
     add("--lr-scheduler", choices=SCHEDULES, default="cosine",
         help="step: a tenth at 50%% and at 75%% of the epochs (%(default)s)")
     add("--warmup-epochs", type=number(float, least=0), default=0.0, metavar="E",
@@ -196,7 +196,7 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
 
 def _add_sparsity(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--prune-method", choices=METHODS, default="none", help="(%(default)s)")
+    add("--prune-method", choices=METHODS, default="none", help="pruning method; none: dense (%(default)s)")
     add("--sparsity", type=number(float, least=0, below=1), metavar="S",
         help="fraction of all convolution and linear weights that is zero in the end; an N:M pattern fixes it")
     add("--sparsity-distribution", choices=DISTRIBUTIONS, help="how layers share the sparsity (the method's own)")
@@ -228,10 +228,10 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
         help="of the forward pass; auto: bf16 on GPUs and CPUs where it is faster; fp16 scales the loss (%(default)s)")
     add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="by torch.compile; auto: on GPUs, and on CPUs with AMX, where it saves more time than it takes, never with "
-             "--deterministic (%(default)s)")
+        help="torch.compile; auto turns it on where the run is long enough to repay it, never with --deterministic "
+             "(%(default)s)")
     add("--workers", type=number(int, least=0), metavar="N",
-        help="processes that cut batches from images in the host's memory; 0: cut on the device (0 if it holds them)")
+        help="processes that augment images in the host's memory; 0: augment on the device (0 if it holds the images)")
     add("--nonfinite", choices=("stop", "skip"), default="stop",
         help="at a loss or gradient that is not finite, end the run or leave the step out; skip waits for the device "
              "once a step (%(default)s)")

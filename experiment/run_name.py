@@ -5,7 +5,7 @@ import hashlib
 import re
 
 from experiment.checks import may_grow
-from experiment.flags import FREE, parse, plain, resolve
+from experiment.flags import MAY_CHANGE_ON_RESUME, parse, plain, resolve
 from training.optim import OPTIMIZERS
 
 # Flags that have their place in every name.
@@ -60,7 +60,7 @@ def _other_parts(args: argparse.Namespace) -> list[str]:
     defaults = vars(resolve(argparse.Namespace(**vars(parse([])[0]) | same)))
     parts = []
     for name, value in plain(args).items():
-        if name in NAMED | FREE or value == defaults[name]:
+        if name in NAMED | MAY_CHANGE_ON_RESUME or value == defaults[name]:
             continue
         text = (
             "-" + "-".join(value) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)

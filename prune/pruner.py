@@ -167,8 +167,8 @@ class Pruner:
         """Zero the dead weights, which an optimizer may have moved."""
         self.masks.apply_to_weights()
 
-    def update_masks(self, step: int, skipped: bool = False) -> int:
-        """Change the masks if it is time. Return the step to go on with.
+    def update_masks(self, step: int, skipped: bool = False) -> None:
+        """Change the masks if it is time.
 
         Where layers compete for weights one may come out empty: `check_layers` tells, and waits for the device.
 
@@ -191,7 +191,6 @@ class Pruner:
             self._change_masks(self.method.update(inputs))
             self._settled = inputs.fraction >= 1
         self._remember_weights(step)
-        return step + 1
 
     def next_round(self, step: int) -> int:
         """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.

@@ -95,7 +95,8 @@ class TrainingStep:
         state.guard.begin()
         sums, logged = self._update(batch.inputs, batch.targets, kind)
         sums = state.guard.end(sums)
-        state.schedule_step = state.pruner.update_masks(state.schedule_step, state.guard.skipped)
+        state.pruner.update_masks(state.schedule_step, state.guard.skipped)
+        state.schedule_step += 1
         state.global_step += 1
         return StepResult(sums, logged)
 

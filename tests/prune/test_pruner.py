@@ -172,7 +172,7 @@ def test_none_leaves_everything_alone():
     model, fresh = resnet(), resnet()
     pruner = pruned(model)
     pruner.mask_gradients(0)
-    assert pruner.update_masks(0) == 1
+    pruner.update_masks(0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     assert pruner.masks.sparsity() == 0
 
@@ -192,7 +192,7 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
         for w in layers(model).values():
             w += 1
     pruner.mask_weights()
-    assert pruner.update_masks(7) == 8
+    pruner.update_masks(7)
     for name, w in layers(model).items():
         assert torch.equal(w == 0, dead[name])
 
