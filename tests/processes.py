@@ -1,9 +1,10 @@
 """Runs of main_prune_train.py in processes of their own, for tests.
 
-They are forks of this process and spared the imports, which take longer than their runs: all of them, once this process has
-had a run of its own.
+They are forks of this process, which spares them the imports: those take longer than a run. Once this process has had a run
+of its own, nothing is left to import.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -54,14 +55,17 @@ class Child:
         self.directory, self._argv = directory, ["--output-dir", str(directory), *flags.split()]
         self._out, self._err = (directory.with_name(f"{name or directory.name}.{kind}") for kind in ("out", "err"))
         self._environment, self._around = environment or {}, around or nullcontext()
+        self._out.touch()
+        self._err.touch()
         self._process = multiprocessing.get_context("fork").Process(target=self._run)
         self._process.start()
         self.pid = self._process.pid
+        atexit.register(self._process.kill)  # in case that a test fails and leaves it running
 
     def _run(self) -> None:
         os.environ.update(self._environment)
         for number, path in ((1, self._out), (2, self._err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         with self._around:
             sys.exit(main(self._argv))

@@ -35,7 +35,7 @@ def prunable(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
-def test_what_holds_for_small_networks_is_tested_for_every_family():
+def test_the_small_networks_cover_every_family():
     assert {arch for arch, _, _ in SMALL} == set(ARCHITECTURES)
 
 
@@ -109,14 +109,14 @@ def test_depth_in_the_families_that_count_otherwise():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_depth_means_the_default_one(arch):
+def test_without_a_depth_a_network_has_the_default_one(arch):
     def shapes(depth):
         return [(name, p.shape) for name, p in outline(arch, depth, 10).named_parameters()]
 
     assert shapes(None) == shapes(ARCHITECTURES[arch].default_depth)
 
 
-def test_checkpoints_of_the_cifar_resnet_keep_fitting():
+def test_parameters_of_the_cifar_resnet_keep_their_names():
     stem = {f"stem.{part}" for part in ("0.weight", "1.weight", "1.bias")}
     block = ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias")
     blocks = {f"stage{s}.{b}.{part}" for s in (1, 2, 3) for b in (0, 1, 2) for part in block}

@@ -27,7 +27,7 @@ def test_erk_on_resnet50_has_the_published_flops():
         assert flops.inference(densities(model, sparsity)) / dense == pytest.approx(published, abs=0.01)
 
 
-def test_counts_by_hand():
+def test_flops_of_a_small_network_are_those_counted_by_hand():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -48,7 +48,7 @@ def test_counts_by_hand():
     assert flops.train(half, dense_gradients=True) == 2 * expected["0"] + 2 * (expected["3"] + expected["5"])
 
 
-def test_depthwise_convolutions_and_attention_by_hand():
+def test_flops_of_depthwise_convolutions_and_attention_are_those_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
     flops = count_flops(model, (3, 4, 4))
     assert flops.forward == {"0": 2 * 16 * 8 * 3, "1": 2 * 16 * 8 * 9}
@@ -85,7 +85,7 @@ def test_a_meter_follows_the_masks_and_the_passes():
     assert meter.read() == 0
 
 
-def test_the_summary_adds_up():
+def test_the_summary_adds_up_its_layers():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
     mask = Pruner(model, "random", 0.5, "uniform")
     mask.choose_masks()

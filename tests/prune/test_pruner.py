@@ -168,7 +168,7 @@ def test_depthwise_filters_without_a_weight_are_counted_and_told_and_can_be_kept
     assert kept.budget.dense == {"second", "third"}
 
 
-def test_none_leaves_everything_alone():
+def test_the_method_none_changes_nothing():
     model, fresh = resnet(), resnet()
     pruner = pruned(model)
     pruner.mask_gradients(0)
@@ -197,7 +197,7 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
         assert torch.equal(w == 0, dead[name])
 
 
-def test_state_survives_a_round_trip():
+def test_masks_survive_a_round_trip_through_a_state_dict():
     pruner = pruned(resnet(), method="random", sparsity=0.9)
     other = resnet()
     loaded = Pruner(other, "random", 0.9)
@@ -233,7 +233,7 @@ def test_a_shared_weight_counts_once():
         ({"method": "random", "sparsity": 0.0, "dense_layers": ["*"]}, "every layer is to stay dense"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(kwargs, words):
+def test_impossible_masks_are_refused_with_one_sentence(kwargs, words):
     with pytest.raises(ValueError, match=words) as error:
         pruned(resnet(), **kwargs)
     assert "\n" not in str(error.value)

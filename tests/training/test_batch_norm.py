@@ -13,7 +13,7 @@ from utils.distributed import ProcessGroup
 SIZES = (7, 1, 0)  # images of a batch
 
 
-def test_statistics_are_the_weighted_means_of_the_batches_and_the_model_stays():
+def test_recalibrated_statistics_are_weighted_means_of_the_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
     for layer in (model[1], model[4]):

@@ -64,7 +64,7 @@ def skipping(model):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize(("name", "v2"), ARMS)
-def test_a_skipped_step_is_as_if_it_had_never_been(name, v2, accumulate):
+def test_a_skipped_step_leaves_no_trace(name, v2, accumulate):
     training, reference = (Training(name, v2, skipping, accumulate) for _ in range(2))
     for seed in range(3):
         training.step(seed)
@@ -86,7 +86,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(name, v2, accumulate):
 
 
 @pytest.mark.parametrize("method", ["rigl", "gmp", "set"])
-def test_masks_wait_for_a_step_that_is_taken(method):
+def test_a_mask_update_waits_for_a_step_that_is_not_skipped(method):
     training = Training("sgd-sam", True, skipping, method=method, sparsity=0.5)
     masks = training.state.pruner.masks
     changed = []

@@ -10,19 +10,19 @@ from sam import SAM
 from training.optim import OPTIMIZERS, build_optimizer, learning_rate
 
 
-def test_cosine_after_warmup():
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     rate = [learning_rate(step, 0.4, "cosine", 100, warmup_steps=10) for step in range(100)]
     assert rate[:10] == pytest.approx([0.4 * k / 11 for k in range(1, 11)])
     assert rate[10:] == pytest.approx([0.2 * (1 + math.cos(math.pi * k / 90)) for k in range(90)])
     assert learning_rate(100, 0.4, "cosine", 100, warmup_steps=10) == pytest.approx(0)
 
 
-def test_step_falls_to_a_tenth_at_half_and_at_three_quarters():
+def test_a_step_schedule_falls_to_a_tenth_at_half_and_at_three_quarters():
     rate = [learning_rate(step, 0.1, "step", 8) for step in range(8)]
     assert rate == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
-def test_constant_stays():
+def test_a_constant_learning_rate_stays():
     assert {learning_rate(step, 0.1, "constant", 8) for step in range(8)} == {0.1}
 
 

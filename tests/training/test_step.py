@@ -53,7 +53,7 @@ def same(left, right, exact=False):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
-def test_plain_sgd_is_the_loop_everyone_writes():
+def test_a_step_of_sgd_is_that_of_the_loop_everyone_writes():
     state, out = run()
     reference = build().state
     optimizer = torch.optim.SGD(reference.model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -189,7 +189,7 @@ def test_clipping_bounds_the_gradient_after_the_mask():
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_what_is_logged_is_of_this_step():
+def test_a_step_logs_its_own_norms_and_alignment():
     _, out = run(steps=3, name="sgd-sam", v2=True)
     assert [logged["perturbation_norm"].item() for _, logged in out] == pytest.approx([0, 0.3, 0.3], rel=1e-5)
     assert out[0].logged["alignment"].item() == 0
