@@ -86,7 +86,7 @@ def train(located: Located, interruption: Interruption) -> None:
     run = Run(
         state, step, loader, evaluators, FlopsMeter(flops, pruner.masks, passes), logger,
         CheckpointWriter(directory, schedule, plain(args), about, writes=group.is_main),
-        total_steps, args.log_interval, execution, group, interruption,
+        total_steps, args.log_interval, execution, group, args.eval_every, interruption,
     )  # fmt: skip
     introduce(run, args, data, resumed=checkpoint is not None)
     with interruption.finishing():

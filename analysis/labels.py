@@ -4,12 +4,32 @@ import math
 
 
 def optimizer_name(args: dict) -> str:
-    """Name the optimizer of a run's flags as papers do: sgd, sgd SAM, sgd SAM.v2, sgd ASAM, sgd SAM local ..."""
+    """Name the optimizer of a run's flags as papers do: sgd, sgd SAM, sgd SAM.v2, sgd ASAM, sgd MSAM, sgd SAM late 0.9 ...
+
+    Args:
+        args: the flags; those that came after the run may be missing.
+    """
     base = args["optmzr"].removesuffix("-sam")
     if base == args["optmzr"]:
         return base
-    name = f"{base} {'A' if args['adaptive'] else ''}SAM{'.v2' if args['sam_v2'] else ''}"
-    return f"{name} local" if args.get("sam_local") else name
+    direction, schedule = args.get("sam_direction", "previous"), args.get("rho_schedule", "constant")
+    since, until, every = args.get("sam_from", 0), args.get("sam_until", 1), args.get("sam_every", 1)
+    name = f"{'A' if args['adaptive'] else ''}SAM{'.v2' if args['sam_v2'] else ''}"
+    if direction == "momentum" and (args["sam_rho"] or 0) < 0:
+        name, direction = "adaptive MSAM" if args["adaptive"] else "MSAM", "previous"
+    parts = [
+        base, name, direction != "previous" and direction, args.get("sam_local") and "local",
+        args.get("sam_unmasked") and "unmasked", schedule != "constant" and f"{schedule}-rho", _window(since, until),
+        every > 1 and f"every {every}",
+    ]  # fmt: skip
+    return " ".join(filter(None, parts))
+
+
+def _window(since: float, until: float) -> str:
+    """Name the part of training in which SAM perturbs: nothing for all of it."""
+    if until == 1:
+        return f"late {since:g}" if since else ""
+    return f"from {since:g} to {until:g}" if since else f"early {until:g}"
 
 
 def run_label(args: dict) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
-from experiment.flags import MAY_CHANGE_ON_RESUME
+from experiment.flags import MAY_CHANGE_ON_RESUME, parse
 from utils.errors import UsageError
 
 METRIC = "test_top1"
@@ -14,7 +14,10 @@ RHO, SPARSITY, SEED = "--sam_rho", "--sparsity", "--seed"
 # Resolved by the length of a run and so by its optimizer: it tells no settings apart.
 COMPILE = "--compile"
 # Flags that the column `optimizer` stands for.
-OPTIMIZER_FLAGS = ("--optmzr", "--sam_v2", "--adaptive", "--sam_local")
+OPTIMIZER_FLAGS = (
+    "--optmzr", "--sam_v2", "--adaptive", "--sam_local", "--sam_unmasked", "--sam_direction", "--rho_schedule", "--sam_from",
+    "--sam_until", "--sam_every",
+)  # fmt: skip
 
 
 def read_runs(directories: list[Path]) -> pd.DataFrame:
@@ -59,8 +62,8 @@ def begun(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_curves(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Read metrics.csv of each run."""
-    return [pd.read_csv(directory / "metrics.csv") for directory in runs["directory"]]
+    """Read the evaluated epochs in metrics.csv of each run."""
+    return [pd.read_csv(directory / "metrics.csv").dropna(subset=[METRIC]) for directory in runs["directory"]]
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
@@ -95,7 +98,7 @@ def _names_of_data(runs: pd.DataFrame) -> pd.Series:
 def _read_run(directory: Path) -> dict:
     try:
         about = json.loads((directory / "args.json").read_text())
-        args = about["args"]
+        args = vars(parse([])[0]) | about["args"]  # a flag that came after the run had its default
         row = {
             "directory": directory,
             "optimizer": optimizer_name(args),

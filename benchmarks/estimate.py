@@ -23,6 +23,7 @@ from experiment.checks import check
 from experiment.flags import number, parse, resolve
 from models import build_model
 from prune import METHODS
+from training.optim import OPTIMIZERS
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
 from utils.errors import UsageError, usage_errors
 from utils.precision import bf16_on_cpu, resolve_execution
@@ -65,6 +66,8 @@ def measure_step(
 def count_epochs(lines: Iterable[str]) -> Counter:
     """Count the epochs of all commands for each (architecture, depth, width), optimizer and whether it is SAM.v2.
 
+    Steps in which two-step SAM does not perturb are steps of its base optimizer. All directions of SAM.v2 count as one.
+
     Raises:
         UsageError: a command that main_prune_train.py would not take, or whose steps are not those measured here.
     """
@@ -83,7 +86,12 @@ def count_epochs(lines: Iterable[str]) -> Counter:
                 f"steps are measured on images like CIFAR's, not on --dataset {args.dataset}: time a run with --epochs 1"
             )
         trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
-        epochs[(args.arch, args.depth, args.width), args.optmzr, args.sam_v2] += args.epochs * trainings
+        network, count = (args.arch, args.depth, args.width), args.epochs * trainings
+        two_step = OPTIMIZERS[args.optmzr].sam and not args.sam_v2
+        plain = count * (1 - (args.sam_until - args.sam_from) / args.sam_every) if two_step else 0
+        epochs[network, args.optmzr, args.sam_v2] += count - plain
+        if plain:
+            epochs[network, args.optmzr.removesuffix("-sam"), False] += plain
     return epochs
 
 
@@ -134,7 +142,7 @@ def estimate(epochs: Counter, device: torch.device, seconds: float) -> float:
         arch, depth, width = network
         name = f"{arch}{f'-{depth}' if depth else ''}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
         print(
-            f"  {name:<36} {1e3 * median(samples):>8.1f} ms a step (median of {len(samples)}), {count:,} epochs",
+            f"  {name:<36} {1e3 * median(samples):>8.1f} ms a step (median of {len(samples)}), {count:,.0f} epochs",
             flush=True,
         )
     return total

@@ -70,7 +70,8 @@ class Loop:
         self.pruner = build.pruner(args, self.model, state_holders(self.optimizer), steps)
         self.pruner.choose_masks(loader.sample)
         state = build.state(args, self.model, self.optimizer, self.pruner)
-        step = build.step(args, state, execution, loader.steps_per_epoch)
+        # A logged step measures no ascent: an epoch of few steps has too large a share of them.
+        step = build.step(args, state, execution, loader.steps_per_epoch, measure_ascent=False)
         flops = count_flops(self.model, data.image_shape)
         self.meter = FlopsMeter(flops, self.pruner.masks, passes_per_step(self.optimizer))
         directory.mkdir()

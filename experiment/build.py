@@ -24,7 +24,7 @@ from prune.scores import refuse_layer_normalisation, synflow
 from training.batch_norm import refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
-from training.optim import learning_rate
+from training.optim import learning_rate, radius
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils import distributed
@@ -121,7 +121,7 @@ def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of a network's parameters."""
     return training.optim.build_optimizer(
         args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
-        rho=args.sam_rho, v2=args.sam_v2, adaptive=args.adaptive,
+        args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def execution(
         model: on the device.
         data: what it trains on.
         flops: of the network, for one image.
-        passes: forward-backward passes per step.
+        passes: forward-backward passes of a step that perturbs; others take one.
         steps: of the schedule.
         group: the processes.
     """
@@ -177,15 +177,16 @@ def execution(
     with flag_errors():
         smallest = augmentation(args, data).smallest_part(args.accumulate, group)
         refuse_single_values(model, data.image_shape, smallest)
+    perturbing = (args.sam_until - args.sam_from) / args.sam_every  # share of the steps
     resolved = resolve_execution(
         args.precision,
         "off" if group.synchronised else args.compile,
         device,
-        step_flops=passes * args.batch_size / group.world * flops.dense_training,
+        step_flops=(1 + (passes - 1) * perturbing) * args.batch_size / group.world * flops.dense_training,
         steps=steps,
         deterministic=args.deterministic,
         cpu_kernels=bf16_on_cpu(model, data.image_shape),
-        watched=args.nonfinite == "skip" or group.world > 1,
+        watched=args.nonfinite == "skip" or group.world > 1 or args.sam_direction == "random",
     )
     args.precision, args.compile = resolved.precision, "on" if resolved.compiled else "off"
     return resolved
@@ -216,19 +217,34 @@ def loaders(
 
 
 def step(
-    args: Namespace, state: TrainState, execution: Execution, steps_per_epoch: int, group: ProcessGroup = ProcessGroup()
-) -> TrainingStep:
-    """Return the training step."""
+    args: Namespace, state: TrainState, execution: Execution, steps_per_epoch: int, group: ProcessGroup = ProcessGroup(),
+    measure_ascent: bool = True,
+) -> TrainingStep:  # fmt: skip
+    """Return the training step. Raises UsageError for a window of SAM that no step falls into."""
     if group.synchronised:
         synchronise(state.model)
-    micro_batch = -(-args.batch_size // (args.accumulate * group.world))
+    micro_batch, total_steps = -(-args.batch_size // (args.accumulate * group.world)), args.epochs * steps_per_epoch
     lr_at = partial(
-        learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=args.epochs * steps_per_epoch,
+        learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
         warmup_steps=round(args.warmup_epochs * steps_per_epoch),
     )  # fmt: skip
+
+    def rho_at(step: int) -> float:
+        return radius(
+            step, args.sam_rho, args.rho_schedule, total_steps, steps_per_epoch, lr_at(step) / args.lr,
+            args.sam_from, args.sam_until, args.sam_every,
+        )  # fmt: skip
+
+    first = int(args.sam_from * total_steps)
+    if args.sam_rho and not any(map(rho_at, range(first, min(total_steps, first + args.sam_every + 1)))):
+        raise UsageError(
+            f"no step of {total_steps:,} perturbs between --sam-from {args.sam_from:g} and --sam-until {args.sam_until:g} with "
+            f"--sam-every {args.sam_every}: give a wider window, or train without SAM"
+        )
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
         args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
+        rho_at if args.sam_rho else None, args.rho_schedule != "constant", measure_ascent,
     )  # fmt: skip
 
 

@@ -32,12 +32,17 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
     now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
     saved |= {name: absolute(saved[name]) for name in PATHS}
     given = given - {name for name in RESOLVED if now[name] == "auto"}
-    differing = sorted(name for name in given - MAY_CHANGE_ON_RESUME if now[name] != saved.get(name))
+    may_change = MAY_CHANGE_ON_RESUME - ({"eval_every"} if saved["val_split"] else set())  # which chooses best.pt
+    differing = sorted(name for name in given - may_change if now[name] != saved.get(name))
     if differing == ["epochs"] and now["epochs"] > saved["epochs"] and may_grow(saved):
         differing = []
     if differing:
         changes = ", ".join(f"{flag(name)} was {saved.get(name)} and is {now[name]}" for name in differing)
-        hint = " (--epochs may grow with --lr-scheduler constant and masks that stay)" if "epochs" in differing else ""
+        hint = ""
+        if "epochs" in differing:
+            hint = (
+                " (--epochs may grow with --lr-scheduler constant, masks that stay, and no --sam-from or --sam-until)"
+            )
         raise UsageError(f"a resumed run cannot change its mathematics: {changes}{hint}")
     return _merge(args, given, saved)
 
@@ -71,7 +76,8 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
 def may_grow(flags: dict) -> bool:
     """Return whether nothing in a run depends on its number of epochs."""
     method = METHODS[flags["prune_method"]]
-    return flags["lr_scheduler"] == "constant" and not method.update and not method.tickets
+    whole = flags["sam_from"] == 0 and flags["sam_until"] == 1
+    return flags["lr_scheduler"] == "constant" and whole and not method.update and not method.tickets
 
 
 def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
@@ -101,10 +107,23 @@ def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         reasons |= dict.fromkeys(("momentum", "nesterov"), (f"with --optmzr {args.optmzr}", f"take --optmzr {sgd}"))
     if not optimizer.sam:
         way = f"add --optmzr {args.optmzr}-sam"
-        sam = ("sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked")
+        sam = (
+            "sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from",
+            "sam_until", "sam_every",
+        )  # fmt: skip
         reasons |= dict.fromkeys(sam, (f"with --optmzr {args.optmzr}", way))
     elif args.sam_v2:
         reasons["sam_local"] = "with --sam-v2", "leave --sam-v2 out"
+        reasons["sam_every"] = "with --sam-v2, which has no second pass to save", "leave --sam-v2 out"
+        if args.sam_direction == "momentum":
+            reasons["sam_unmasked"] = (
+                "with --sam-direction momentum: pruned weights have none",
+                "take another direction",
+            )
+    else:
+        reasons["sam_direction"] = "on two-step SAM, which perturbs along the gradient of its own batch", "add --sam-v2"
+    if args.rho_schedule == "lr" and args.lr_scheduler == "constant" and not args.warmup_epochs:
+        reasons["rho_schedule"] = "with a constant learning rate", "take --lr-scheduler cosine or --rho-schedule sqrt"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"
     if args.dataset != "folder":
@@ -127,6 +146,10 @@ def _check_sparsity(args: argparse.Namespace) -> None:
 def _check_training(args: argparse.Namespace) -> None:
     if args.nesterov and args.momentum == 0:
         raise UsageError("--nesterov needs a --momentum above 0, as --momentum 0.9")
+    if args.sam_direction == "momentum" and args.momentum == 0:
+        raise UsageError("--sam-direction momentum needs a --momentum above 0, as --momentum 0.9")
+    if args.sam_from >= args.sam_until:
+        raise UsageError(f"--sam-from {args.sam_from:g} has to be less than --sam-until {args.sam_until:g}")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs:g} has to be less than --epochs {args.epochs}")
     if args.accumulate > args.batch_size:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from imagedata.sources import DATASETS
 from models import ARCHITECTURES
@@ -18,13 +19,14 @@ from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 from utils.precision import PRECISIONS
 
-SCHEDULES = ("cosine", "step", "constant")
+SCHEDULES, RHO_SCHEDULES = ("cosine", "step", "constant"), ("constant", "lr", "sqrt")
+DIRECTIONS = ("previous", "momentum", "ema", "random")
 
 # Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics, except that
 # `nonfinite` does where a run without it would have ended.
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "test_batch_size", "device", "no_cuda", "output_dir", "remark", "resume", "evaluate", "log_interval",
-    "summary", "workers", "recalibrate_bn", "sharpness", "checkpoint_every", "nonfinite",
+    "summary", "workers", "recalibrate_bn", "sharpness", "checkpoint_every", "nonfinite", "eval_every",
 }  # fmt: skip
 
 # Flags that may differ between the processes of a run.
@@ -47,6 +49,10 @@ KEYWORDS = {
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are UsageErrors, and which names the flag or value that a mistyped one is near to."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own does not know -1e-3
 
     def error(self, message: str) -> None:  # type: ignore[override]  # argparse's own exits
         """Raise UsageError."""
@@ -185,8 +191,19 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
 def _add_sam(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--sam-v2", action="store_true", help="one step, along the previous gradient; without it two-step SAM")
-    add("--sam-rho", type=number(float, least=0), metavar="RHO",
-        help="radius of the perturbation (0.05; 0.5 with --adaptive)")
+    add("--sam-direction", choices=DIRECTIONS, default="previous",
+        help="one-step SAM perturbs along the previous gradient, the optimizer's momentum (MSAM with a negative --sam-rho), an "
+             "average of gradients, or noise of the seed (%(default)s)")
+    add("--sam-rho", type=number(float), metavar="RHO",
+        help="radius of the perturbation; a negative one perturbs the other way (0.05; 0.5 with --adaptive)")
+    add("--rho-schedule", choices=RHO_SCHEDULES, default="constant",
+        help="lr: in proportion to the learning rate; sqrt: times sqrt(1/(1+epoch)), epochs counted from 0 (%(default)s)")
+    add("--sam-from", type=number(float, least=0, below=1), default=0.0, metavar="SHARE",
+        help="perturb from this share of the training steps on: late SAM is two-step SAM with 0.9 (%(default)g)")
+    add("--sam-until", type=number(float, above=0, most=1), default=1.0, metavar="SHARE",
+        help="perturb up to this share of the training steps (%(default)g)")
+    add("--sam-every", type=number(int, above=0), default=1, metavar="K",
+        help="two-step SAM at every K-th step, and one pass of the base optimizer at the others (%(default)s)")
     add("--adaptive", action="store_true", help="scale the perturbation by the weights (ASAM)")
     add("--sam-local", action="store_true",
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
@@ -246,13 +263,16 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="go on from a checkpoint; auto: from that of the run's directory, if there is one")
     add("--checkpoint-every", metavar="N", default="1",
         help="epochs, or with an m minutes (10m), between two checkpoints (%(default)s)")
+    add("--eval-every", type=number(int, above=0), default=1, metavar="EPOCHS",
+        help="evaluate on held-out and test images after every so many epochs, and after the last one (%(default)s)")
     add("--recalibrate-bn", action="store_true",
         help="also evaluate the trained network with batch norm's statistics estimated anew")
     add("--sharpness", action="store_true",
         help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does")
     add("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     add("--log-interval", type=number(int, above=0), default=50, metavar="STEPS",
-        help="steps between two logged steps; the last one of an epoch is logged too (%(default)s)")
+        help="steps between two logged steps; the last one of an epoch is logged too. A logged step of one-step SAM takes a "
+             "further pass, which measures its ascent and changes nothing (%(default)s)")
 # fmt: on
 
 
@@ -355,7 +375,7 @@ def number(
 ) -> Callable[[str], float]:
     """Return an argparse type: a finite number within bounds, of which `least` and `most` are allowed values."""
     named = (("at least", least), ("above", above), ("at most", most), ("below", below))
-    bounds = " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
+    bounds = [f"{word} {bound:g}" for word, bound in named if bound is not None]
 
     def convert(text: str) -> float:
         try:
@@ -372,8 +392,8 @@ def number(
         )
         if not fits:
             what = "a whole number" if kind is int else "a number"
-            too_large = " and below 2^63" if value == math.inf else ""
-            raise argparse.ArgumentTypeError(f"has to be {what} {bounds}{too_large}, not '{text}'")
+            within = " and ".join([*bounds, "below 2^63"] if value == math.inf else bounds)
+            raise argparse.ArgumentTypeError(f"has to be {what}{' ' if within else ''}{within}, not '{text}'")
         return value
 
     return convert

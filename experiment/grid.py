@@ -41,6 +41,11 @@ NOT_OF_NETWORKS = {
     "sam_v2",
     "sam_rho",
     "adaptive",
+    "sam_direction",
+    "rho_schedule",
+    "sam_from",
+    "sam_until",
+    "sam_every",
     "seed",
 }  # networks that differ in them build alike
 PATHS = ("--data-dir", "--pretrained")

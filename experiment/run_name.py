@@ -11,7 +11,8 @@ from training.optim import OPTIMIZERS
 # Flags that have their place in every name.
 NAMED = {
     "arch", "depth", "dataset", "optmzr", "sam_v2", "adaptive", "sam_rho", "prune_method", "sparsity",
-    "sparsity_distribution", "sparsity_config", "sparsity_pattern", "lr", "epochs", "seed", "mixup",
+    "sparsity_distribution", "sparsity_config", "sparsity_pattern", "lr", "epochs", "seed", "mixup", "sam_direction",
+    "rho_schedule",
 }  # fmt: skip
 
 
@@ -40,7 +41,10 @@ def run_name(args: argparse.Namespace) -> str:
 def _optimizer_part(args: argparse.Namespace) -> str:
     if not OPTIMIZERS[args.optmzr].sam:
         return args.optmzr
-    return f"{args.optmzr}{'-v2' if args.sam_v2 else ''}{'-adaptive' if args.adaptive else ''}-rho{args.sam_rho:g}"
+    parts = [args.optmzr, args.sam_v2 and "v2", args.adaptive and "adaptive"]
+    parts += [args.sam_direction != "previous" and args.sam_direction, f"rho{args.sam_rho:g}"]
+    parts.append(args.rho_schedule != "constant" and args.rho_schedule)
+    return "-".join(filter(None, parts))
 
 
 def _sparsity_part(args: argparse.Namespace) -> str:

@@ -80,32 +80,34 @@ class FlopsMeter:
     Args:
         flops: of the dense network, for one image.
         masks: of the network.
-        passes: forward-backward passes per step.
+        passes: forward-backward passes of a step that perturbs; others take one.
     """
 
     def __init__(self, flops: Flops, masks: Masks, passes: int):
         self.flops, self.masks, self.passes = flops, masks, passes
         self._version = -1
-        # One entry for each version of the masks: living weights by layer, images, and those of them that needed dense
-        # gradients.
+        # One entry for each version of the masks: living weights by layer, images times passes, and images that needed
+        # dense gradients.
         self._counted: list[tuple[Tensor, int, int]] = []
 
-    def step(self, images: int, dense_gradients: bool) -> None:
+    def step(self, images: int, dense_gradients: bool, perturbs: bool = True) -> None:
         """Count a training step on so many images. Does not wait for the device."""
         if self._version != self.masks.version:
             self._version = self.masks.version
             self._counted.append((self.masks.alive_counts(), 0, 0))
         alive, total, dense = self._counted[-1]
-        self._counted[-1] = (alive, total + images, dense + images * dense_gradients)
+        passes = self.passes if perturbs else 1
+        self._counted[-1] = (alive, total + images * passes, dense + images * dense_gradients)
 
     def state_dict(self) -> dict:
         """Return what was counted since the last `read`. Waits for the device."""
-        counted = [(alive.tolist(), images, dense) for alive, images, dense in self._counted]
-        return {"counted": counted, "current": self._version == self.masks.version}
+        counted = [(alive.tolist(), total, dense) for alive, total, dense in self._counted]
+        return {"counted": counted, "times_passes": True, "current": self._version == self.masks.version}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned; the masks have to be those of that time."""
-        self._counted = [(torch.tensor(alive), images, dense) for alive, images, dense in state["counted"]]
+        passes = 1 if state.get("times_passes") else self.passes  # once images were counted, and all steps alike
+        self._counted = [(torch.tensor(alive), passes * total, dense) for alive, total, dense in state["counted"]]
         self._version = self.masks.version if state["current"] else -1
 
     def read(self) -> float:
@@ -114,7 +116,7 @@ class FlopsMeter:
         for alive, total, dense in self._counted:
             weights = self.masks.weights
             density = {name: n / w.numel() for n, (name, w) in zip(alive.tolist(), weights.items(), strict=True)}
-            operations += (self.passes * total - dense) * self.flops.train(density)
+            operations += (total - dense) * self.flops.train(density)
             operations += dense * self.flops.train(density, dense_gradients=True)
         self._counted = [(alive, 0, 0) for alive, _, _ in self._counted[-1:]]
         return operations

@@ -1,6 +1,7 @@
 """What only a GPU can show. Skipped without one."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from imagedata.loaders import TrainLoader
 from main_prune_train import main
 from models import build_model
 from prune import METHODS, Pruner
-from training.optim import build_optimizer, state_holders
+from training.optim import build_optimizer, radius, state_holders
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -25,8 +26,9 @@ class Run:
     """The parts of a training on random images, step by step."""
 
     def __init__(
-        self, name="sgd-sam", v2=True, method="none", sparsity=None, execution=Execution(), workers=0, device=CUDA
-    ):
+        self, name="sgd-sam", v2=True, method="none", sparsity=None, execution=Execution(), workers=0, device=CUDA,
+        **schedule,
+    ):  # fmt: skip
         torch.manual_seed(0)
         self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
@@ -42,10 +44,16 @@ class Run:
         self.pruner.choose_masks(self.loader.sample)
         self.state = TrainState(self.model, optimizer, self.pruner)
         objective = build_objective(self.model, execution, 32)
-        self.take = TrainingStep(self.state, objective, lambda step: 0.05, graphed=execution.graphed)
+        options = {"rho_varies": schedule.get("schedule", "constant") != "constant", "graphed": execution.graphed}
+        if schedule:  # of SAM's radius
+            options["rho_at"] = self.rho_at = partial(
+                radius, **{"rho": -0.05, "schedule": "constant", "total_steps": 40, "steps_per_epoch": 8} | schedule
+            )
+        self.take = TrainingStep(self.state, objective, lambda step: 0.05, **options)
 
-    def step(self) -> torch.Tensor:
-        return self.take(self.loader.batch(self.state.schedule_step)).sums.clone()
+    def step(self, log: bool = False) -> torch.Tensor:
+        sums, self.logged = self.take(self.loader.batch(self.state.schedule_step), log)
+        return sums.clone()
 
 
 @pytest.fixture
@@ -60,12 +68,14 @@ def no_waiting():
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_no_step_waits_for_the_device(name, v2, method, execution, no_waiting):
     run = Run(name, v2, method, None if method == "none" else 0.5, execution)
-    for _ in range(8):  # an epoch: kernels are loaded, and masks have changed once
-        run.step()
+    for step in range(
+        24
+    ):  # kernels are loaded, masks have changed, and logged steps, of which some change them, were captured
+        run.step(log=step % 2 == 1)
     torch.cuda.synchronize()
     no_waiting()
-    for _ in range(16):  # over the borders of two epochs and four changes of masks
-        run.step()
+    for step in range(16):  # over the borders of two epochs and four changes of masks
+        run.step(log=step % 2 == 1)
 
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
@@ -95,6 +105,40 @@ def test_graphs_give_the_bits_of_single_kernels(name, v2, method, same_kernels):
     assert all(torch.equal(p, q) for p, q in zip(*(run.model.parameters() for run in runs), strict=True))
 
 
+@pytest.mark.parametrize("window", [{"every": 3}, {"since": 0.3, "until": 0.8}], ids=str)
+@pytest.mark.parametrize("v2", [True, False])
+def test_graphs_know_which_steps_perturb(v2, window, same_kernels):
+    runs = [Run("sgd-sam", v2, "rigl", 0.5, Execution(graphed=g), **window) for g in (False, True)]
+    losses = [[run.step(log=step % 4 == 3)[0].item() for step in range(40)] for run in runs]
+    assert losses[1] == losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(*(run.model.parameters() for run in runs), strict=True))
+    assert runs[0].state.passes == runs[1].state.passes
+
+
+@pytest.mark.parametrize("schedule", ["sqrt", "lr"])
+@pytest.mark.parametrize("v2", [True, False])
+def test_a_changing_radius_reaches_the_graph(v2, schedule):
+    run = Run("sgd-sam", v2, "random", 0.5, Execution(graphed=True), schedule=schedule, relative_lr=0.5, since=0.25)
+    for step in range(40):
+        run.step(log=True)
+        if run.rho_at(step):
+            norm = run.logged["perturbation_norm"].item()
+            assert norm == pytest.approx(abs(run.rho_at(step)), rel=1e-3), step
+        else:
+            assert "perturbation_norm" not in run.logged
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_graphs_log_the_diagnostics_of_single_kernels(v2, same_kernels):
+    runs = [Run("sgd-sam", v2, "random", 0.5, Execution(graphed=g)) for g in (False, True)]
+    for _ in range(12):
+        for run in runs:
+            run.step(log=True)
+        logged = [{name: value.item() for name, value in run.logged.items()} for run in runs]
+        assert logged[0].keys() > {"ascent", "cos_e_gradient_at_w", "cos_e_gradient_at_perturbed"}
+        assert logged[1] == logged[0]
+
+
 @pytest.mark.parametrize("method", ["none", "rigl"])
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_compiled_graphs_train_like_eager_kernels(name, v2, method, same_kernels):
@@ -121,7 +165,15 @@ def test_workers_feed_the_gpu_the_same_batches():
         assert torch.equal(a.targets, b.targets)
 
 
-@pytest.mark.parametrize("flags", ["", "--precision bf16 --compile on", "--accumulate 2 --precision bf16 --compile on"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--sam-direction random --rho-schedule lr",
+        "--precision bf16 --compile on",
+        "--accumulate 2 --precision bf16 --compile on",
+    ],
+)
 def test_a_whole_run_learns_and_goes_on_from_its_checkpoint(tmp_path, flags):
     command = "--dataset digits --depth 8 --epochs 4 --optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.8"
     argv = f"{command} --update-interval 5 --batch-size 64 {flags} --output-dir {tmp_path / 'run'}".split()

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from running import FINISHED, NEEDS_COMPILER, SPARSE_SAM, before_step, interrupt, rows, same
+from running import FINISHED, NEEDS_COMPILER, SPARSE_SAM, before_step, interrupt, rows, same, scalars
 from sklearn.datasets import load_digits
 
 
@@ -153,6 +153,40 @@ def test_no_epoch_of_a_denser_network_counts_as_the_best(train, method):
     assert result["max_over_epochs_test_top1"] == max(float(row["test_top1"]) for row in sparse)
     kept = run.checkpoint("best.pt")["state"]
     assert len(kept["rows"]) == result["best_epoch"]
+
+
+def test_evaluation_every_few_epochs_leaves_cells_empty_and_trains_the_same(train):
+    flags = "--epochs 3 --val-split 200 --optmzr sgd-sam --sam-v2 --lr 0.05"
+    whole = train(flags, "whole")
+    with before_step(12, interrupt):
+        assert train(f"{flags} --eval-every 2").code == 130
+    refused = train(f"{flags} --eval-every 1 --resume auto")
+    assert (refused.code, "--eval-every was 2 and is 1" in refused.err) == (2, True)  # it chooses best.pt
+    run = train(f"{flags} --eval-every 2 --resume auto")
+    assert run.code == 0, run.err
+    same(whole.checkpoint()["state"]["model"], run.checkpoint()["state"]["model"])
+    expected, found = rows(whole.directory), rows(run.directory)
+    for row in (expected[0], *expected, *found):
+        row.update(dict.fromkeys(("seconds", "images_per_second"), ""))
+    expected[0].update(dict.fromkeys(("val_loss", "val_top1", "test_loss", "test_top1"), ""))
+    assert found == expected
+    assert [step for step, _ in scalars(run.directory)["accuracy/val"]] == [10, 15]
+    result = run.json("result.json")
+    best = max(found[1:], key=lambda row: float(row["val_top1"]))
+    assert (result["best_epoch"], result["best_test_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
+    assert result["max_over_epochs_test_top1"] == max(float(row["test_top1"]) for row in found[1:])
+    assert len(run.checkpoint("best.pt")["state"]["rows"]) == result["best_epoch"]
+
+
+def test_every_round_ends_in_an_evaluation_and_its_interval_may_change(train):
+    flags = "--epochs 3 --prune-method lth --lth-rounds 1 --lth-rewind 0 --sparsity 0.5"
+    with before_step(24, interrupt):
+        run = train(f"{flags} --eval-every 4")
+    lines = [line for line in run.out.splitlines() if line.startswith("epoch")]
+    assert ["test" in line for line in lines] == [False, False, True, True]
+    run = train(f"{flags} --eval-every 5 --resume auto")
+    assert run.code == 0, run.err
+    assert [row["test_top1"] != "" for row in rows(run.directory)] == [False, False, True, True, True, True]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import FORKS, launch, wait_for
-from running import ROOT, before_step
+from running import ROOT, before_step, scalars
 
 pytestmark = FORKS
 
@@ -59,6 +59,7 @@ def assert_close(left: dict, right: dict) -> None:
         (2, f"--optmzr sgd-sam {RIGL} --batch-size 103"),
         (2, f"--optmzr sgd-sam --sam-v2 {STATIC} --batch-size 131"),
         (2, f"--optmzr sgd-sam --sam-v2 {RIGL} --batch-size 103"),
+        (2, f"--optmzr sgd-sam --sam-v2 --sam-direction random --sam-unmasked {STATIC} --batch-size 131"),
         (3, "--optmzr sgd-sam --sam-v2 --batch-size 131 --mixup --nonfinite skip"),
         (3, "--optmzr sgd-sam --sam-v2 --batch-size 131 --mixup --workers 1"),
         (3, "--optmzr sgd-sam --sam-v2 --batch-size 131 --accumulate 3 --clip-grad 0.5 --smooth-eps 0.1"),
@@ -70,6 +71,11 @@ def test_several_processes_train_the_network_that_one_trains(tmp_path, world, fl
         assert codes(outcome) == [0] * number, outcome
     assert {text for _, text in outcome[1:]} == {""}  # only the first process says anything
     assert_close(state_of(tmp_path / "1"), state_of(tmp_path / str(world)))
+    one, several = (scalars(tmp_path / str(number)) for number in (1, world))
+    for tag in filter(lambda tag: tag.startswith("optimizer/"), one):
+        assert [value for _, value in several[tag]] == pytest.approx(
+            [value for _, value in one[tag]], rel=2e-3, abs=2e-4
+        )
 
 
 def test_synchronised_batch_norm_keeps_all_processes_the_same(tmp_path):

@@ -115,7 +115,7 @@ class Logger:
         row, step, pruner = state.rows[-1], state.global_step, state.pruner
         density = pruner.masks.density()
         for split in ("train", "val", "test"):
-            if f"{split}_loss" in row:
+            if row.get(f"{split}_loss") is not None:
                 self.writer.add_scalar(f"{ACCURACY}/{split}", row[f"{split}_top1"], step)
                 tag = self._loss_tag(split) if split == "train" else f"{LOSS}/{split}"
                 self.writer.add_scalar(tag, row[f"{split}_loss"], step)
@@ -133,11 +133,12 @@ class Logger:
             return
         row = state.rows[-1]
         self._write_metrics(state.rows)
-        held_out = f"   val {row['val_top1']:.2f}%" if "val_top1" in row else ""
+        evaluated = [name for name in ("val", "test") if row.get(f"{name}_top1") is not None]
+        accuracies = "".join(f"{name} {row[f'{name}_top1']:.2f}%   " for name in evaluated)
         self.say(
             f"epoch {row['epoch']:>{len(str(self.total_epochs))}}/{self.total_epochs}   lr {row['lr']:<8.3g}   "
-            f"{self.loss_label} {row['train_loss']:.4f}   train {row['train_top1']:.2f}%{held_out}   "
-            f"test {row['test_top1']:.2f}%   {row['images_per_second']:,.0f} images/s"
+            f"{self.loss_label} {row['train_loss']:.4f}   train {row['train_top1']:.2f}%   "
+            f"{accuracies}{row['images_per_second']:,.0f} images/s"
         )
 
     def finish(self, result: dict, flags: dict) -> None:
@@ -177,9 +178,10 @@ class Logger:
 def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
     """Return what result.json holds.
 
-    The headline is the last epoch's `test_top1`. `best_test_top1` is the test accuracy of the epoch that was best on the
+    The headline is the last epoch's `test_top1`, which is always evaluated. `best_test_top1` is the test accuracy of the epoch that was best on the
     held-out images, or of the last epoch where none are held out. `max_over_epochs_test_top1` was picked on the test
-    images and estimates nothing. Both are of epochs with the sparsity of the last: a denser network is another one.
+    images and estimates nothing. Both are of evaluated epochs with the sparsity of the last: a denser network is another
+    one.
 
     Args:
         state: at the end of training.
@@ -189,7 +191,7 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
             them with one pass a step, without pruning in rounds.
     """
     rows, last = state.rows, state.rows[-1]
-    alike = [row for row in rows if row["sparsity"] == last["sparsity"]]
+    alike = [row for row in rows if row["sparsity"] == last["sparsity"] and row["test_top1"] is not None]
     best = max(alike, key=lambda row: row["val_top1"]) if "val_top1" in last else last
     density = state.pruner.masks.density()
     return {
@@ -205,6 +207,7 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
         "inference_flops": meter.flops.inference(density),
         "training_flops": state.training_flops,
         "dense_training_flops": schedule_images * meter.flops.dense_training,
+        "passes_per_step": state.passes / state.global_step,
         "epochs": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "skipped_steps": state.guard.skipped_steps,
@@ -220,6 +223,7 @@ def table_row(result: dict, flags: dict) -> dict[str, str | float]:
     The table shows five columns, the first by name: what studies vary. All flags are behind them, under "training/".
     """
     variant = "" if flags["sam_rho"] is None else " one-step" if flags["sam_v2"] else " two-step"
+    variant += "" if flags["sam_direction"] == "previous" else f" {flags['sam_direction']}"
     row: dict[str, str | float] = {  # the same names in all runs, or the table leaves them out
         "optimizer": flags["optmzr"] + variant + (" adaptive" if flags["adaptive"] else ""),
         "prune_method": flags["prune_method"],

@@ -28,7 +28,7 @@ class Run:
         state: all that changes.
         step: what changes it.
         loader: training batches by schedule step.
-        evaluators: images by split name, evaluated after every epoch.
+        evaluators: images by split name.
         meter: counts operations.
         logger: writes and prints what is known.
         checkpoints: writes checkpoints: when they are due, after the last epoch and any that is the best on held-out
@@ -37,6 +37,7 @@ class Run:
         log_interval: steps between two logged steps; the last step of an epoch is logged too.
         execution: how evaluation computes.
         group: the processes that share the training.
+        eval_every: evaluate after every epoch whose number is a multiple of this one, and after the last one of a round.
         interruption: what a signal leaves here is looked at after every step or, in several processes, every logged step.
     """
 
@@ -51,6 +52,7 @@ class Run:
     log_interval: int = 50
     execution: Execution = field(default_factory=Execution)
     group: ProcessGroup = field(default_factory=ProcessGroup)
+    eval_every: int = 1
     interruption: Interruption = field(default_factory=Interruption)
 
 
@@ -73,11 +75,15 @@ def fit(run: Run) -> None:
 
 
 def run_epoch(run: Run) -> None:
-    """Train to the end of an epoch, evaluate, record, and write a checkpoint if it is due."""
+    """Train to the end of an epoch, evaluate and write a checkpoint if they are due, and record."""
     state = run.state
     began, earlier = time.perf_counter(), state.partial.seconds if state.partial else 0.0
     row = train_epoch(run)
+    ended = state.schedule_step >= run.total_steps
     for name, evaluator in run.evaluators.items():
+        row[f"{name}_loss"], row[f"{name}_top1"] = None, None
+        if row["epoch"] % run.eval_every and not ended:
+            continue
         row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator, run.execution, run.group)
         if not math.isfinite(row[f"{name}_loss"]):
             raise TrainingError(_advice(f"the {name} loss is {row[f'{name}_loss']}", state.global_step, row["lr"]))
@@ -87,7 +93,6 @@ def run_epoch(run: Run) -> None:
     state.rows.append(row)
     run.group.check_same(state.state_dict())
     run.logger.log_epoch(state, run.meter.flops)  # on disk before the checkpoint that goes on after it
-    ended = state.schedule_step >= run.total_steps
     signal = pending_signal(run)
     if run.checkpoints and (
         ended or signal or run.checkpoints.schedule.due_after_epoch(len(state.rows)) or is_best(state.rows)
@@ -111,7 +116,8 @@ def train_epoch(run: Run) -> dict:
     with run.logger.progress_bar(len(state.rows) + 1, epoch.steps, epoch.done) as bar:
         for position in range(epoch.done, epoch.steps):
             batch = run.loader.batch(state.schedule_step)
-            run.meter.step(batch.size, state.pruner.grows_by_gradient(state.schedule_step))
+            step = state.schedule_step
+            run.meter.step(batch.size, state.pruner.grows_by_gradient(step), run.step.perturbs(step))
             log = (state.global_step + 1) % run.log_interval == 0 or position + 1 == epoch.steps
             sums, logged = run.step(batch, log)
             epoch.add(position, sums, batch.size)

@@ -1,4 +1,4 @@
-"""The optimizers by name, and the learning rate as a function of the step."""
+"""The optimizers by name, and learning rate and radius as functions of the step."""
 
 import inspect
 import math
@@ -56,6 +56,8 @@ def build_optimizer(
     rho: float | None = None,
     v2: bool = False,
     adaptive: bool = False,
+    direction: str = "previous",
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all parameters of a model.
 
@@ -64,7 +66,7 @@ def build_optimizer(
         model: what it optimizes.
         lr, weight_decay: of every optimizer.
         momentum, nesterov: of SGD.
-        rho, v2, adaptive: of SAM, see `sam.SAM`.
+        rho, v2, adaptive, direction, seed: of SAM, see `sam.SAM`.
     """
     kind = OPTIMIZERS[name]
     options: dict = {"lr": lr, "weight_decay": weight_decay}
@@ -78,7 +80,7 @@ def build_optimizer(
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # before there is one
     if kind.sam:
         assert rho is not None
-        return SAM(parameters, kind.base, rho=rho, adaptive=adaptive, v2=v2, **options)
+        return SAM(parameters, kind.base, rho, adaptive, v2, direction, seed=seed, **options)
     return kind.base(parameters, **options)
 
 
@@ -88,7 +90,7 @@ def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimize
 
 
 def passes_per_step(optimizer: torch.optim.Optimizer) -> int:
-    """Return the number of forward-backward passes of a training step."""
+    """Return the number of forward-backward passes of a training step that perturbs; others take one."""
     return 2 if isinstance(optimizer, SAM) and not optimizer.v2 else 1
 
 
@@ -96,6 +98,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def set_radius(optimizer: torch.optim.Optimizer, rho: float) -> None:
+    """Set the radius of all parameter groups, where SAM gave them one."""
+    for group in optimizer.param_groups:
+        if "rho" in group:
+            group["rho"] = rho
 
 
 def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:
@@ -116,3 +125,36 @@ def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_
     if schedule == "step":
         return lr * 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
     return lr
+
+
+def radius(
+    step: int,
+    rho: float,
+    schedule: str,
+    total_steps: int,
+    steps_per_epoch: int,
+    relative_lr: float = 1.0,
+    since: float = 0.0,
+    until: float = 1.0,
+    every: int = 1,
+) -> float:
+    """Return SAM's signed radius at a schedule step, counted from 0; it is 0 in steps that do not perturb.
+
+    Args:
+        step: place in the schedule.
+        rho: the radius that the schedule starts from.
+        schedule: `constant` stays; `lr` is rho * relative_lr; `sqrt` is rho * sqrt(1 / (1 + epoch)), where the epoch is a
+            whole number and the first one is 0 (Ji et al. 2024, Remark 1).
+        total_steps: of the schedule.
+        steps_per_epoch: of each of its epochs.
+        relative_lr: the learning rate of this step over the one that its own schedule starts from.
+        since, until: steps perturb from this share of the schedule on, and up to this one, which is not in it any more.
+        every: of these steps only those perturb whose number is a multiple of this one.
+    """
+    if not since <= step / total_steps < until or step % every:
+        return 0.0
+    if schedule == "lr":
+        return rho * relative_lr
+    if schedule == "sqrt":
+        return rho * math.sqrt(1 / (1 + step // steps_per_epoch))
+    return rho

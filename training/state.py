@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from prune import Pruner
 from training.nonfinite import NonFiniteGuard
+from training.optim import passes_per_step
 from utils.errors import UsageError
 
 
@@ -37,6 +38,7 @@ class TrainState:
         schedule_step: place in the schedule; learning rate and data follow from it. A method may set it back.
         global_step: batches trained on, those of skipped steps included; only grows. The axis of logs.
         rows: one row of metrics.csv for each finished epoch.
+        passes: forward and backward passes that these steps took.
         images: trained on, repetitions counted.
         training_flops: that this took, at the densities that the steps had.
         partial: of the epoch at hand, where this was saved in the middle of one.
@@ -48,6 +50,7 @@ class TrainState:
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     schedule_step: int = 0
     global_step: int = 0
+    passes: int = 0
     rows: list[dict] = field(default_factory=list)
     images: int = 0
     training_flops: float = 0.0
@@ -59,7 +62,7 @@ class TrainState:
     def state_dict(self) -> dict:
         """Return everything as tensors and plain values."""
         parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
-        values = {name: getattr(self, name) for name in self._VALUES}
+        values = {name: getattr(self, name) for name in (*self._VALUES, "passes")}
         return parts | values | {"partial": vars(self.partial) if self.partial else None}
 
     def load_state_dict(self, state: dict) -> None:
@@ -79,6 +82,8 @@ class TrainState:
                 group.update(options)
             for name in self._VALUES:
                 setattr(self, name, state[name])
+            # Before this was counted all steps of an optimizer took the same number.
+            self.passes = state.get("passes", passes_per_step(self.optimizer) * self.global_step)
             self.partial = PartialEpoch(**state["partial"]) if state["partial"] else None
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UsageError(
@@ -88,11 +93,11 @@ class TrainState:
 
 
 def is_best(rows: list[dict]) -> bool:
-    """Return whether the last epoch is the best so far on held-out images; False where none are held out.
+    """Return whether the last epoch is the best so far on held-out images; False where it was not evaluated on any.
 
     A sparser network is better than a denser one, whatever that reached: the target is what a run is for.
     """
-    if "val_top1" not in rows[-1]:
+    if rows[-1].get("val_top1") is None:
         return False
-    *earlier, last = ((row["sparsity"], row["val_top1"]) for row in rows)
+    *earlier, last = ((row["sparsity"], row["val_top1"]) for row in rows if row["val_top1"] is not None)
     return all(last > row for row in earlier)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from imagedata.loaders import Batch
 from sam import SAM
 from training.batch_norm import SavedStatistics
-from training.optim import set_learning_rate
+from training.optim import passes_per_step, set_learning_rate, set_radius
 from training.state import TrainState
 from utils.cuda_graph import GraphedUpdate
 from utils.distributed import ProcessGroup
@@ -26,11 +26,13 @@ class StepKind(NamedTuple):
         batch_size: images of the whole batch, over all processes.
         log: whether to measure what is only logged.
         keep_gradients: whether masks change after the step by its gradients.
+        perturbs: whether SAM's radius is not 0.
     """
 
     batch_size: int
     log: bool
     keep_gradients: bool
+    perturbs: bool
 
 
 class StepResult(NamedTuple):
@@ -43,6 +45,18 @@ class StepResult(NamedTuple):
 
     sums: Tensor
     logged: dict[str, Tensor]
+
+
+class AtWeights(NamedTuple):
+    """What a pass at the unperturbed weights found, for a step that is logged.
+
+    Attributes:
+        sums: see StepResult.
+        gradients: of each parameter.
+    """
+
+    sums: Tensor
+    gradients: list[Tensor | None]
 
 
 class TrainingStep:
@@ -61,6 +75,10 @@ class TrainingStep:
             forward pass and are zero after it. The norm of the perturbation is then over all weights.
         group: the processes that share each batch.
         graphed: replay the step from CUDA graphs.
+        rho_at: the radius of SAM at a schedule step, 0 where it does not perturb. None leaves the optimizer's own.
+        rho_varies: rho_at has more values than one and 0: graphs read it anew in each step.
+        measure_ascent: at logged steps that perturb, measure what takes the loss and the gradient at w. One-step SAM runs a
+            further pass for it, of which nothing stays.
     """
 
     def __init__(
@@ -74,10 +92,15 @@ class TrainingStep:
         sam_unmasked: bool = False,
         group: ProcessGroup = ProcessGroup(),
         graphed: bool = False,
+        rho_at: Callable[[int], float] | None = None,
+        rho_varies: bool = False,
+        measure_ascent: bool = True,
     ):
+        own_rho = state.optimizer.param_groups[0].get("rho", 0.0)
+        self.rho_at = rho_at or (lambda step: own_rho)
         self.state, self.objective, self.lr_at = state, objective, lr_at
         self.accumulate, self.clip_grad, self.sam_local, self.group = accumulate, clip_grad, sam_local, group
-        self.sam_unmasked = sam_unmasked
+        self.sam_unmasked, self.measure_ascent = sam_unmasked, measure_ascent
         if sam_unmasked:  # SAM keeps the whole gradient, and its base optimizer sees the masked one
             assert isinstance(state.optimizer, SAM)
             assert state.optimizer.base_optimizer is not None
@@ -85,20 +108,28 @@ class TrainingStep:
         self._statistics = SavedStatistics(state.model)
         self._update: Callable[[Tensor, Tensor, StepKind], StepResult] = self.update_weights
         if graphed:
-            self._update = GraphedUpdate(self.update_weights, state.optimizer)
+            changing = ("lr", "rho") if rho_varies else ("lr",)
+            self._update = GraphedUpdate(self.update_weights, state.optimizer, changing)
 
     def __call__(self, batch: Batch, log: bool = False) -> StepResult:
-        """Take a step on a batch: set the learning rate, move the weights, and change the masks if it is time."""
+        """Take a step on a batch: set the rates, move the weights, and change the masks if it is time."""
         state = self.state
         set_learning_rate(state.optimizer, self.lr_at(state.schedule_step))
-        kind = StepKind(batch.size, log, state.pruner.keeps_gradients(state.schedule_step))
+        set_radius(state.optimizer, self.rho_at(state.schedule_step))
+        keep_gradients = state.pruner.keeps_gradients(state.schedule_step)
+        kind = StepKind(batch.size, log, keep_gradients, self.perturbs(state.schedule_step))
         state.guard.begin()
         sums, logged = self._update(batch.inputs, batch.targets, kind)
         sums = state.guard.end(sums)
         state.pruner.update_masks(state.schedule_step, state.guard.skipped)
         state.schedule_step += 1
         state.global_step += 1
+        state.passes += passes_per_step(state.optimizer) if kind.perturbs else 1
         return StepResult(sums, logged)
+
+    def perturbs(self, step: int) -> bool:
+        """Return whether a schedule step perturbs the weights: two-step SAM then takes two passes, else one."""
+        return self.rho_at(step) != 0
 
     def update_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> StepResult:
         """Move the weights by one step of SGD, SAM or one-step SAM. Does not wait for the device.
@@ -109,21 +140,27 @@ class TrainingStep:
             kind: see StepKind.
         """
         optimizer, pruner, guard = self.state.optimizer, self.state.pruner, self.state.guard
+        if isinstance(optimizer, SAM) and not (optimizer.v2 or kind.perturbs):
+            optimizer = optimizer.base_optimizer  # two-step SAM does not perturb in this step: one pass
         sam = optimizer if isinstance(optimizer, SAM) else None
         two_step = sam is not None and not sam.v2
+        at_w = None  # for the log
 
         if two_step:  # the gradient at w, of the same batch
-            self._backward(inputs, targets, kind, add_gradients=not self.sam_local)
+            sums = self._backward(inputs, targets, kind, add_gradients=not self.sam_local)
             if not self.sam_unmasked:
                 pruner.mask_gradients()
-        if sam:  # w -> w + e; one-step SAM: along the gradient of the last step
+            at_w = self._keep(sums, kind)
+        elif sam and kind.log and kind.perturbs and self.measure_ascent:
+            at_w = self._look_at_weights(inputs, targets, kind)
+        if sam:  # w -> w + e; one-step SAM: along what the last step left, and where rho is 0 nowhere
             sam.first_step(zero_grad=True)
         sums = self._backward(inputs, targets, kind, keep_statistics=two_step)  # the gradient at w + e
         guard.unscale(optimizer)
         pruner.keep_gradients(self.state.schedule_step)
         if not self.sam_unmasked:
             pruner.mask_gradients()
-        logged = self._measure() if kind.log else {}
+        logged = self._measure(sums, at_w, kind) if kind.log else {}
         if self.clip_grad:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)
         if guard.accepts(optimizer, sums):  # always, except where steps that are not finite are left out
@@ -160,11 +197,39 @@ class TrainingStep:
             self._statistics.restore()
         return sums
 
-    def _measure(self) -> dict[str, Tensor]:
-        """Return what is only logged: norms, and how well SAM's perturbation points along the gradient it led to."""
-        logged = {"gradient_norm": gradient_norm(self.state.model)}
-        if isinstance(self.state.optimizer, SAM):
-            logged["perturbation_norm"], logged["alignment"] = self.state.optimizer.perturbation_stats()
+    def _keep(self, sums: Tensor, kind: StepKind) -> AtWeights | None:
+        """Return sums and gradients at w, for a step that logs them; others need their memory."""
+        if kind.log and self.measure_ascent:
+            return AtWeights(sums, get_gradients(self.state.model))
+        return None
+
+    def _look_at_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> AtWeights | None:
+        """Run a pass at w for the log alone: gradients and batch norm's statistics are as before."""
+        sums = self._backward(inputs, targets, kind, keep_statistics=True)
+        if not self.sam_unmasked:
+            self.state.pruner.mask_gradients()
+        found = self._keep(sums, kind)
+        self.state.optimizer.zero_grad()
+        return found
+
+    def _measure(self, sums: Tensor, at_w: AtWeights | None, kind: StepKind) -> dict[str, Tensor]:
+        """Return what is only logged: norms, and where SAM's perturbation e led. Gradients are those at w + e.
+
+        Args:
+            sums: at w + e.
+            at_w: the same at w, where it is known.
+            kind: see StepKind.
+        """
+        logged, sam = {"gradient_norm": gradient_norm(self.state.model)}, self.state.optimizer
+        if not (isinstance(sam, SAM) and kind.perturbs):
+            return logged
+        logged["perturbation_norm"], logged["cos_e_gradient_at_perturbed"] = sam.perturbation_stats()
+        if at_w:
+            logged["ascent"] = (sums[0] - at_w.sums[0]) / kind.batch_size
+            gradients = get_gradients(self.state.model)
+            set_gradients(self.state.model, at_w.gradients)
+            logged["cos_e_gradient_at_w"] = sam.perturbation_stats()[1]
+            set_gradients(self.state.model, gradients)
         return logged
 
 
@@ -190,6 +255,17 @@ def build_objective(model: nn.Module, execution: Execution, micro_batch: int, sm
         return loss / batch_size, torch.stack([loss.detach(), correct])
 
     return execution.compile(objective, micro_batch)
+
+
+def get_gradients(model: nn.Module) -> list[Tensor | None]:
+    """Return the gradient of each parameter."""
+    return [p.grad for p in model.parameters()]
+
+
+def set_gradients(model: nn.Module, gradients: list[Tensor | None]) -> None:
+    """Give each parameter a gradient, or none."""
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -107,8 +107,8 @@ def resolve_execution(
         steps: of the run.
         deterministic: results may not depend on what was tuned when.
         cpu_kernels: what `bf16_on_cpu` says of the network; counts only on a CPU.
-        watched: the host looks at every step's gradient, which no graph can hold (in fp16 it always does), or other
-            processes take part.
+        watched: the host looks at every step's gradient, which no graph can hold (in fp16 it always does), other
+            processes take part, or a step draws random numbers.
 
     Raises:
         UsageError: what is asked for by name is not possible here.

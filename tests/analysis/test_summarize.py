@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.results import read_curves
 from analysis.summarize import main
 
 SAM = {"optmzr": "sgd-sam", "sam_v2": True, "sam_rho": 0.05}
@@ -79,6 +80,25 @@ def test_local_perturbations_are_an_optimizer_of_their_own(study, capsys):
     _, tables = summarize(study.root, capsys)
     assert {row["optimizer"]: row["pairs"] for row in tables["paired"]} == {"sgd SAM": "2", "sgd SAM local": "2"}
     assert [row["best"] for row in tables["summary"]] == ["False", "False", "True"]
+
+
+def test_runs_from_before_a_flag_existed_had_its_default(study, capsys):
+    study(80.0, seed=0, **SAM)
+    study(81.0, seed=1, sam_direction="previous", sam_from=0.0, label_noise=0.0, dense_layers=[], **SAM)
+    study(82.0, seed=1, sam_direction="random", sam_unmasked=True, **SAM)
+    rows = summarize(study.root, capsys)[1]["summary"]
+    assert {row["optimizer"]: row["runs"] for row in rows} == {"sgd SAM.v2": "2", "sgd SAM.v2 random unmasked": "1"}
+    assert not [name for name in rows[0] if name.startswith("--")]
+
+
+def test_curves_go_through_the_epochs_that_were_evaluated(study, capsys):
+    run = study(80.0)
+    (run / "metrics.csv").write_text("epoch,test_top1\n1,\n2,70.0\n3,\n4,80.0\n")
+    (curve,) = read_curves(pd.DataFrame({"directory": [run]}))
+    assert dict(zip(curve["epoch"], curve["test_top1"], strict=True)) == {2: 70.0, 4: 80.0}
+    out, _ = summarize(study.root, capsys)
+    assert "80.00" in out
+    assert (study.root / "summary" / "accuracy_over_epochs.png").stat().st_size > 10_000
 
 
 def test_runs_on_other_images_or_in_other_processes_are_never_mixed(study, capsys):

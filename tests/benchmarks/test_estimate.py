@@ -26,6 +26,14 @@ def test_it_is_the_epochs_of_all_runs_times_the_measured_step(capsys, flags, at_
     assert float(hours.replace(",", "")) == pytest.approx(seconds / 3600 / at_a_time, abs=0.06)
 
 
+def test_steps_that_two_step_sam_leaves_alone_are_those_of_its_base_optimizer():
+    late, few = "--optmzr sgd-sam --sam-from 0.75", "--optmzr sgd-sam --sam-every 4"
+    one_step = "--optmzr sgd-sam --sam-v2 --sam-direction ema --sam-until 0.5"
+    network = ("resnet", 8, 0.25)
+    epochs = estimate.count_epochs(f"{TINY} {flags}" for flags in (late, few, one_step))
+    assert epochs == {(network, "sgd-sam", False): 5, (network, "sgd", False): 15, (network, "sgd-sam", True): 10}
+
+
 def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
     assert run([TINY], "--seconds", "0.001") == 0
     out = capsys.readouterr().out

@@ -62,6 +62,36 @@ import pytest
         ("--sam-unmasked --prune-method random --sparsity 0.9", "--sam-unmasked has no effect with --optmzr sgd"),
         ("--sam-unmasked --clip-grad 1 --optmzr sgd-sam --prune-method random --sparsity 0.9", "leave one of them out"),
         ("--sam-local --sync-bn --optmzr sgd-sam", "contradict each other"),
+        ("--sam-direction ema", "--sam-direction has no effect with --optmzr sgd: add --optmzr sgd-sam"),
+        ("--sam-direction random --optmzr sgd-sam", "--sam-direction has no effect on two-step SAM"),
+        (
+            "--sam-direction momentum --momentum 0 --optmzr sgd-sam --sam-v2",
+            "--sam-direction momentum needs a --momentum above 0",
+        ),
+        (
+            "--sam-direction momentum --sam-unmasked --prune-method random --sparsity 0.9 --optmzr sgd-sam --sam-v2",
+            "--sam-unmasked has no effect with --sam-direction momentum",
+        ),
+        ("--sam-from 0.5", "--sam-from has no effect with --optmzr sgd"),
+        ("--sam-until 0.5 --optmzr adam", "--sam-until has no effect with --optmzr adam"),
+        (
+            "--sam-from 0.5 --sam-until 0.5 --optmzr sgd-sam --sam-v2",
+            "--sam-from 0.5 has to be less than --sam-until 0.5",
+        ),
+        (
+            "--sam-from 0.99 --sam-until 0.991 --batch-size 500 --optmzr sgd-sam --sam-v2",
+            "no step of 3 perturbs between --sam-from 0.99",
+        ),
+        ("--sam-every 5", "--sam-every has no effect with --optmzr sgd"),
+        (
+            "--sam-every 5 --optmzr sgd-sam --sam-v2",
+            "--sam-every has no effect with --sam-v2, which has no second pass to save",
+        ),
+        ("--rho-schedule sqrt", "--rho-schedule has no effect with --optmzr sgd"),
+        (
+            "--rho-schedule lr --lr-scheduler constant --optmzr sgd-sam --sam-v2",
+            "--rho-schedule has no effect with a constant learning rate",
+        ),
         ("--resume missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--evaluate missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--resume auto --evaluate missing.pt", "give one of them"),

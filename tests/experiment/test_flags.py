@@ -6,6 +6,7 @@ import sys
 import pytest
 from running import ROOT
 
+from experiment.flags import parse
 from main_prune_train import main
 
 
@@ -23,11 +24,14 @@ from main_prune_train import main
         ("--sparsity nan --prune-method random", "argument --sparsity"),
         ("--dataset imagenet", "argument --dataset: invalid choice"),
         ("--val-split -1", "argument --val-split"),
-        ("--optmzr sgd-sam --sam-rho -1", "argument --sam-rho: has to be a number at least 0, not '-1'"),
-        (
-            "--optmzr sgd-sam --sam-rho 1e30",
-            "argument --sam-rho: has to be a number at least 0 and below 2^63, not '1e30'",
-        ),
+        ("--optmzr sgd-sam --sam-rho one", "argument --sam-rho: has to be a number, not 'one'"),
+        ("--optmzr sgd-sam --sam-rho 1e30", "argument --sam-rho: has to be a number below 2^63, not '1e30'"),
+        ("--optmzr sgd-sam --sam-from 1", "argument --sam-from: has to be a number at least 0 and below 1, not '1'"),
+        ("--optmzr sgd-sam --sam-until 0", "argument --sam-until: has to be a number above 0 and at most 1, not '0'"),
+        ("--optmzr sgd-sam --sam-every 0", "argument --sam-every"),
+        ("--optmzr sgd-sam --sam-v2 --sam-direction prev", "did you mean --sam-direction previous?"),
+        ("--optmzr sgd-sam --rho-schedule cosine", "argument --rho-schedule: invalid choice"),
+        ("--eval-every 0", "argument --eval-every: has to be a whole number above 0, not '0'"),
         ("--optmzr sgd-sam --sam-rho inf", "argument --sam-rho"),
         ("--lr 0", "argument --lr"),
         (f"--epochs 1{'0' * 400}", "argument --epochs"),
@@ -60,6 +64,11 @@ def test_values_that_a_flag_cannot_have_are_refused_and_nothing_is_written(train
     assert bad.err.count("\n") == 1
     assert words in bad.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["-3", "-0.5", "-.5", "-1e-3", "1e-3"])
+def test_a_radius_has_a_sign(text):
+    assert parse(["--optmzr", "sgd-sam", "--sam-rho", text])[0].sam_rho == float(text)
 
 
 def test_help_shows_flags_in_groups(capsys):

@@ -43,6 +43,34 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(train, fla
     same(expected, found)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--sam-v2 --sam-direction momentum --sam-rho -1 --rho-schedule lr --sam-until 0.9",
+        "--sam-v2 --sam-direction ema --rho-schedule sqrt --eval-every 2",
+        "--sam-v2 --sam-direction random --sam-from 0.6",
+        "--sam-every 3 --sam-from 0.25 --rho-schedule sqrt",
+    ],
+)
+def test_a_run_ended_in_the_middle_of_an_epoch_goes_on_bit_for_bit(train, flags):
+    """With the direction, the radius and the passes that it would have had."""
+    flags = f"--optmzr sgd-sam {flags} --prune-method rigl --sparsity 0.9 --update-interval 4 --epochs 2"
+    whole = train(flags, "whole")
+    assert whole.code == 0, whole.err
+    for step in (1, 8):
+        with before_step(step, lambda state: signal.raise_signal(signal.SIGTERM)):
+            assert train(f"{flags} --resume auto --log-interval 1", "cut").code == 75
+    resumed = train(f"{flags} --resume auto", "cut")
+    assert resumed.code == 0, resumed.err
+    assert "resumed after step 9" in resumed.out
+    same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
+    same(rows(whole.directory), rows(resumed.directory))
+    results = [run.json("result.json") for run in (whole, resumed)]
+    passes = (12 + 3) / 12 if "--sam-every" in flags else 1  # of steps 3 to 11 the multiples of 3
+    assert [result["passes_per_step"] for result in results] == [passes] * 2
+    assert results[0]["training_flops"] == results[1]["training_flops"]
+
+
 @forks
 def test_a_killed_run_resumes_to_the_same_end(train, trained, tmp_path):
     child = Child(
@@ -80,12 +108,28 @@ def test_a_constant_schedule_may_go_on_for_more_epochs(train):
     assert longer.json("result.json")["epochs"] == 2
 
 
+def test_a_share_of_the_training_keeps_its_number_of_epochs(train):
+    flags = "--lr-scheduler constant --lr 0.01 --optmzr sgd-sam --sam-from 0.5"
+    assert train(f"{flags} --epochs 1").code == 0
+    bad = train(f"{flags} --epochs 2 --resume auto")
+    assert (bad.code, "--epochs was 1 and is 2" in bad.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--epochs 4", "--epochs was 3 and is 4 (--epochs may grow with --lr-scheduler constant and masks that stay)"),
+        (
+            "--epochs 4",
+            "--epochs was 3 and is 4 (--epochs may grow with --lr-scheduler constant, masks that stay, and no --sam-from or "
+            "--sam-until)",
+        ),
         ("--lr 0.2 --wd 0.1", "--lr was 0.1 and is 0.2, --weight-decay was 0.0005 and is 0.1"),
         ("--optmzr sgd", "--optmzr was sgd-sam and is sgd"),
+        ("--sam-direction ema", "--sam-direction was previous and is ema"),
+        (
+            "--sam-from 0.5 --rho-schedule sqrt",
+            "--rho-schedule was constant and is sqrt, --sam-from was 0.0 and is 0.5",
+        ),
         ("--depth 14", "--depth was 8 and is 14"),
         ("--seed 1", "--seed was 0 and is 1"),
         ("--prune-method rigl --sparsity 0.5", "--prune-method was random and is rigl"),
@@ -134,11 +178,13 @@ def test_a_run_does_not_go_on_with_other_images(train, tmp_path):
 
 def test_a_checkpoint_from_before_a_flag_existed_is_resumed(train, unfinished):
     checkpoint = unfinished.checkpoint()
-    for name in ("sam_local", "sync_bn"):
+    for name in ("sam_local", "sync_bn", "sam_direction", "sam_from", "sam_until", "sam_every", "rho_schedule"):
         del checkpoint["args"][name]
+    del checkpoint["state"]["passes"]
     torch.save(checkpoint, unfinished.directory / "checkpoint.pt")
     resumed = train(f"{FINISHED} --resume auto")
     assert (resumed.code, resumed.err) == (0, "")
+    assert resumed.json("result.json")["passes_per_step"] == 1
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(train, trained, unfinished):

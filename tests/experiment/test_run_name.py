@@ -21,6 +21,14 @@ def name_of(*argv):
             "--optmzr adamw-sam --adaptive --weight-decay 0.1",
             "resnet8_digits_adamw-sam-adaptive-rho0.5_dense_lr0.001_epochs1_batch-size256_weight-decay0.1_width0.5_seed0",
         ),
+        (
+            "--optmzr sgd-sam --sam-v2 --sam-direction momentum --sam-rho -3 --rho-schedule sqrt --eval-every 5",
+            "resnet8_digits_sgd-sam-v2-momentum-rho-3-sqrt_dense_lr0.1_epochs1_batch-size256_width0.5_seed0",
+        ),
+        (
+            "--optmzr sgd-sam --sam-from 0.9 --sam-every 5",
+            "resnet8_digits_sgd-sam-rho0.05_dense_lr0.1_epochs1_batch-size256_sam-every5_sam-from0.9_width0.5_seed0",
+        ),
     ],
 )
 def test_a_run_is_named_by_its_hyper_parameters(flags, name):

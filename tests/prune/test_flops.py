@@ -83,6 +83,15 @@ def test_a_meter_follows_the_masks_and_the_passes():
     meter.step(1, False)
     assert meter.read() == pytest.approx(2 * 2 * dense * 0.5)
     assert meter.read() == 0
+    meter.step(1, False)
+    meter.step(1, False, perturbs=False)
+    state = meter.state_dict()
+    assert meter.read() == pytest.approx(3 * dense * 0.5)
+    meter.load_state_dict(state)
+    assert meter.read() == pytest.approx(3 * dense * 0.5)
+    older = {"counted": [(alive, 2, 0) for alive, _, _ in state["counted"]], "current": True}  # two images, not passes
+    meter.load_state_dict(older)
+    assert meter.read() == pytest.approx(4 * dense * 0.5)
 
 
 def test_the_summary_adds_up_its_layers():

@@ -13,15 +13,17 @@ from running import DIGITS, SPARSE_SAM, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+COSINES = ("cos_e_gradient_at_w", "cos_e_gradient_at_perturbed")
+
 
 def test_tensorboard_shows_accuracy_loss_and_perturbation(trained):
     logged = scalars(trained.directory)
     steps = list(range(2, 19, 2))
     assert [step for step, _ in logged["loss/train_batch_at_perturbed_weights"]] == steps
-    for name in ("lr", "gradient_norm", "perturbation_norm", "alignment"):
+    for name in ("lr", "gradient_norm", "perturbation_norm", "ascent", *COSINES):
         assert [step for step, _ in logged[f"optimizer/{name}"]] == steps
     assert [value for _, value in logged["optimizer/perturbation_norm"]] == pytest.approx([0.05] * 9, rel=1e-3)
-    assert all(-1 <= value <= 1 for _, value in logged["optimizer/alignment"])
+    assert all(-1 <= value <= 1 for name in COSINES for _, value in logged[f"optimizer/{name}"])
     assert [step for step, _ in logged["accuracy/test"]] == [6, 12, 18]
     assert logged["accuracy/test"][-1][1] == pytest.approx(trained.json("result.json")["test_top1"])
 
@@ -53,7 +55,7 @@ def test_tensorboard_draws_accuracy_first_and_the_masks_only_where_they_move(tra
 
 def test_the_last_step_of_an_epoch_is_logged_too(train):
     logged = scalars(train(f"{SPARSE_SAM} --epochs 2 --log-interval 4").directory)
-    for name in ("alignment", "gradient_norm", "perturbation_norm"):
+    for name in (*COSINES, "ascent", "gradient_norm", "perturbation_norm"):
         assert [step for step, _ in logged[f"optimizer/{name}"]] == [4, 6, 8, 12]
 
 

@@ -189,12 +189,12 @@ def test_clipping_bounds_the_gradient_after_the_mask():
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_step_logs_its_own_norms_and_alignment():
+def test_a_step_logs_its_own_norms_and_only_where_asked():
     _, out = run(steps=3, name="sgd-sam", v2=True)
     assert [logged["perturbation_norm"].item() for _, logged in out] == pytest.approx([0, 0.3, 0.3], rel=1e-5)
-    assert out[0].logged["alignment"].item() == 0
-    assert all(-1 <= logged["alignment"].item() <= 1 for _, logged in out)
     assert build()(batch()).logged == {}
+    without = build(name="sgd-sam", v2=True, measure_ascent=False)(batch(), log=True).logged
+    assert without.keys() == out[0].logged.keys() - {"ascent", "cos_e_gradient_at_w"}
 
 
 def test_label_smoothing_mixes_in_the_uniform_distribution():
