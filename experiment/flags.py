@@ -69,12 +69,13 @@ def near_flag(text: str, flags: list[str]) -> str:
     """Return the flag that a mistyped one stands for, or "" where none is near.
 
     Near are a flag of almost the same letters, one made of the first letters of its words (--learning-rate is --lr), and
-    the only one that has it as a word (--rho is --sam-rho).
+    the only one that has it as its last word, or else as a word (--rho is --sam-rho).
     """
     names = {name.lstrip("-"): name for name in flags}
     word = text.lstrip("-").replace("_", "-").lower()
     initials = "".join(part[:1] for part in word.split("-"))
     containing = [name for name in names if word in name.split("-")]
+    containing = [name for name in containing if name.endswith(word)] or containing
     near = difflib.get_close_matches(word, names, 1, cutoff=0.75)
     near += [initials] if len(initials) > 1 and initials in names else []
     near += containing if len(containing) == 1 else []
