@@ -382,7 +382,7 @@ class SAM(torch.optim.Optimizer):
                 rho = lot.group["rho"]
                 if lot.group.get("maximize") and self.direction != "momentum":  # a momentum has that sign already
                     rho = -rho
-                e = d * (rho / (norm.to(d.device) + 1e-12))
+                e = d * ((norm.to(d.device) + 1e-12).reciprocal() * rho)  # the same bits for a number and a tensor
                 # A norm of inf or NaN has left zeros and NaN: a guard without host.
                 (torch.view_as_real(e) if e.is_complex() else e).nan_to_num_(0.0, 0.0, 0.0)
                 torch._foreach_copy_(lot.views, lot.params)

@@ -131,6 +131,17 @@ def test_rho_may_change_from_step_to_step(as_tensor):
     assert seen == pytest.approx([1.0, 1.2, 0.5, 1.0])
 
 
+def test_a_rho_in_a_tensor_gives_the_bits_of_a_number():
+    results = []
+    for rho in (0.3, torch.tensor(0.3)):
+        model = network().float()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=rho)
+        for batch in batches(10, dtype=torch.float32):
+            documented_step(model, optimizer, batch)
+        results.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0)])
 def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
