@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -121,21 +122,31 @@ class Sweep:
             self.file(run, "command").write_text(json.dumps(flags))
         return [run for run in self.runs if not self.finished(run)]
 
-    def train_runs(self, left: list[str]) -> bool:
-        """Train runs, `jobs` at a time; return whether a signal ended that."""
-        waiting, told = left[::-1], 0
+    def train_runs(self, left: list[str], until: float = math.inf) -> bool:
+        """Train runs, `jobs` at a time; return whether a signal ended that.
+
+        Args:
+            left: the runs that are not finished.
+            until: reading of time.monotonic() at which runs are told to end, with a checkpoint, and none is started.
+        """
+        told = 0
         running: dict[int, BaseProcess] = {}
         progress = Progress(len(self.runs), done=len(self.runs) - len(left))
         with noted_signals() as signals:
-            while running or (waiting and not signals):
-                while waiting and len(running) < self.jobs and not signals:
+            while True:
+                came = len(signals) + (time.monotonic() >= until)
+                while not came and len(running) < self.jobs:
+                    run = self.next_run(left, {process.name for process in running.values()})
+                    if run is None:
+                        break
                     slot = next(slot for slot in range(self.jobs) if slot not in running)
-                    run = waiting.pop()
                     running[slot] = FORK.Process(target=self.child, args=(run, slot, signals), name=run)
                     running[slot].start()
+                if not running:
+                    break
                 progress.show(len(running))
                 wait([process.sentinel for process in running.values()], timeout=0.3)
-                if (came := len(signals)) > told:
+                if (came := len(signals) + (time.monotonic() >= until)) > told:
                     for process in running.values():
                         process.terminate()
                     told = came
@@ -146,6 +157,10 @@ class Sweep:
                         progress.done += self.finished(process.name)
             progress.show(0, end="\n")
         return bool(signals)
+
+    def next_run(self, left: list[str], running: set[str]) -> str | None:
+        """Return the run to start next, taken from the list of those left, or None where there is none to start now."""
+        return left.pop(0) if left else None
 
     def failed(self, run: str, code: int) -> bool:
         """Return whether a run that ended with this code has failed; leave a mark for tables if so."""

@@ -1,0 +1,288 @@
+"""Keep the figures of runs in results/.
+
+add writes results/STUDY/RUN.json for each run: flags, figures of every epoch and of the end, commit, device.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from analysis.command import run_command, writing_to
+from analysis.labels import count_text
+from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, parse, resolve
+from utils.errors import UsageError
+from utils.files import write_text_atomically
+
+ROOT = Path(__file__).parents[1]
+MOST_BYTES = 6000
+# Files and folders by which the figures of a run are decided.
+MATHEMATICS = (
+    "sam.py", "main_prune_train.py", "prune", "training", "models", "imagedata", "experiment/build.py",
+    "utils/precision.py", "utils/cuda_graph.py", "utils/distributed.py", "analysis/hessian.py", "analysis/landscape.py",
+)  # fmt: skip
+FINAL = (
+    "test_top1", "test_loss", "best_test_top1", "best_epoch", "sparsity", "ever_alive", "parameters", "nonzero_parameters",
+    "inference_flops", "training_flops", "dense_training_flops", "passes_per_step", "skipped_steps",
+    "test_top1_recalibrated_bn",
+)  # fmt: skip
+CURVES = ("train_loss", "train_top1", "val_loss", "val_top1", "test_loss", "test_top1")
+DIVERGED = re.compile(
+    r"error: ((?:the \w*\s?loss is|the weights are no longer finite|no step of an epoch had).*?step [\d,]+)"
+)
+VOLATILE = ("run", "commit", "mathematics", "device", "torch", "seconds")  # of the same run at another time or place
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of this command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="write the figures of finished runs into results/")
+    adding.add_argument("--study", required=True, metavar="NAME", help="folder of results/")
+    adding.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="directory of a finished run")
+    adding.add_argument("--results", type=Path, metavar="DIR", help="the ledger (results/)")
+    return parser
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """Run the command line on a checkout and return its exit code."""
+    args = build_parser().parse_args(argv)
+    args.root, args.results = root, args.results or root / "results"
+    return run_command(add_runs, args)
+
+
+def add_runs(args: Namespace) -> None:
+    """Add runs to the ledger, all of them or none."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.study):
+        raise UsageError(f"--study names a folder of results/, and '{args.study}' is no name for one")
+    ledger = Ledger(args.results / args.study, args.root)
+    entries = [ledger.check(read_run(directory)) for directory in args.runs]
+    for entry in entries:
+        ledger.write(entry)
+    print(f"{count_text(len(entries), 'run')} in {ledger.folder}")
+
+
+class Ledger:
+    """The runs of one study: a folder with a JSON file for each.
+
+    Args:
+        folder: of the study.
+        root: of the checkout that the runs are to be of; None for a trial, whose runs may be of any.
+    """
+
+    def __init__(self, folder: Path, root: Path | None = ROOT):
+        self.folder, self.root = folder, root
+        self.entries = {path.stem: read_entry(path) for path in sorted(folder.glob("*.json"))}
+
+    def check(self, entry: dict) -> dict:
+        """Return an entry with the fingerprint of its mathematics.
+
+        Raises:
+            UsageError: its commit is not known, was changed, or computes otherwise than this checkout; or the same flags are
+                in the ledger with other figures.
+        """
+        if self.root:
+            entry = {**entry, "mathematics": same_mathematics(entry["commit"], self.root, f"'{entry['run']}'")}
+        if len(entry_text(entry).encode()) > MOST_BYTES:
+            raise UsageError(f"the figures of '{entry['run']}' do not fit into {MOST_BYTES:,} bytes: shorten its flags")
+        for name, other in self.entries.items():
+            same_flags = (other["flags"], other["images"]) == (entry["flags"], entry["images"])
+            if name == entry["run"] and not same_flags:
+                raise UsageError(f"the ledger has another run '{name}' in {self.folder}: rename the run's directory")
+            if same_flags and figures(other) != figures(entry):
+                raise UsageError(
+                    f"'{name}' in {self.folder} has the flags of '{entry['run']}' and other figures: which run counts is not "
+                    "to be chosen by its figures; delete the file only if that run was wrong"
+                )
+            if same_flags and name != entry["run"]:
+                raise UsageError(
+                    f"'{name}' in {self.folder} is the same run as '{entry['run']}': one of them is enough"
+                )
+        return entry
+
+    def write(self, entry: dict) -> None:
+        """Write an entry that was checked, unless it is there with all its figures."""
+        earlier = self.entries.get(entry["run"])
+        if earlier and ("sharpness" in earlier or "sharpness" not in entry):
+            return
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.folder / f"{entry['run']}.json", entry_text(entry))
+        self.entries[entry["run"]] = entry
+
+
+def read_entry(path: Path) -> dict:
+    """Read a file of the ledger. Raises UsageError."""
+    try:
+        entry = json.loads(path.read_text())
+        if not (
+            entry["run"] == path.stem and isinstance(entry["flags"], dict) and {*VOLATILE, "state"} <= entry.keys()
+        ):
+            raise ValueError("not a run's figures")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"cannot read '{path}' of the ledger ({error}): restore it from git, or remove it") from error
+    return entry
+
+
+def figures(entry: dict) -> dict:
+    """Return what two entries of the same run have in common, wherever it ran."""
+    return {name: value for name, value in entry.items() if name not in (*VOLATILE, "sharpness")}
+
+
+def entry_text(entry: dict) -> str:
+    """Return an entry as JSON, a line for each of its parts."""
+    parts = (f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in entry.items())
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def read_run(directory: Path) -> dict:
+    """Make the entry of a run that has finished, or has diverged in a sweep.
+
+    Raises:
+        UsageError: it is neither, or its files cannot be read.
+    """
+    name = directory.resolve().name
+    try:
+        about = json.loads((directory / "args.json").read_text())
+        finished = (directory / "result.json").exists()
+        result = json.loads((directory / "result.json").read_text()) if finished else {}
+        entry = {
+            "run": name,
+            "state": "finished" if finished else "diverged",
+            "commit": about["git"],
+            "mathematics": "",
+            "device": about["device"],
+            "torch": about["versions"]["torch"],
+            "seconds": round(result.get("seconds", 0.0), 1),
+            "images": about["images"][:16],
+            "flags": telling_flags(about["args"]) | ({"processes": n} if (n := about["processes"]) > 1 else {}),
+        }
+        if not finished:
+            entry["end"] = divergence(directory)
+            return entry
+        entry["final"] = {key: rounded(result[key], 6) for key in FINAL if key in result}
+        if (directory / "sharpness.json").exists():
+            entry["sharpness"] = sharpness(json.loads((directory / "sharpness.json").read_text())[0])
+        elif "sharpness" in result:
+            entry["sharpness"] = sharpness(result["sharpness"])
+        with open(directory / "metrics.csv") as file:
+            return with_curves(entry, list(csv.DictReader(file)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"cannot read a run in '{directory}' ({error}): name the directory of a finished run"
+        ) from error
+
+
+def divergence(directory: Path) -> str:
+    """Return the sentence in which a run of a sweep told that it diverged.
+
+    Raises:
+        UsageError: it did not, and so is only unfinished.
+    """
+    log = directory.resolve().parent / ".sweep" / f"{directory.resolve().name}.log"
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    if not (last and (told := DIVERGED.match(last[0]))):
+        raise UsageError(f"the run in '{directory}' has not finished: go on with it by --resume auto")
+    return told[1]
+
+
+def telling_flags(args: dict) -> dict:
+    """Return the flags that decide a run's figures and differ from their defaults, sorted by name."""
+    plain = vars(parse([])[0])
+    args = plain | args  # a flag that came after the run had its default
+    kind = {name: args[name] for name in ("arch", "optmzr", "mixup", "prune_method", "adaptive", "mest_soft")}
+    defaults = vars(resolve(Namespace(**plain | kind))) | {name: plain[name] for name in kind} | {"sam_rho": None}
+    return {
+        name: "/".join(Path(value).parts[-2:]) if name in PATHS and value else value
+        for name, value in sorted(args.items())
+        if name not in MAY_CHANGE_ON_RESUME and value != defaults.get(name)
+    }
+
+
+def sharpness(measured: dict) -> dict:
+    """Return the largest eigenvalue of the Hessian over the living weights, by split."""
+    return {
+        split: rounded(measured[split]["living"]["eigenvalues"][0]["value"], 4)
+        for split in ("train", "test")
+        if split in measured and measured[split].get("living", {}).get("eigenvalues")
+    }
+
+
+def with_curves(entry: dict, rows: list[dict]) -> dict:
+    """Return an entry with the figures of its epochs: of all, or of as many at equal distances as fit."""
+    for stride in range(1, len(rows) + 1):
+        kept = rows[(len(rows) - 1) % stride :: stride]  # the last one is among them
+        curves = {
+            name: [epoch_figure(name, row[name]) for row in kept]
+            for name in CURVES
+            if name in rows[0] and any(row[name] for row in kept)
+        }
+        whole = {**entry, "epochs": {"epoch": [int(row["epoch"]) for row in kept], **curves}}
+        if len(entry_text(whole).encode()) <= MOST_BYTES - 40:  # the fingerprint of the mathematics is to come
+            break
+    return whole
+
+
+def epoch_figure(name: str, text: str) -> float | None:
+    """Return a figure of an epoch, rounded; None for one that was not measured."""
+    if not text:
+        return None
+    return round(float(text), 2) if name.endswith("top1") else rounded(float(text), 4)
+
+
+def rounded(value: float, digits: int) -> float:
+    """Round to so many significant digits; whole numbers stay as they are."""
+    if isinstance(value, int) or not value:
+        return value
+    return round(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Return what git prints, or "" where it fails."""
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def mathematics(commit: str, root: Path) -> str:
+    """Return a fingerprint of the files that decide figures at a commit, or "" for a commit that is not here."""
+    listing = git(root, "ls-tree", "-r", commit, "--", *MATHEMATICS)
+    return hashlib.sha256(listing.encode()).hexdigest()[:12] if listing else ""
+
+
+def same_mathematics(commit: str | None, root: Path, what: str) -> str:
+    """Return the fingerprint of the mathematics that a commit shares with the checkout.
+
+    Args:
+        commit: as args.json has it.
+        root: of the checkout.
+        what: the run, for the sentence.
+
+    Raises:
+        UsageError: it does not share it, or cannot be known.
+    """
+    if commit is None:
+        raise UsageError(f"{what} was not run in a git checkout, so its commit is not known: run it in one")
+    if commit.endswith("-dirty"):
+        raise UsageError(f"{what} was run with changes that are not committed: commit them and run it again")
+    found = mathematics(commit, root)
+    if not found:
+        raise UsageError(f"{what} was run at commit {commit[:12]}, which is not in this repository: fetch it")
+    if found != mathematics("HEAD", root):
+        changed = git(root, "diff", "--name-only", commit, "HEAD", "--", *MATHEMATICS).split()
+        raise UsageError(
+            f"{what} was run at commit {commit[:12]}, and files that decide its figures are others now ({', '.join(changed)}): "
+            "check that commit out to add it, or run it again"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""Train what a study lacks, and add every finished run to the ledger: python -m analysis.study NAME DIRECTORY [ARGUMENT ...].
+
+scripts/study.sh and scripts/study_gpu.sh launch it. NAME is one of the lists in experiment/study.py, relative paths start
+from DIRECTORY, and the arguments are the script's.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import mean
+
+from analysis.ledger import ROOT, Ledger, git, mathematics, read_run, same_mathematics, telling_flags
+from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, number, parse, plain, resolve
+from experiment.grid import absolute_paths, refuse
+from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run
+from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
+from utils.errors import UsageError
+from utils.files import write_text_atomically
+
+CHECKPOINTS = ("checkpoint.pt", "previous.pt", "best.pt")
+SETTINGS = """
+settings, in the environment:
+  JOBS        runs at a time ({jobs})
+  GPUS        numbers of the GPUs to spread runs over; each run sees all where it is not set
+  DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*{data}
+  EPOCHS      another length, for a trial: its figures go to OUTPUT_DIR/results, not to the ledger
+  OUTPUT_DIR  where the directories of the runs are (runs/{name})
+
+Further flags go to main_prune_train.py. One that changes figures makes it a trial too."""
+
+
+@dataclass
+class Study(Sweep):
+    """A sweep whose list of runs follows from what the ledger has.
+
+    Attributes:
+        plan: all runs in their order; rhos that are yet to be chosen are None.
+        results: the ledger.
+        images: flags that say where a task's images are, by the task's kind of images.
+        extra: further flags of every run.
+        root: of the checkout; None for a trial, which may be of any.
+    """
+
+    plan: list[Run] = field(default_factory=list)
+    results: Path = Path("results")
+    images: dict[str, list[str]] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+    root: Path | None = ROOT
+
+    def __post_init__(self):
+        self.ledgers = {task: Ledger(self.results / task, self.root) for task in {run.task: 0 for run in self.plan}}
+        self.chosen: dict[tuple[str, str], float | None] = {}
+        self.broken: set[str] = set()  # in this launch
+        self.began_with = mathematics("HEAD", self.root) if self.root else ""
+
+    def file(self, run: str, kind: str) -> Path:
+        """Return the path of a file about a run: its command, log, or mark of failure."""
+        directory = self.output / run
+        return directory.parent / ".sweep" / f"{directory.name}.{kind}"
+
+    def finished(self, run: str) -> bool:
+        """Return whether the ledger has a run."""
+        task, _, name = run.partition("/")
+        return name in self.ledgers[task].entries
+
+    def flags(self, run: str) -> list[str]:
+        """Return all flags of a run."""
+        return [*self.runs[run], "--checkpoint-every", "2m", "--output-dir", str(self.output / run), "--resume", "auto"]
+
+    def complete(self, run: Run) -> list[str] | None:
+        """Return the flags that decide a run, or None where a run before it has to end first."""
+        if run.tuned and not run.tuning:
+            rho = self.chosen.get((run.task, run.arm))
+            if rho is None:
+                return None
+            run = replace(run, rho=rho)
+        flags = run.flags()
+        for place, word in enumerate(flags):
+            if word.startswith("{"):  # the checkpoint of another run
+                needed = self.output / run.task / word.strip("{}") / "checkpoint.pt"
+                if not (self.finished(f"{run.task}/{needed.parent.name}") and needed.exists()):
+                    return None
+                flags[place] = str(needed)
+        return [*flags, *self.images[TASKS[run.task].images], *self.extra]
+
+    def missing(self) -> list[tuple[Run, list[str] | None]]:
+        """List the runs that the ledger lacks, with their flags as far as they are known."""
+        self.choose_rhos()
+        return [
+            (run, self.complete(run))
+            for run in self.plan
+            if not self.finished(f"{run.task}/{run.name}") and not self.without_rho(run)
+        ]
+
+    def without_rho(self, run: Run) -> bool:
+        """Return whether every rho of a run's arm diverged, so that there is none to train it with."""
+        return run.tuned and not run.tuning and self.chosen.get((run.task, run.arm), 0.0) is None
+
+    def choose_rhos(self) -> None:
+        """Choose the rho of every arm whose tuning is in the ledger, and keep it in a file."""
+        for task, arm in dict.fromkeys((run.task, run.arm) for run in self.plan if run.tuned):
+            path = self.results / task / "rho" / f"{arm}.json"
+            if (task, arm) in self.chosen:
+                continue
+            if not path.exists():
+                trials = [run for run in tuning_runs(task, arm) if run.name in self.ledgers[task].entries]
+                if len(trials) < len(TUNING_SEEDS) * len(TASKS[task].arms[arm].rhos):
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text_atomically(path, json.dumps(best_rho(trials, self.ledgers[task].entries)) + "\n")
+            self.chosen[task, arm] = json.loads(path.read_text())["rho"]
+
+    def next_run(self, left: list[str], running: set[str]) -> str | None:
+        """Return the first run that is missing and can start now."""
+        if self.moved():
+            return None
+        for run, flags in self.missing():
+            key = f"{run.task}/{run.name}"
+            if flags is not None and key not in running | self.broken:
+                self.runs[key] = flags
+                self.begin(key)
+                return key
+        return None
+
+    def moved(self) -> bool:
+        """Return whether the checkout is no longer what this process began with, and say so once."""
+        if self.root and self.began_with and (dirty(self.root) or mathematics("HEAD", self.root) != self.began_with):
+            print("note: files of the checkout were changed meanwhile: no more runs are started", file=sys.stderr)
+            self.began_with = ""
+        return bool(self.root) and not self.began_with
+
+    def begin(self, run: str) -> None:
+        """Make room for a run: what a run of other flags or of another commit's mathematics left is deleted."""
+        directory, command = self.output / run, self.file(run, "command")
+        command.parent.mkdir(parents=True, exist_ok=True)
+        if (directory / "args.json").exists():
+            try:
+                if json.loads(command.read_text()) != self.runs[run]:
+                    raise UsageError("it was begun with other flags")
+                if self.root:
+                    same_mathematics(json.loads((directory / "args.json").read_text())["git"], self.root, "it")
+            except (OSError, ValueError, KeyError, UsageError) as error:
+                print(f"note: {run} begins anew ({error})", file=sys.stderr)
+                shutil.rmtree(directory)
+        command.write_text(json.dumps(self.runs[run]))
+
+    def train_here(self, run: str) -> None:
+        """Train a run in this process, and measure its sharpness where that is wanted; it raises SystemExit."""
+        try:
+            super().train_here(run)
+        except SystemExit as ended:
+            if ended.code or not self.measured(run):
+                raise
+        from analysis import sharpness
+
+        directory = self.output / run
+        device = [
+            f"--device={word}" for before, word in zip(self.extra, self.extra[1:], strict=False) if before == "--device"
+        ]
+        if not (directory / "sharpness.json").exists():
+            sys.exit(sharpness.main([str(directory / "checkpoint.pt"), *MEASURED.split(), *device]))
+
+    def measured(self, run: str) -> bool:
+        """Return whether the sharpness of a run is measured."""
+        planned = next(each for each in self.plan if f"{each.task}/{each.name}" == run)
+        return not planned.tuning and planned.arm in TASKS[planned.task].measured
+
+    def failed(self, run: str, code: int) -> bool:
+        """Add a run that ended to the ledger, and return whether it has failed instead."""
+        task, directory = run.partition("/")[0], self.output / run
+        if code == -signal.SIGTERM:  # told to end where it had nothing to save
+            return False
+        try:
+            if code == 0 or (code == 1 and (directory / "args.json").exists()):
+                ledger = self.ledgers[task]
+                ledger.write(ledger.check(read_run(directory)))
+                if not any(f"{{{directory.name}}}" in " ".join(cell.split()) for cell in TASKS[task].cells.values()):
+                    for name in CHECKPOINTS:
+                        (directory / name).unlink(missing_ok=True)
+                return False
+        except UsageError as error:
+            if code == 0:
+                print(f"error: {error}", file=sys.stderr)
+        if super().failed(run, code or 1):
+            self.broken.add(run)
+            return True
+        return False
+
+    def report(self) -> int:
+        """Print how far the study is and which runs failed; return how many of them."""
+        left = Counter(run.task for run, _ in self.missing())
+        for run in sorted(self.broken):
+            log = self.file(run, "log")
+            print(f"failed: {run} ({log})", file=sys.stderr)
+            for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []:
+                print(f"    {line}", file=sys.stderr)
+        for task, ledger in self.ledgers.items():
+            print(f"{task}: {len(ledger.entries)} runs in {ledger.folder}, {left[task]} missing")
+        return len(self.broken)
+
+
+def tuning_runs(task: str, arm: str) -> list[Run]:
+    """Return the runs by which the rho of an arm is chosen."""
+    cell, arms = next(iter(TASKS[task].cells)), TASKS[task].arms
+    return [Run(task, cell, arm, seed, rho, tuning=True) for rho in arms[arm].rhos for seed in TUNING_SEEDS]
+
+
+def best_rho(trials: list[Run], entries: dict[str, dict]) -> dict:
+    """Choose the rho with the best mean accuracy on held-out images after the last epoch; one that diverged is out.
+
+    Returns:
+        `rho` (None if all diverged; the smaller one of equals), and `held_out` by rho (None where a run diverged).
+    """
+    means: dict[float, float | None] = {}
+    for rho in dict.fromkeys(run.rho for run in trials):
+        assert rho is not None
+        tried = [entries[run.name] for run in trials if run.rho == rho]
+        alive = all(entry["state"] == "finished" for entry in tried)
+        means[rho] = round(mean(entry["epochs"]["val_top1"][-1] for entry in tried), 3) if alive else None
+    known = [(value, -abs(rho), rho) for rho, value in means.items() if value is not None]
+    return {"rho": max(known)[2] if known else None, "held_out": {f"{rho:g}": value for rho, value in means.items()}}
+
+
+def dirty(root: Path) -> bool:
+    """Return whether files of a checkout differ from its commit; new files do not count."""
+    return bool(git(root, "status", "--porcelain", "--untracked-files=no"))
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """Build the parser of a study's script."""
+    jobs, data = (
+        ("2", "; tasks on them are left out without it") if name == "study" else ("6", "; downloaded without it")
+    )
+    parser = argparse.ArgumentParser(
+        prog=f"bash scripts/{name}.sh",
+        description="Train what the study lacks, and add every finished run to results/. Launched again it goes on.",
+        epilog=SETTINGS.format(name=name, jobs=jobs, data=data),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--minutes", type=number(float, above=0), default=math.inf, metavar="M",
+        help="start no run after M minutes, and end those at work with a checkpoint")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
+        help="only runs whose TASK/NAME matches one, such as 'methods/*' or 'digits-noise/random-0.9-*'")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the missing runs, and how many")
+    return parser
+
+
+def setting(name: str, default: str) -> str:
+    """Return a setting from the environment."""
+    return os.environ.get(name) or default
+
+
+def check_ledger(study: Study) -> None:
+    """Refuse a ledger whose runs have other flags than the list says. Raises UsageError."""
+    for run in study.plan:
+        entry, flags = study.ledgers[run.task].entries.get(run.name), study.complete(run)
+        if entry is None or flags is None:
+            continue
+        args = plain(resolve(parse(flags)[0]))
+        expected, found = telling_flags(args), entry["flags"]
+        anywhere = {"dataset", "processes", *PATHS, *(name for name in RESOLVED if args[name] == "auto")}
+        names = (expected.keys() | found.keys()) - anywhere
+        if differing := sorted(name for name in names if expected.get(name) != found.get(name)):
+            raise UsageError(
+                f"'{study.results / run.task / run.name}.json' differs from experiment/study.py in {', '.join(differing)}: "
+                "remove what the list no longer has from the ledger, or leave it out by --only"
+            )
+
+
+def prepare(name: str, directory: str, argv: list[str], root: Path, program: Path) -> tuple[Study, Namespace]:
+    """Return the study that the command line and the environment ask for.
+
+    Raises:
+        UsageError: they contradict each other or the ledger.
+    """
+    parser = build_parser(name)
+    args, extra = parser.parse_known_args(argv)
+    extra = list(absolute_paths(extra, directory))
+    if epochs := setting("EPOCHS", ""):
+        extra += ["--epochs", epochs]
+    given = parse(extra)[1]
+    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{name}"))))
+    trial = bool(given - MAY_CHANGE_ON_RESUME)
+    folder = setting("DATA_DIR", "")
+    images = {"": [], "cifar10": ["--dataset", "cifar10"]}
+    if folder:
+        images["folder"] = images["cifar10"] = ["--dataset", "folder", "--data-dir", os.path.join(directory, folder)]
+    if "dataset" in given:
+        images = {"": [], "folder": [], "cifar10": []}
+    plan = [run for run in STUDIES[name]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
+    if not plan:
+        raise UsageError(
+            f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
+        )
+    known = [run for run in plan if TASKS[run.task].images in images]
+    if len(known) < len(plan):
+        print(
+            f"note: {len(plan) - len(known)} runs need DATA_DIR, a folder with the images of CIFAR-10", file=sys.stderr
+        )
+    jobs = setting("JOBS", "2" if name == "study" else "6")
+    if not (jobs.isdecimal() and int(jobs)):
+        raise UsageError(f"JOBS takes one whole number above 0, not '{jobs}'")
+    study = Study(
+        output, {}, int(jobs), setting("GPUS", "").split(), program=program, plan=known, images=images, extra=extra,
+        results=output / "results" if trial else root / "results", root=None if trial else root,
+    )  # fmt: skip
+    return study, args
+
+
+def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
+    """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
+    began = time.monotonic()
+    name, directory, *arguments = argv
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        study, args = prepare(name, directory, arguments, root, program)
+        study.choose_rhos()
+        check_ledger(study)
+        if args.dry_run:
+            return dry_run(study)
+        if study.root and (not study.began_with or dirty(study.root)):
+            refuse("the ledger takes runs of a git checkout without changes: commit them, or train in another worktree")
+        lock = study.lock()
+    except UsageError as error:
+        refuse(str(error))
+    for module in IMPORTED_BY_RUNS:  # once, before the forks
+        importlib.import_module(module)
+    study.runs = {f"{run.task}/{run.name}": [] for run in study.plan if not study.without_rho(run)}
+    left = [f"{run.task}/{run.name}" for run, _ in study.missing()]
+    print(f"{study.output}: {len(study.runs)} runs, {len(study.runs) - len(left)} of them in the ledger", flush=True)
+    interrupted = study.train_runs(left, began + 60 * args.minutes)
+    lock.close()
+    failed = study.report()
+    if interrupted:
+        print("interrupted: launch again to go on", file=sys.stderr)
+    return 130 if interrupted else 1 if failed else 0
+
+
+def dry_run(study: Study) -> int:
+    """Print the commands of the runs that are missing, and how many there are."""
+    missing = study.missing()
+    known = {f"{run.task}/{run.name}": flags for run, flags in missing if flags is not None}
+    study.runs = known
+    if known:
+        print(study.commands())
+    waiting = len(missing) - len(known)
+    print(
+        f"{len(known)} runs"
+        + (f", and {waiting} that wait for a rho to be chosen or for a run before them" if waiting else "")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    if {"--dry-run", "--help", "-h"}.intersection(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head may close the pipe
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,221 @@
+"""What the studies train: tasks, arms, cells and seeds, in the order in which scripts/study.sh and study_gpu.sh run them.
+
+A run is one arm in one cell of one task with one seed. An arm with several `rhos` is tuned first: in its task's first cell,
+each rho with the seeds TUNING_SEEDS, and the accuracy counts on images that are held out of training. The chosen rho then
+stands in all cells of the task, in runs with all training images and other seeds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TUNING_SEEDS = (100, 101)
+MEASURED = "--splits train --spaces living --top 1 --trace-samples 0 --images 500 --rhos --adaptive-rhos"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        title: as tables and pictures show it.
+        flags: of main_prune_train.py, without rho where it is tuned.
+        rhos: to choose from; () for an arm that needs none, or whose flags have it.
+    """
+
+    title: str
+    flags: str
+    rhos: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on.
+
+    Attributes:
+        title: for headings.
+        flags: of every run.
+        cells: flags by name; rhos are chosen in the first one.
+        arms: by name; "sgd" is what the others are compared with.
+        seeds: of the runs that count.
+        val_split: images held out where a rho is chosen.
+        measured: arms whose sharpness is measured (by analysis.sharpness with the flags MEASURED).
+        images: whether it needs the images of CIFAR-10: "folder" for DATA_DIR, "cifar10" for DATA_DIR or a download.
+    """
+
+    title: str
+    flags: str
+    cells: dict[str, str]
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    val_split: int = 0
+    measured: tuple[str, ...] = ()
+    images: str = ""
+
+
+# fmt: off
+SAM, ONE_STEP = "--optmzr sgd-sam", "--optmzr sgd-sam --sam-v2"
+RHOS = (0.05, 0.1, 0.2, 0.3, 0.5)
+ARMS = {
+    "sgd":            Arm("SGD", "--optmzr sgd"),
+    "sam":            Arm("SAM (two-step)", SAM, RHOS),
+    "previous":       Arm("one-step SAM", ONE_STEP, RHOS),
+    "msam":           Arm("MSAM", f"{ONE_STEP} --sam-direction momentum", (-0.3, -1, -2, -3, -5)),
+    "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4)),
+    "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
+    "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.5, 1, 2, 4, 8)),
+    "late-0.1":       Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9", RHOS),
+    "late-0.25":      Arm("SAM in the last 25%", f"{SAM} --sam-from 0.75", RHOS),
+    "every-5":        Arm("SAM every 5 steps", f"{SAM} --sam-every 5", RHOS),
+    "previous-minus": Arm("one-step SAM, rho < 0", ONE_STEP, tuple(-rho for rho in RHOS)),
+    "momentum":       Arm("momentum, rho > 0", f"{ONE_STEP} --sam-direction momentum", (0.3, 1, 2, 3, 5)),
+    "ema":            Arm("average of gradients", f"{ONE_STEP} --sam-direction ema", (0.1, 0.3, 0.5, 1, 2)),
+    "unmasked":       Arm("one-step SAM, unmasked", f"{ONE_STEP} --sam-unmasked", (0.3, 0.5, 1, 2, 3)),  # its norm is spread over pruned weights
+}
+MAIN = ("sgd", "sam", "previous", "msam", "random")
+OTHERS = tuple(name for name in ARMS if name not in MAIN)
+
+SPARSE = "--sparsity-distribution erk --sparsity"
+CELLS = {
+    "random-0.9":  f"--prune-method random {SPARSE} 0.9",
+    "random-0.95": f"--prune-method random {SPARSE} 0.95",
+    "random-0.98": f"--prune-method random {SPARSE} 0.98",
+    "rigl-0.9":    f"--prune-method rigl {SPARSE} 0.9",
+    "dense":       "--prune-method none",
+}
+DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch resnet --depth 20 --precision fp32 --compile off"
+CIFAR_PART = "--image-size 16 --train-images 2000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 3 --compile off --eval-every 10"
+
+# Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
+METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
+STATIC, MOVING = ("random", "magnitude", "snip", "grasp", "synflow"), ("set", "rigl", "mest", "gmp")
+PER_METHOD = {
+    "dense": "--prune-method none",
+    **{f"{method}-0.9": f"--prune-method {method} --sparsity 0.9" for method in STATIC},
+    **{f"{method}-0.9": f"--prune-method {method} --sparsity 0.9 --update-interval 20" for method in MOVING},
+    "mest-soft-0.9": "--prune-method mest --sparsity 0.9 --update-interval 20 --mest-soft",
+    "lth-0.9": "--prune-method lth --sparsity 0.9 --lth-rounds 3 --lth-rewind 20",
+    "oneshot-0.9": "--prune-method oneshot --sparsity 0.9 --pretrained {dense-previous-seed0}",
+    **{f"{method}-0.98": f"--prune-method {method} --sparsity 0.98" for method in ("random", "snip")},
+    **{f"{method}-0.98": f"--prune-method {method} --sparsity 0.98 --update-interval 20" for method in ("rigl", "gmp")},
+}
+METHOD_ARMS = {"previous": Arm("one-step SAM", f"{ONE_STEP} --sam-rho 0.05"), "sgd": ARMS["sgd"]}
+
+# The paper's own network at its own length. It took rho = 0.05, and weight decay 1e-4 for SGD and 5e-4 for SAM.
+PAPER = "--arch resnet --depth 32 --width 2 --epochs 160"
+PAPER_CELLS = {
+    f"rigl-{sparsity}-batch{batch}": f"--prune-method rigl {SPARSE} {sparsity} --batch-size {batch}"
+    for sparsity in (0.98, 0.95, 0.9) for batch in (64, 128)
+}
+PAPER_ARMS = {
+    "sgd":          ARMS["sgd"],
+    "previous":     Arm("one-step SAM, the paper's rho", f"{ONE_STEP} --sam-rho 0.05"),
+    "sam":          Arm("SAM (two-step)", f"{SAM} --sam-rho 0.1"),
+    "previous-0.3": Arm("one-step SAM", f"{ONE_STEP} --sam-rho 0.3"),
+    "msam":         Arm("MSAM", f"{ONE_STEP} --sam-direction momentum --sam-rho -3"),
+    "sgd-1e-4":     Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),
+    "late-0.1":     Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9 --sam-rho 0.1"),
+}
+
+TASKS = {
+    "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), 237, MAIN),
+    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(5)), 400, images="folder"),
+    "cifar-clean": Task("A part of CIFAR-10", CIFAR_PART, CELLS, ARMS, tuple(range(5)), 400, images="folder"),
+    "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
+    "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        task, cell, arm: names.
+        seed: of the run.
+        rho: that is tried, where rhos are tuned; otherwise that of the arm, filled in once it is known.
+        tuning: whether it serves to choose a rho.
+    """
+
+    task: str
+    cell: str
+    arm: str
+    seed: int
+    rho: float | None = None
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name within the task."""
+        if self.tuning:
+            return f"tune-{self.cell}-{self.arm}-rho{self.rho:g}-seed{self.seed}"
+        return f"{self.cell}-{self.arm}-seed{self.seed}"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its arm has a rho to be chosen."""
+        return bool(TASKS[self.task].arms[self.arm].rhos)
+
+    def flags(self) -> list[str]:
+        """Return its flags, without those that say where the images are and where the run goes."""
+        task = TASKS[self.task]
+        flags = [*task.flags.split(), *task.cells[self.cell].split(), *task.arms[self.arm].flags.split()]
+        if self.tuned:
+            flags += ["--sam-rho", f"{self.rho:g}"]
+        if self.tuning:
+            flags += ["--val-split", str(task.val_split)]
+        return [*flags, "--seed", str(self.seed)]
+
+
+def tuning(task: str, arms: tuple[str, ...]) -> Iterator[Run]:
+    """Yield the runs by which rhos are chosen, arm by arm."""
+    for arm in arms:
+        for seed in TUNING_SEEDS:
+            for rho in TASKS[task].arms[arm].rhos:
+                yield Run(task, next(iter(TASKS[task].cells)), arm, seed, rho, tuning=True)
+
+
+def finals(task: str, cells: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Run]:
+    """Yield the runs that count, cell by cell and seed by seed, so that an unfinished study has whole pairs."""
+    for cell in cells:
+        for seed in TASKS[task].seeds:
+            for arm in arms:
+                if not (arm == "unmasked" and cell == "dense"):  # nothing is masked there
+                    yield Run(task, cell, arm, seed)
+
+
+def cpu_study() -> Iterator[Run]:
+    """Yield the runs of scripts/study.sh, the most telling ones first."""
+    first, *others = CELLS
+    yield from tuning("digits-noise", MAIN)
+    yield from finals("digits-noise", (first,), MAIN)
+    yield from tuning("digits-noise", OTHERS)
+    yield from finals("digits-noise", (first,), OTHERS)
+    yield from tuning("cifar-noise", MAIN)
+    yield from finals("cifar-noise", (first,), MAIN)
+    yield from methods_study()
+    yield from finals("digits-noise", tuple(others), MAIN)
+    yield from finals("digits-noise", tuple(others), OTHERS)
+    yield from tuning("cifar-clean", MAIN)
+    yield from finals("cifar-clean", (first,), MAIN)
+    for task in ("cifar-noise", "cifar-clean"):
+        yield from tuning(task, OTHERS)
+        yield from finals(task, (first,), OTHERS)
+    for task in ("cifar-noise", "cifar-clean"):
+        yield from finals(task, tuple(others), MAIN)
+        yield from finals(task, tuple(others), OTHERS)
+
+
+def methods_study() -> Iterator[Run]:
+    """Yield the runs that try every method."""
+    yield from finals("methods", tuple(PER_METHOD), ("previous",))
+    yield from finals("methods", ("random-0.9", "snip-0.9", "rigl-0.9", "gmp-0.9"), ("sgd",))
+
+
+def gpu_study() -> Iterator[Run]:
+    """Yield the runs of scripts/study_gpu.sh: all arms of a seed, then the next seed."""
+    for cell in PAPER_CELLS:
+        yield from finals("paper", (cell,), tuple(PAPER_ARMS))
+
+
+STUDIES = {"study": cpu_study, "study_gpu": gpu_study}
