@@ -61,6 +61,7 @@ ARMS = {
     "previous":       Arm("one-step SAM", ONE_STEP, RHOS),
     "msam":           Arm("MSAM", f"{ONE_STEP} --sam-direction momentum", (-0.3, -1, -2, -3, -5)),
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4)),
+    "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
     "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
     "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.5, 1, 2, 4, 8)),
     "late-0.1":       Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9", RHOS),
@@ -83,7 +84,7 @@ CELLS = {
     "dense":       "--prune-method none",
 }
 DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch resnet --depth 20 --precision fp32 --compile off"
-CIFAR_PART = "--image-size 16 --train-images 2000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 3 --compile off --eval-every 10"
+CIFAR_PART = "--image-size 16 --train-images 1000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 4 --compile off --eval-every 10"
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
@@ -112,7 +113,7 @@ PAPER_ARMS = {
     "sam":          Arm("SAM (two-step)", f"{SAM} --sam-rho 0.1"),
     "previous-0.3": Arm("one-step SAM", f"{ONE_STEP} --sam-rho 0.3"),
     "msam":         Arm("MSAM", f"{ONE_STEP} --sam-direction momentum --sam-rho -3"),
-    "sgd-1e-4":     Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),
+    "sgd-1e-4":     ARMS["sgd-1e-4"],
     "late-0.1":     Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9 --sam-rho 0.1"),
 }
 
