@@ -17,11 +17,13 @@ from experiment.flags import flag, flag_errors, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
-from imagedata.sources import SIZES, load_dataset
+from imagedata.sources import SIDES, SIZES, load_dataset
+from models.external import is_external, load_published_weights
+from models.resnet import pick_stem
 from prune import METHODS, EmptyLayerError, Pruner
 from prune.flops import Flops
 from prune.scores import refuse_layer_normalisation, synflow
-from training.batch_norm import refuse_single_values, refuse_without_batch_norm, synchronise
+from training.batch_norm import refuse_other_batch_norm, refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
 from training.optim import learning_rate, radius
@@ -45,12 +47,17 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         UsageError: flags that the network, the optimizer or the pruning method cannot have.
     """
     classes, channels = SIZES.get(args.dataset, (1000, 3))  # a folder's are known only with the data
+    side = args.image_size or SIDES.get(args.dataset)
+    if is_external(args.arch) and side is None:  # which may be made for one size
+        return
+    side = side or 32
     with flag_errors(), torch.device("meta"):
-        model = models.build_model(args.arch, args.depth, classes, args.width, channels)
+        model = models.build_model(args.arch, args.depth, classes, args.width, channels, (side, side), args.stem)
         if args.recalibrate_bn:
             refuse_without_batch_norm(model)
         if args.sync_bn:
             refuse_without_batch_norm(model, "--sync-bn")
+            refuse_other_batch_norm(model)
         if METHODS[args.prune_method].score is synflow:
             refuse_layer_normalisation(model)
     if args.pretrained and not resumed:
@@ -111,9 +118,13 @@ def augmentation(args: Namespace, data: Dataset) -> Augmentation:
 
 
 def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
-    """Return the untrained network for a data set. Raises UsageError."""
+    """Return the untrained network for a data set. Write what `auto` came to into args. Raises UsageError."""
     with flag_errors():
-        model = models.build_model(args.arch, args.depth, len(data.classes), args.width, data.channels)
+        if args.arch == "resnet":
+            args.stem = pick_stem(args.stem, data.image_shape[1:])
+        model = models.build_model(
+            args.arch, args.depth, len(data.classes), args.width, data.channels, data.image_shape[1:], args.stem
+        )
     return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -244,7 +255,7 @@ def step(
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
         args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
-        rho_at if args.sam_rho else None, args.rho_schedule != "constant", measure_ascent,
+        rho_at if args.sam_rho else None, args.rho_schedule != "constant", measure_ascent, args.seed,
     )  # fmt: skip
 
 
@@ -272,8 +283,23 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
     state.load_state_dict(checkpoint["state"])
 
 
+def network_name(args: Namespace) -> str:
+    """Return what to call the network: family and depth, or its own name, and a stem that is not the usual one."""
+    if is_external(args.arch):
+        return args.arch
+    return f"{args.arch}-{args.depth}" + (f" with the {args.stem} stem" if args.stem == "imagenet" else "")
+
+
 def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
-    """Load the weights of --pretrained, which has to be of the same network for the same data. Raises UsageError."""
+    """Load the weights of --pretrained-weights, or of --pretrained: of the same network for the same data.
+
+    Raises:
+        UsageError: there are no such weights, or they do not fit.
+    """
+    if args.pretrained_weights:
+        with flag_errors():
+            load_published_weights(model, args.arch, args.pretrained_weights)
+        return
     checkpoint = pretrained(args)
     check_fits(checkpoint, data)
     masks = Pruner(model).masks
@@ -293,7 +319,7 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
 def pretrained(args: Namespace) -> dict:
     """Read the checkpoint of --pretrained. Raises UsageError where it is of another network."""
     checkpoint = load_checkpoint(args.pretrained)
-    evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
+    evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])  # `auto` of a stem is known with the data
     return checkpoint
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from imagedata.sources import DATASETS
 from models import ARCHITECTURES
+from models.external import is_external, is_own_code
+from models.resnet import IMAGENET_FROM, STEMS
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
 from prune.methods import Value
@@ -35,7 +37,7 @@ MAY_DIFFER_BETWEEN_PROCESSES = {
 }  # fmt: skip
 
 # Flags whose `auto` is resolved when a run begins. When it is resumed, `auto` means what the run began with.
-RESOLVED = ("precision", "compile")
+RESOLVED = ("precision", "compile", "stem")
 
 PATHS = ("data_dir", "sparsity_config", "pretrained")
 
@@ -143,10 +145,15 @@ def build_parser() -> Parser:
 # fmt: off
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--arch", choices=sorted(ARCHITECTURES), default="resnet", help="family (%(default)s)")
+    add("--arch", type=architecture, choices=Architectures(), default="resnet", metavar="NAME",
+        help=f"a family of {', '.join(sorted(ARCHITECTURES))}; torchvision:NAME, timm:NAME, or FILE.py:FUNCTION for a network "
+             "of your own (%(default)s)")
     add("--depth", type=int,
         help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)")
     add("--width", type=number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)")
+    add("--stem", choices=("auto", *STEMS), default="auto",
+        help="of a resnet: cifar, a 3x3 convolution, or imagenet, a 7x7 convolution and a pool, which quarter the image; auto: "
+             f"imagenet from {IMAGENET_FROM} pixels on (%(default)s)")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -233,6 +240,8 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
                 help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--pretrained-weights", metavar="WEIGHTS",
+        help="start from weights that torchvision publishes for its network, such as DEFAULT")
     add("--keep-masks", action="store_true",
         help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
@@ -303,7 +312,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         "lr": optimizer.fine_tuning_lr if method.pretrained else optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
-        "depth": ARCHITECTURES[args.arch].default_depth,
+        "depth": None if is_external(args.arch) else ARCHITECTURES[args.arch].default_depth,
     }
     given = {option.name: getattr(args, option.name) for option in method.options}
     complete = method.complete({name: value for name, value in given.items() if value is not None})
@@ -339,6 +348,24 @@ def method_options() -> list[Option]:
 def flag(name: str) -> str:
     """Return the flag of a name: drop_fraction is --drop-fraction."""
     return "--" + name.replace("_", "-")
+
+
+class Architectures:
+    """What --arch takes, for argparse: the families of models/, and any network from elsewhere."""
+
+    def __contains__(self, arch: str) -> bool:
+        return arch in ARCHITECTURES or is_external(arch)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*sorted(ARCHITECTURES), "torchvision:NAME", "timm:NAME", "FILE.py:FUNCTION"])
+
+
+def architecture(text: str) -> str:
+    """Convert the text of --arch: a file is found from any directory."""
+    place, _, name = text.rpartition(":")
+    if is_external(text) and not (place and name):
+        raise argparse.ArgumentTypeError(f"has to be torchvision:NAME, timm:NAME or FILE.py:FUNCTION, not '{text}'")
+    return f"{os.path.abspath(place)}:{name}" if is_own_code(text) and place.endswith(".py") else text
 
 
 def directory(text: str) -> Path:

@@ -19,7 +19,7 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     weights: dict[str, nn.Parameter] = {}
     seen = set()
     for name, module in model.named_modules():
-        found = {}
+        found: dict[str, object] = {}
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             found = {name: module.weight}
         elif isinstance(module, nn.MultiheadAttention):

@@ -117,6 +117,7 @@ def test_one_step_sam_without_a_radius_is_its_base_optimizer(train, plain):
         "--momentum 0.5",
         "--accumulate 2",
         "--width 0.5",
+        "--stem imagenet",
         "--batch-size 100",
         "--val-split 100",
         "--train-images 1000",
