@@ -106,7 +106,9 @@ def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
     several = f", {group.world} processes" if group.world > 1 else ""
     network, kind = build.network_name(args), f"{args.optmzr}{' v2' if args.sam_v2 else ''}"
     say(f"{network} on {device_name(run.loader.device)}, {kind}, {run.execution}{several}")
-    say(f"{len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes")
+    say(
+        f"{len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes{build.how_recognised(data)}"
+    )
     if args.summary:
         say(summary_table(run.meter.flops, state.pruner.masks))
     say(state.pruner.describe())

@@ -108,7 +108,7 @@ def _read_run(directory: Path) -> dict:
             "torch": about.get("versions", {}).get("torch"),
             "images": about.get("images"),
             "processes": about.get("processes", 1),
-            "data": f"folder ({args['data_dir']})" if args["dataset"] == "folder" else args["dataset"],
+            "data": f"{args['dataset']} ({args['data_dir']})" if "folder" in args["dataset"] else args["dataset"],
         }
         row |= {
             f"--{n}": " ".join(v) if isinstance(v, list) else v

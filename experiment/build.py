@@ -15,6 +15,7 @@ import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
+from imagedata.files import ImageFiles
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
 from imagedata.sources import SIDES, SIZES, load_dataset
@@ -114,7 +115,10 @@ def describe_data(data: Dataset, group: ProcessGroup) -> dict:
 
 def augmentation(args: Namespace, data: Dataset) -> Augmentation:
     """Return what becomes of the training images."""
-    return Augmentation(len(data.train), args.batch_size, args.seed, data.pad, data.flip, mixup=args.alpha or 0.0)
+    return Augmentation(
+        len(data.train), args.batch_size, args.seed, data.pad, data.flip, args.alpha or 0.0, args.cutmix, args.augment,
+        args.random_erasing, args.dataset,
+    )  # fmt: skip
 
 
 def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
@@ -215,13 +219,23 @@ def loaders(
     group: ProcessGroup = ProcessGroup(),
 ) -> tuple[TrainLoader, dict[str, EvalLoader]]:  # fmt: skip
     """Return the training batches, and the images to evaluate on by split."""
-    workers = pick_workers(data.train, device) if args.workers is None else args.workers
+    by_sample = augmentation(args, data).by_sample
+    workers = pick_workers(data.train, device, by_sample) if args.workers is None else args.workers
     loader = TrainLoader(
         data.train, augmentation(args, data), len(data.classes), normalize, device, workers, execution, group
     )
+    resident = not workers or (by_sample and not pick_workers(data.train, device))
     splits = {"test": data.test} | ({"val": data.val} if data.val else {})
     evaluators = {
-        name: EvalLoader(images, args.test_batch_size, normalize, device, resident=not workers, group=group)
+        name: EvalLoader(
+            images,
+            args.test_batch_size,
+            normalize,
+            device,
+            resident=resident,
+            group=group,
+            workers=workers,
+        )
         for name, images in splits.items()
     }
     return loader, evaluators
@@ -281,6 +295,12 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
             f"--sam-local perturbs along the gradient of each process's images: go on in {processes} processes as before"
         )
     state.load_state_dict(checkpoint["state"])
+
+
+def how_recognised(data: Dataset) -> str:
+    """Return a warning, for people, of a fingerprint that does not see every change of the images."""
+    files = isinstance(data.train, ImageFiles)
+    return ", in files that are recognised by their names and sizes" if files else ""
 
 
 def network_name(args: Namespace) -> str:

@@ -149,7 +149,7 @@ def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         reasons["pretrained_weights"] = f"with --arch {args.arch}", "take --arch torchvision:NAME"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"
-    if args.dataset != "folder":
+    if args.dataset not in ("folder", "imagefolder"):
         reasons["image_size"] = f"with --dataset {args.dataset}", "take --dataset folder"
     if args.dataset == "digits":
         reasons["data_dir"] = "with --dataset digits", "take --dataset folder"

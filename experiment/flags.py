@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imagedata.sources import DATASETS
+from imagedata.augment import POLICIES
+from imagedata.sources import DATASETS, SIDES
 from models import ARCHITECTURES
 from models.external import is_external, is_own_code
 from models.resnet import IMAGENET_FROM, STEMS
@@ -160,9 +161,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download (%(default)s)")
     add("--data-dir", type=Path, metavar="DIR",
-        help="where CIFAR is kept (data), or the folder with train/<class>/* and test/<class>/*")
+        help="where torchvision's data is kept (data), or the folder with train/<class>/* and test/<class>/*")
     add("--image-size", type=number(int, above=0), metavar="PIXELS",
-        help="side that images of a folder are resized to (their own)")
+        help="side that images of a folder are resized to (their own; 224 for imagefolder)")
     add("--val-split", type=number(int, least=0), default=0, metavar="N",
         help="hold out N training images and choose best.pt on them (%(default)s)")
     add("--train-images", type=number(int, above=0), metavar="N",
@@ -174,6 +175,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="images at once in evaluation (%(default)s)")
     add("--accumulate", type=number(int, above=0), default=1, metavar="K",
         help="compute a batch in K parts to save memory, each batch-normalised by itself (%(default)s)")
+    add("--augment", choices=POLICIES, default="crop-flip",
+        help="after the shift or crop and the mirroring that suit the data set, a policy of torchvision (%(default)s)")
+    add("--random-erasing", type=number(float, least=0, most=1), default=0.0, metavar="P",
+        help="probability that a box of a training image is erased (%(default)g)")
+    add("--cutmix", action="store_true", help="train on images with a box of another one; with --mixup on either")
     add("--mixup", action="store_true", help="train on mixtures of two images")
     add("--alpha", type=number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")
     add("--smooth-eps", type=number(float, least=0, below=1), default=0.0, metavar="EPS",
@@ -321,6 +327,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
         defaults["alpha"] = 1.0
+    if args.dataset == "imagefolder":
+        defaults["image_size"] = SIDES["imagefolder"]
     if args.prune_method != "none" and not args.sparsity_config and ":" not in args.sparsity_pattern:
         defaults["sparsity_distribution"] = method.distributions[0]
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}

@@ -23,7 +23,8 @@ def run_name(args: argparse.Namespace) -> str:
     Args:
         args: complete flags, see `flags.resolve`.
     """
-    dataset = f"folder-{args.data_dir.resolve().name}" if args.dataset == "folder" and args.data_dir else args.dataset
+    named = args.dataset in ("folder", "imagefolder") and args.data_dir
+    dataset = f"{args.dataset}-{args.data_dir.resolve().name}" if named else args.dataset
     network = "-".join(re.split(r"[/:]", args.arch)[-2:]) if is_external(args.arch) else f"{args.arch}{args.depth}"
     parts = [network, dataset, _optimizer_part(args), _sparsity_part(args), f"lr{args.lr:g}"]
     if not may_grow(vars(args)):

@@ -108,6 +108,9 @@ def test_one_step_sam_without_a_radius_is_its_base_optimizer(train, plain):
     [
         "--mixup",
         "--mixup --alpha 0.1",
+        "--cutmix",
+        "--augment randaugment",
+        "--random-erasing 0.5",
         "--smooth-eps 0.1",
         "--clip-grad 0.1",
         "--warmup-epochs 0.5",
