@@ -42,7 +42,7 @@ def train(located: Located, interruption: Interruption) -> None:
     # network
     torch.manual_seed(args.seed)
     model = build.network(args, data, device)
-    if args.pretrained and not checkpoint:
+    if (args.pretrained or args.pretrained_weights) and not checkpoint:
         build.load_weights(model, args, data)
 
     # optimizer
@@ -104,9 +104,11 @@ def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
     """Print what is about to run."""
     say, state, group = run.logger.say, run.state, run.group
     several = f", {group.world} processes" if group.world > 1 else ""
-    network, kind = f"{args.arch}-{args.depth}", f"{args.optmzr}{' v2' if args.sam_v2 else ''}"
+    network, kind = build.network_name(args), f"{args.optmzr}{' v2' if args.sam_v2 else ''}"
     say(f"{network} on {device_name(run.loader.device)}, {kind}, {run.execution}{several}")
-    say(f"{len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes")
+    say(
+        f"{len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes{build.how_recognised(data)}"
+    )
     if args.summary:
         say(summary_table(run.meter.flops, state.pruner.masks))
     say(state.pruner.describe())

@@ -189,7 +189,7 @@ def measure(
     results: dict = {"settings": asdict(settings)}
     for split in settings.splits:
         images = fixed_images(getattr(dataset, split), settings.images)
-        inputs = normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        inputs = normalize(images.load().to(device)).contiguous(memory_format=torch.channels_last)
         loss = FixedImagesLoss(model, inputs, images.labels.to(device), settings.batch_size, execution)
         mean_loss, top1 = loss.loss()
         results[split] = {"images": len(images), "loss": mean_loss, "top1": top1}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imagedata.images import Images
+from imagedata.images import AnyImages
 from prune.masks import Masks, prunable_weights
 from utils.precision import Execution, resolve_execution, what_compilation_lacks
 
@@ -118,7 +118,7 @@ def living_weights(model: nn.Module, masks: Masks) -> Tensor:
     return torch.cat([alive.get(id(p), torch.ones_like(p, dtype=torch.bool)).flatten() for p in model.parameters()])
 
 
-def fixed_images(images: Images, count: int) -> Images:
+def fixed_images(images: AnyImages, count: int) -> AnyImages:
     """Draw `count` images in random order, or all if there are fewer; every call draws the same ones."""
     order = np.random.default_rng(0).permutation(len(images))[:count]
     return images[torch.from_numpy(order)]

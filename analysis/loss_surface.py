@@ -139,7 +139,7 @@ def _networks(args: Namespace, checkpoints: list[Path]) -> tuple[list[str], list
     for path in checkpoints:
         trained, model = open_checkpoint(path, args)
         images = fixed_images(getattr(trained.dataset, args.split), args.images)
-        inputs = trained.normalize(images.pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        inputs = trained.normalize(images.load().to(device)).contiguous(memory_format=torch.channels_last)
         forward = count_flops(model, trained.dataset.image_shape).dense_training / 3  # a training step is three passes
         execution = resolve_compilation(args.compile, device, points * len(images) * forward)
         loss = FixedImagesLoss(model, inputs, images.labels.to(device), args.batch_size, execution)

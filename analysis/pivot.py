@@ -66,7 +66,7 @@ def _sources(runs: pd.DataFrame, command: str) -> dict[str, str]:
 
 def _heading(run: pd.Series, column: str) -> str:
     """Name what the runs of a table have in common, except the column."""
-    depth = "" if column == "--depth" else f"-{run['--depth']:.0f}"
+    depth = "" if column == "--depth" or pd.isna(run["--depth"]) else f"-{run['--depth']:.0f}"
     texts = {
         "--arch": f"{run['--arch']}{depth}",
         "--width": f"width {run['--width']:g}",

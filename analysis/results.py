@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
-from experiment.flags import MAY_CHANGE_ON_RESUME, parse
+from experiment.checks import complete_flags
+from experiment.flags import MAY_CHANGE_ON_RESUME
 from utils.errors import UsageError
 
 METRIC = "test_top1"
@@ -98,7 +99,7 @@ def _names_of_data(runs: pd.DataFrame) -> pd.Series:
 def _read_run(directory: Path) -> dict:
     try:
         about = json.loads((directory / "args.json").read_text())
-        args = vars(parse([])[0]) | about["args"]  # a flag that came after the run had its default
+        args = complete_flags(about["args"])
         row = {
             "directory": directory,
             "optimizer": optimizer_name(args),
@@ -107,7 +108,7 @@ def _read_run(directory: Path) -> dict:
             "torch": about.get("versions", {}).get("torch"),
             "images": about.get("images"),
             "processes": about.get("processes", 1),
-            "data": f"folder ({args['data_dir']})" if args["dataset"] == "folder" else args["dataset"],
+            "data": f"{args['dataset']} ({args['data_dir']})" if "folder" in args["dataset"] else args["dataset"],
         }
         row |= {
             f"--{n}": " ".join(v) if isinstance(v, list) else v

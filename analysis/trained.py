@@ -8,8 +8,9 @@ from torch import nn
 from analysis import hessian
 from experiment import build
 from imagedata.augment import Normalize
+from imagedata.files import ImageFiles
 from imagedata.images import Dataset
-from imagedata.loaders import EvalLoader
+from imagedata.loaders import EvalLoader, pick_workers
 from training.batch_norm import recalibrated
 from training.loop import Run, evaluate
 from utils.device import device_name, pick_device, use_deterministic_kernels
@@ -77,7 +78,9 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     args = trained.args
     print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
     print(trained.pruner.describe())
-    loader = EvalLoader(trained.dataset.test, args.test_batch_size, trained.normalize, device)
+    test = trained.dataset.test
+    workers = pick_workers(test, device) if isinstance(test, ImageFiles) else 0
+    loader = EvalLoader(test, args.test_batch_size, trained.normalize, device, workers=workers)
     execution = resolve_execution(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(trained.model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")

@@ -15,13 +15,16 @@ import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
+from imagedata.files import ImageFiles
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
-from imagedata.sources import SIZES, load_dataset
+from imagedata.sources import SIDES, SIZES, load_dataset
+from models.external import is_external, load_published_weights
+from models.resnet import pick_stem
 from prune import METHODS, EmptyLayerError, Pruner
 from prune.flops import Flops
 from prune.scores import refuse_layer_normalisation, synflow
-from training.batch_norm import refuse_single_values, refuse_without_batch_norm, synchronise
+from training.batch_norm import refuse_other_batch_norm, refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
 from training.optim import learning_rate, radius
@@ -45,12 +48,17 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         UsageError: flags that the network, the optimizer or the pruning method cannot have.
     """
     classes, channels = SIZES.get(args.dataset, (1000, 3))  # a folder's are known only with the data
+    side = args.image_size or SIDES.get(args.dataset)
+    if is_external(args.arch) and side is None:  # which may be made for one size
+        return
+    side = side or 32
     with flag_errors(), torch.device("meta"):
-        model = models.build_model(args.arch, args.depth, classes, args.width, channels)
+        model = models.build_model(args.arch, args.depth, classes, args.width, channels, (side, side), args.stem)
         if args.recalibrate_bn:
             refuse_without_batch_norm(model)
         if args.sync_bn:
             refuse_without_batch_norm(model, "--sync-bn")
+            refuse_other_batch_norm(model)
         if METHODS[args.prune_method].score is synflow:
             refuse_layer_normalisation(model)
     if args.pretrained and not resumed:
@@ -107,13 +115,20 @@ def describe_data(data: Dataset, group: ProcessGroup) -> dict:
 
 def augmentation(args: Namespace, data: Dataset) -> Augmentation:
     """Return what becomes of the training images."""
-    return Augmentation(len(data.train), args.batch_size, args.seed, data.pad, data.flip, mixup=args.alpha or 0.0)
+    return Augmentation(
+        len(data.train), args.batch_size, args.seed, data.pad, data.flip, args.alpha or 0.0, args.cutmix, args.augment,
+        args.random_erasing, args.dataset,
+    )  # fmt: skip
 
 
 def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
-    """Return the untrained network for a data set. Raises UsageError."""
+    """Return the untrained network for a data set. Write what `auto` came to into args. Raises UsageError."""
     with flag_errors():
-        model = models.build_model(args.arch, args.depth, len(data.classes), args.width, data.channels)
+        if args.arch == "resnet":
+            args.stem = pick_stem(args.stem, data.image_shape[1:])
+        model = models.build_model(
+            args.arch, args.depth, len(data.classes), args.width, data.channels, data.image_shape[1:], args.stem
+        )
     return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -204,13 +219,23 @@ def loaders(
     group: ProcessGroup = ProcessGroup(),
 ) -> tuple[TrainLoader, dict[str, EvalLoader]]:  # fmt: skip
     """Return the training batches, and the images to evaluate on by split."""
-    workers = pick_workers(data.train, device) if args.workers is None else args.workers
+    by_sample = augmentation(args, data).by_sample
+    workers = pick_workers(data.train, device, by_sample) if args.workers is None else args.workers
     loader = TrainLoader(
         data.train, augmentation(args, data), len(data.classes), normalize, device, workers, execution, group
     )
+    resident = not workers or (by_sample and not pick_workers(data.train, device))
     splits = {"test": data.test} | ({"val": data.val} if data.val else {})
     evaluators = {
-        name: EvalLoader(images, args.test_batch_size, normalize, device, resident=not workers, group=group)
+        name: EvalLoader(
+            images,
+            args.test_batch_size,
+            normalize,
+            device,
+            resident=resident,
+            group=group,
+            workers=workers,
+        )
         for name, images in splits.items()
     }
     return loader, evaluators
@@ -244,7 +269,7 @@ def step(
     return TrainingStep(
         state, build_objective(state.model, execution, micro_batch, args.smooth_eps), lr_at,
         args.accumulate, args.clip_grad, args.sam_local, args.sam_unmasked, group, execution.graphed,
-        rho_at if args.sam_rho else None, args.rho_schedule != "constant", measure_ascent,
+        rho_at if args.sam_rho else None, args.rho_schedule != "constant", measure_ascent, args.seed,
     )  # fmt: skip
 
 
@@ -272,8 +297,29 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
     state.load_state_dict(checkpoint["state"])
 
 
+def how_recognised(data: Dataset) -> str:
+    """Return a warning, for people, of a fingerprint that does not see every change of the images."""
+    files = isinstance(data.train, ImageFiles)
+    return ", in files that are recognised by their names and sizes" if files else ""
+
+
+def network_name(args: Namespace) -> str:
+    """Return what to call the network: family and depth, or its own name, and a stem that is not the usual one."""
+    if is_external(args.arch):
+        return args.arch
+    return f"{args.arch}-{args.depth}" + (f" with the {args.stem} stem" if args.stem == "imagenet" else "")
+
+
 def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
-    """Load the weights of --pretrained, which has to be of the same network for the same data. Raises UsageError."""
+    """Load the weights of --pretrained-weights, or of --pretrained: of the same network for the same data.
+
+    Raises:
+        UsageError: there are no such weights, or they do not fit.
+    """
+    if args.pretrained_weights:
+        with flag_errors():
+            load_published_weights(model, args.arch, args.pretrained_weights)
+        return
     checkpoint = pretrained(args)
     check_fits(checkpoint, data)
     masks = Pruner(model).masks
@@ -293,7 +339,7 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
 def pretrained(args: Namespace) -> dict:
     """Read the checkpoint of --pretrained. Raises UsageError where it is of another network."""
     checkpoint = load_checkpoint(args.pretrained)
-    evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])
+    evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])  # `auto` of a stem is known with the data
     return checkpoint
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, absolute, flag, method_options, parse, plain
+from models.external import is_external, is_own_code
 from prune import METHODS
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
@@ -29,7 +30,8 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
     Raises:
         UsageError: a flag that changes the mathematics differs.
     """
-    now, saved = plain(args), vars(parse([])[0]) | saved  # a flag that came after the checkpoint had its default
+    _refuse_to_run_code(given, saved)
+    now, saved = plain(args), complete_flags(saved)
     saved |= {name: absolute(saved[name]) for name in PATHS}
     given = given - {name for name in RESOLVED if now[name] == "auto"}
     may_change = MAY_CHANGE_ON_RESUME - ({"eval_every"} if saved["val_split"] else set())  # which chooses best.pt
@@ -53,7 +55,9 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     Raises:
         UsageError: another network than the checkpoint's, or a flag that is for training.
     """
-    network = ("arch", "depth", "width")
+    _refuse_to_run_code(given, saved)
+    saved = complete_flags(saved)
+    network = ("arch", "depth", "width", "stem")
     allowed = {
         "dataset", "data_dir", "image_size", "test_batch_size", "device", "no_cuda", "deterministic", "evaluate",
         "precision", "recalibrate_bn",
@@ -61,7 +65,7 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     for name in sorted(given - allowed - set(network)):
         raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")
     for name in network:
-        if name in given and getattr(args, name) != saved[name]:
+        if name in given and getattr(args, name) != saved[name] and not is_own_code(args.arch):
             raise UsageError(
                 f"the checkpoint is of another network: its {flag(name)} is {saved[name]}, not {getattr(args, name)}; "
                 "leave the network's flags out"
@@ -71,6 +75,19 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     merged = _merge(args, given | {"recalibrate_bn", "sharpness"}, saved)
     check(merged, given & allowed)
     return merged
+
+
+def _refuse_to_run_code(given: set[str], saved: dict) -> None:
+    """Raise UsageError where a checkpoint alone would choose which function runs."""
+    if is_own_code(str(saved["arch"])) and "arch" not in given:
+        raise UsageError(
+            f"the checkpoint is of a network of your own: name its function again, as --arch {saved['arch']}, if you trust it"
+        )
+
+
+def complete_flags(saved: dict) -> dict:
+    """Return the flags of a run with those that came after it: they had their defaults, and a ResNet had one stem."""
+    return vars(parse([])[0]) | ({"stem": "cifar"} if saved.get("arch") == "resnet" else {}) | saved
 
 
 def may_grow(flags: dict) -> bool:
@@ -124,9 +141,15 @@ def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         reasons["sam_direction"] = "on two-step SAM, which perturbs along the gradient of its own batch", "add --sam-v2"
     if args.rho_schedule == "lr" and args.lr_scheduler == "constant" and not args.warmup_epochs:
         reasons["rho_schedule"] = "with a constant learning rate", "take --lr-scheduler cosine or --rho-schedule sqrt"
+    if is_external(args.arch):
+        reasons |= dict.fromkeys(("depth", "width"), (f"with --arch {args.arch}", "take a family of ours"))
+    if args.arch != "resnet":
+        reasons["stem"] = f"with --arch {args.arch}", "take --arch resnet"
+    if not args.arch.startswith("torchvision:"):
+        reasons["pretrained_weights"] = f"with --arch {args.arch}", "take --arch torchvision:NAME"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"
-    if args.dataset != "folder":
+    if args.dataset not in ("folder", "imagefolder"):
         reasons["image_size"] = f"with --dataset {args.dataset}", "take --dataset folder"
     if args.dataset == "digits":
         reasons["data_dir"] = "with --dataset digits", "take --dataset folder"
@@ -139,11 +162,13 @@ def _check_sparsity(args: argparse.Namespace) -> None:
         raise UsageError(f"--prune-method {method} needs --sparsity, e.g. --sparsity 0.9")
     if args.sparsity_config and args.sparsity_distribution:
         raise UsageError("--sparsity-config says what each layer keeps: leave --sparsity-distribution out")
-    if METHODS[method].pretrained and not args.pretrained:
+    if METHODS[method].pretrained and not (args.pretrained or args.pretrained_weights):
         raise UsageError(f"--prune-method {method} prunes trained weights: give them by --pretrained CKPT")
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    if args.pretrained and args.pretrained_weights:
+        raise UsageError("--pretrained and --pretrained-weights both say what to start from: leave one of them out")
     if args.nesterov and args.momentum == 0:
         raise UsageError("--nesterov needs a --momentum above 0, as --momentum 0.9")
     if args.sam_direction == "momentum" and args.momentum == 0:

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imagedata.sources import DATASETS
+from imagedata.augment import POLICIES
+from imagedata.sources import DATASETS, SIDES
 from models import ARCHITECTURES
+from models.external import is_external, is_own_code
+from models.resnet import IMAGENET_FROM, STEMS
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
 from prune.methods import Value
@@ -35,7 +38,7 @@ MAY_DIFFER_BETWEEN_PROCESSES = {
 }  # fmt: skip
 
 # Flags whose `auto` is resolved when a run begins. When it is resumed, `auto` means what the run began with.
-RESOLVED = ("precision", "compile")
+RESOLVED = ("precision", "compile", "stem")
 
 PATHS = ("data_dir", "sparsity_config", "pretrained")
 
@@ -143,19 +146,24 @@ def build_parser() -> Parser:
 # fmt: off
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--arch", choices=sorted(ARCHITECTURES), default="resnet", help="family (%(default)s)")
+    add("--arch", type=architecture, choices=Architectures(), default="resnet", metavar="NAME",
+        help=f"a family of {', '.join(sorted(ARCHITECTURES))}; torchvision:NAME, timm:NAME, or FILE.py:FUNCTION for a network "
+             "of your own (%(default)s)")
     add("--depth", type=int,
         help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)")
     add("--width", type=number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)")
+    add("--stem", choices=("auto", *STEMS), default="auto",
+        help="of a resnet: cifar, a 3x3 convolution, or imagenet, a 7x7 convolution and a pool, which quarter the image; auto: "
+             f"imagenet from {IMAGENET_FROM} pixels on (%(default)s)")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download (%(default)s)")
     add("--data-dir", type=Path, metavar="DIR",
-        help="where CIFAR is kept (data), or the folder with train/<class>/* and test/<class>/*")
+        help="where torchvision's data is kept (data), or the folder with train/<class>/* and test/<class>/*")
     add("--image-size", type=number(int, above=0), metavar="PIXELS",
-        help="side that images of a folder are resized to (their own)")
+        help="side that images of a folder are resized to (their own; 224 for imagefolder)")
     add("--val-split", type=number(int, least=0), default=0, metavar="N",
         help="hold out N training images and choose best.pt on them (%(default)s)")
     add("--train-images", type=number(int, above=0), metavar="N",
@@ -167,6 +175,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="images at once in evaluation (%(default)s)")
     add("--accumulate", type=number(int, above=0), default=1, metavar="K",
         help="compute a batch in K parts to save memory, each batch-normalised by itself (%(default)s)")
+    add("--augment", choices=POLICIES, default="crop-flip",
+        help="after the shift or crop and the mirroring that suit the data set, a policy of torchvision (%(default)s)")
+    add("--random-erasing", type=number(float, least=0, most=1), default=0.0, metavar="P",
+        help="probability that a box of a training image is erased (%(default)g)")
+    add("--cutmix", action="store_true", help="train on images with a box of another one; with --mixup on either")
     add("--mixup", action="store_true", help="train on mixtures of two images")
     add("--alpha", type=number(float, above=0), help="mixup: parameter of the Beta distribution (1.0)")
     add("--smooth-eps", type=number(float, least=0, below=1), default=0.0, metavar="EPS",
@@ -233,6 +246,8 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
                 help=f"{methods}: {option.help} ({option.default_shown})")
     add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--pretrained-weights", metavar="WEIGHTS",
+        help="start from weights that torchvision publishes for its network, such as DEFAULT")
     add("--keep-masks", action="store_true",
         help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
@@ -303,7 +318,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         "lr": optimizer.fine_tuning_lr if method.pretrained else optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "momentum": optimizer.momentum,
-        "depth": ARCHITECTURES[args.arch].default_depth,
+        "depth": None if is_external(args.arch) else ARCHITECTURES[args.arch].default_depth,
     }
     given = {option.name: getattr(args, option.name) for option in method.options}
     complete = method.complete({name: value for name, value in given.items() if value is not None})
@@ -312,6 +327,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
     if args.mixup:
         defaults["alpha"] = 1.0
+    if args.dataset == "imagefolder":
+        defaults["image_size"] = SIDES["imagefolder"]
     if args.prune_method != "none" and not args.sparsity_config and ":" not in args.sparsity_pattern:
         defaults["sparsity_distribution"] = method.distributions[0]
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
@@ -339,6 +356,24 @@ def method_options() -> list[Option]:
 def flag(name: str) -> str:
     """Return the flag of a name: drop_fraction is --drop-fraction."""
     return "--" + name.replace("_", "-")
+
+
+class Architectures:
+    """What --arch takes, for argparse: the families of models/, and any network from elsewhere."""
+
+    def __contains__(self, arch: str) -> bool:
+        return arch in ARCHITECTURES or is_external(arch)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*sorted(ARCHITECTURES), "torchvision:NAME", "timm:NAME", "FILE.py:FUNCTION"])
+
+
+def architecture(text: str) -> str:
+    """Convert the text of --arch: a file is found from any directory."""
+    place, _, name = text.rpartition(":")
+    if is_external(text) and not (place and name):
+        raise argparse.ArgumentTypeError(f"has to be torchvision:NAME, timm:NAME or FILE.py:FUNCTION, not '{text}'")
+    return f"{os.path.abspath(place)}:{name}" if is_own_code(text) and place.endswith(".py") else text
 
 
 def directory(text: str) -> Path:

@@ -6,6 +6,7 @@ import re
 
 from experiment.checks import may_grow
 from experiment.flags import MAY_CHANGE_ON_RESUME, parse, plain, resolve
+from models.external import is_external
 from training.optim import OPTIMIZERS
 
 # Flags that have their place in every name.
@@ -22,8 +23,10 @@ def run_name(args: argparse.Namespace) -> str:
     Args:
         args: complete flags, see `flags.resolve`.
     """
-    dataset = f"folder-{args.data_dir.resolve().name}" if args.dataset == "folder" and args.data_dir else args.dataset
-    parts = [f"{args.arch}{args.depth}", dataset, _optimizer_part(args), _sparsity_part(args), f"lr{args.lr:g}"]
+    named = args.dataset in ("folder", "imagefolder") and args.data_dir
+    dataset = f"{args.dataset}-{args.data_dir.resolve().name}" if named else args.dataset
+    network = "-".join(re.split(r"[/:]", args.arch)[-2:]) if is_external(args.arch) else f"{args.arch}{args.depth}"
+    parts = [network, dataset, _optimizer_part(args), _sparsity_part(args), f"lr{args.lr:g}"]
     if not may_grow(vars(args)):
         parts.append(f"epochs{args.epochs}")
     parts += _other_parts(args)

@@ -5,7 +5,9 @@ are cut.
 """
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,78 @@ class Plan(NamedTuple):
         return Plan(*map(function, self))
 
 
+class Mix(NamedTuple):
+    """How the images of a step are mixed, each with a partner.
+
+    Attributes:
+        weight: of the image itself; its partner has the rest.
+        centre: None for mixup, or where the box of CutMix is, as fractions of height and width.
+    """
+
+    weight: float
+    centre: tuple[float, float] | None = None
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return top, bottom, left and right of what CutMix takes from the partner (Yun et al. 2019, equation 2)."""
+        assert self.centre is not None
+        edges = []
+        for size, place in zip((height, width), self.centre, strict=True):
+            middle, half = int(place * size), int(0.5 * math.sqrt(1 - self.weight) * size)
+            edges += [max(middle - half, 0), min(middle + half, size)]
+        return edges[0], edges[1], edges[2], edges[3]
+
+
+class SampleTransform:
+    """What becomes of each training image after its window is cut: a policy of torchvision, then random erasing.
+
+    It takes and returns uint8 [C, H, W] and draws from torch's generator: see `own_randomness`.
+
+    Args:
+        policy: a key of POLICIES.
+        erasing: probability that a box of the image is erased (Zhong et al. 2020).
+        fill: level of each channel in that box.
+        images: what the data set is called, which AutoAugment has policies for.
+    """
+
+    def __init__(self, policy: str, erasing: float, fill: list[float], images: str = ""):
+        from torchvision.transforms import v2  # here: two seconds
+
+        learnt = {"cifar10": "CIFAR10", "cifar100": "CIFAR10", "svhn": "SVHN"}.get(images, "IMAGENET")
+        policies = {
+            "randaugment": v2.RandAugment,
+            "trivialaugment": v2.TrivialAugmentWide,
+            "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy[learnt]),
+        }
+        self._steps: list[Callable[[Tensor], Tensor]] = [policies[policy]()] if policy in policies else []
+        if erasing:
+            self._steps.append(v2.RandomErasing(erasing, value=[round(level) for level in fill]))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the transformed image."""
+        for step in self._steps:
+            image = step(image)
+        return image
+
+
+POLICIES = ("crop-flip", "randaugment", "trivialaugment", "autoaugment")
+
+
+@contextmanager
+def own_randomness() -> Iterator[Callable[[int, int, int], object]]:
+    """Yield a function of seed, epoch and index that sets torch's generator on the CPU; afterwards it is as before."""
+    generator = torch.default_generator
+    before = generator.get_state()
+
+    def draw_from(seed: int, epoch: int, index: int) -> None:
+        words = np.random.SeedSequence([seed, 6, epoch, index]).generate_state(1, np.uint64)
+        generator.manual_seed(int(words[0]) >> 1)
+
+    try:
+        yield draw_from
+    finally:
+        generator.set_state(before)
+
+
 class Augmentation:
     """Draws order, windows and mirroring of the training images of each epoch.
 
@@ -58,21 +132,60 @@ class Augmentation:
         seed: of all of it.
         pad, flip: see Dataset.
         mixup: alpha of the Beta distribution of the mixing weight (Zhang et al. 2018); 0 for none.
+        cutmix: put a box of another image into each one (Yun et al. 2019); with mixup, each step does one of both.
+        policy, erasing, images: see SampleTransform.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, pad: int = 0, flip: bool = False, mixup: float = 0.0):
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        pad: int = 0,
+        flip: bool = False,
+        mixup: float = 0.0,
+        cutmix: bool = False,
+        policy: str = "crop-flip",
+        erasing: float = 0.0,
+        images: str = "",
+    ):
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.pad, self.flip, self.mixup = pad, flip, mixup
+        self.pad, self.flip, self.mixup, self.cutmix = pad, flip, mixup, cutmix
+        self.policy, self.erasing, self.images = policy, erasing, images
         self.steps_per_epoch = -(-count // batch_size)
 
-    def plan(self, epoch: int) -> tuple[Plan, list[float]]:
-        """Return the plan of an epoch, each tensor [count], and the mixing weight of each step (none without mixup)."""
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether each image is transformed by itself, which only the host can do."""
+        return self.policy != "crop-flip" or self.erasing > 0
+
+    def transform(self, fill: list[float]) -> SampleTransform | None:
+        """Return what becomes of each image after its window is cut, if anything; `fill` is what is erased to."""
+        return SampleTransform(self.policy, self.erasing, fill, self.images) if self.by_sample else None
+
+    def plan(self, epoch: int) -> tuple[Plan, list[Mix]]:
+        """Return the plan of an epoch, each tensor [count], and how the images of each step are mixed, if they are."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         order = rng.permutation(self.count)
         top, left = rng.integers(0, 2 * self.pad + 1, (2, self.count))
         mirrored = rng.random(self.count) < (0.5 if self.flip else 0.0)
         weights = rng.beta(self.mixup, self.mixup, self.steps_per_epoch).tolist() if self.mixup else []
-        return Plan(*map(torch.from_numpy, (order, top, left, mirrored))), weights
+        mixes = [Mix(weight) for weight in weights]
+        if self.cutmix:
+            rng = np.random.default_rng([self.seed, 5, epoch])  # the paper's weight is uniform, Beta(1, 1)
+            drawn = rng.random((self.steps_per_epoch, 4)).tolist()
+            boxes = [Mix(weight, (y, x)) for weight, y, x, _ in drawn]
+            coins = [coin for *_, coin in drawn]
+            mixes = [
+                mix if mixes and coin < 0.5 else box
+                for mix, box, coin in zip(mixes or boxes, boxes, coins, strict=True)
+            ]
+        return Plan(*map(torch.from_numpy, (order, top, left, mirrored))), mixes
 
     def part(self, plan: Plan, position: int) -> Plan:
         """Return the part of an epoch's plan for the step at a position in it."""

@@ -1,11 +1,16 @@
-"""Data sets as whole tensors: their images, their fingerprint, held-out images and channel statistics."""
+"""Data sets: their images, their fingerprint, held-out images and channel statistics."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from imagedata.augment import Plan, SampleTransform, cut, own_randomness
+from imagedata.files import DEVIATION, MEAN, ImageFiles
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,47 @@ class Images:
     def __getitem__(self, index: Tensor) -> "Images":
         return Images(self.pixels[index], self.labels[index])
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, [H, W, C]."""
+        _, height, width, channels = self.pixels.shape
+        return height, width, channels
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image."""
+        return self.pixels[0].nbytes
+
+    def identity(self) -> Iterator[Any]:
+        """Return what the images are recognised by: all of them."""
+        yield f"{tuple(self.pixels.shape)}".encode()
+        yield self.pixels.contiguous().numpy().data
+        yield self.labels.numpy().data
+
+    def load(self) -> Tensor:
+        """Return the images: uint8 [N, H, W, C]."""
+        return self.pixels
+
+    def augmented(self, plan: Plan, pad: int, epoch: int, seed: int, transform: SampleTransform | None) -> Tensor:
+        """Return training images: windows, and what a transform makes of each by (seed, epoch, index) alone.
+
+        Args:
+            plan: which images, and their windows.
+            pad: see `augment.cut`.
+            epoch, seed: see above.
+            transform: of a window, or None.
+        """
+        pixels = cut(self.pixels, plan.order, plan.top, plan.left, plan.mirrored, pad)
+        if transform:
+            with own_randomness() as draw_from:
+                for place, index in enumerate(plan.order.tolist()):
+                    draw_from(seed, epoch, index)
+                    pixels[place] = transform(pixels[place].permute(2, 0, 1)).permute(1, 2, 0)
+        return pixels
+
+
+AnyImages = Images | ImageFiles
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -39,33 +85,32 @@ class Dataset:
         train, test: the splits.
     """
 
-    train: Images
-    test: Images
+    train: AnyImages
+    test: AnyImages
     classes: list[str]
     pad: int
     flip: bool
-    val: Images | None = None
+    val: AnyImages | None = None
 
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        return self.train.pixels.shape[3]
+        return self.train.image_shape[2]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of an image, [C, H, W]."""
-        _, height, width, channels = self.train.pixels.shape
+        height, width, channels = self.train.image_shape
         return channels, height, width
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return a hash of all images and labels, by which a data set is recognised."""
+    """Return a hash of all images and labels, by which a data set is recognised; of files, their names and sizes."""
     digest = hashlib.sha256()
     for images in (dataset.train, dataset.test, dataset.val):
         if images is not None:
-            digest.update(f"{tuple(images.pixels.shape)}".encode())
-            digest.update(images.pixels.contiguous().numpy().data)
-            digest.update(images.labels.numpy().data)
+            for part in images.identity():
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -83,7 +128,7 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> Dataset:
     return replace(dataset, train=dataset.train[order[count:]], val=dataset.train[order[:count]])
 
 
-def balanced_part(images: Images, count: int, classes: int, seed: int) -> Images:
+def balanced_part(images: AnyImages, count: int, classes: int, seed: int) -> AnyImages:
     """Return `count` images in random order, as many of each class as of the others to within one.
 
     Args:
@@ -109,7 +154,7 @@ def balanced_part(images: Images, count: int, classes: int, seed: int) -> Images
     return images[torch.from_numpy(rng.permutation(np.concatenate(chosen)))]
 
 
-def with_label_noise(images: Images, fraction: float, classes: int, seed: int) -> Images:
+def with_label_noise(images: AnyImages, fraction: float, classes: int, seed: int) -> AnyImages:
     """Return images of which this fraction, to the nearest image, has a random other label (symmetric noise).
 
     Args:
@@ -127,11 +172,16 @@ def with_label_noise(images: Images, fraction: float, classes: int, seed: int) -
     wrong = torch.from_numpy(rng.permutation(len(images))[: round(fraction * len(images))])
     labels = images.labels.clone()
     labels[wrong] = (labels[wrong] + torch.from_numpy(rng.integers(1, classes, len(wrong)))) % classes
-    return Images(images.pixels, labels)
+    return replace(images, labels=labels)
 
 
-def channel_statistics(images: Images) -> dict[str, list[float]]:
-    """Return mean and standard deviation of each channel over all pixels, in levels from 0 to 255."""
+def channel_statistics(images: AnyImages) -> dict[str, list[float]]:
+    """Return mean and standard deviation of each channel over all pixels, in levels from 0 to 255.
+
+    Those of files are ImageNet's: nobody reads a large data set through for this.
+    """
+    if isinstance(images, ImageFiles):
+        return {"mean": MEAN, "deviation": DEVIATION}
     levels = torch.arange(256, dtype=torch.float64)
     counts = torch.zeros(images.pixels.shape[3], 256, dtype=torch.float64)
     for part in images.pixels.split(4096):  # in parts, since all of it may not fit in memory

@@ -1,4 +1,4 @@
-"""Where images come from: torchvision's CIFAR, a folder of image files, or the digits that ship with scikit-learn."""
+"""Where images come from: torchvision's data sets, folders of image files, or the digits that ship with scikit-learn."""
 
 import contextlib
 import hashlib
@@ -7,17 +7,20 @@ import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from imagedata.files import ImageFiles
 from imagedata.images import Dataset, Images
 from utils.device import memory_size
+from utils.distributed import complain
 from utils.errors import UsageError
 from utils.files import load_whole, save_atomically
 
@@ -30,7 +33,7 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
     Args:
         name: a key of DATASETS.
         data_dir: where its files are, or are downloaded to.
-        image_size: side in pixels that `folder` brings images to.
+        image_size: side in pixels that folders bring images to.
 
     Raises:
         UsageError: data that is not there, cannot be read, or does not fit together.
@@ -38,29 +41,82 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
     return DATASETS[name](data_dir, image_size)
 
 
-def cifar(classes: int) -> Callable[[Path | None, int | None], Dataset]:
-    """Return a loader of CIFAR-10 or CIFAR-100, which torchvision downloads on first use and verifies by checksum."""
+@dataclass(frozen=True)
+class Downloaded:
+    """A data set of torchvision, which it downloads on first use and verifies by checksum.
 
-    def load(data_dir: Path | None, image_size: int | None) -> Dataset:
+    Attributes:
+        name: of torchvision's class.
+        title: for people.
+        splits: arguments for training and test images.
+        labels: attribute that holds them.
+        pad, flip: see Dataset.
+        channels_first: the order in which it keeps its pixels.
+    """
+
+    name: str
+    title: str
+    pad: int
+    flip: bool
+    splits: tuple[dict, dict] = ({"train": True}, {"train": False})
+    labels: str = "targets"
+    channels_first: bool = False
+
+    def __call__(self, data_dir: Path | None, image_size: int | None) -> Dataset:
+        """Load it. Raises UsageError where it is not there and cannot be downloaded."""
         from torchvision import datasets  # here: two seconds, for whoever asks for --help or has mistyped a flag
 
-        cls, root = getattr(datasets, f"CIFAR{classes}"), data_dir or Path("data")
+        cls, root = getattr(datasets, self.name), data_dir or Path("data")
         if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on; before, the checksum alone guards
             tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # torchvision names none
         splits = []
-        for train in (True, False):
+        for chosen in self.splits:
             try:
                 with contextlib.redirect_stdout(sys.stderr):
-                    split = cls(root, train=train, download=True)
-            except (OSError, RuntimeError, tarfile.TarError) as error:
+                    split = cls(root, **chosen, download=True)
+            except (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
                 raise UsageError(
-                    f"CIFAR-{classes} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
-                    f"put its '{cls.filename}' there, name the place that has it by --data-dir, or train without one on --dataset digits or folder"
+                    f"{self.title} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
+                    f"put {self._files(cls, root)} there, name the place that has it by --data-dir, or train without one on --dataset digits or folder"
                 ) from error
-            splits.append(Images(torch.from_numpy(split.data), torch.tensor(split.targets)))
-        return Dataset(splits[0], splits[1], classes=split.classes, pad=4, flip=True)
+            pixels = torch.as_tensor(split.data)
+            if self.channels_first:
+                pixels = pixels.permute(0, 2, 3, 1).contiguous()
+            pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+            splits.append(Images(pixels, torch.as_tensor(getattr(split, self.labels)).long()))
+        classes = getattr(split, "classes", [str(label) for label in range(10)])
+        return Dataset(splits[0], splits[1], classes=list(classes), pad=self.pad, flip=self.flip)
 
-    return load
+    def _files(self, cls: Any, root: Path) -> str:
+        """Name the files that could be put by hand where the data set is looked for."""
+        if hasattr(cls, "filename"):
+            return f"its '{cls.filename}'"
+        if hasattr(cls, "split_list"):
+            return " and ".join(f"'{cls.split_list[chosen['split']][1]}'" for chosen in self.splits)
+        return f"its files, unpacked, as '{self.name}/raw/*-ubyte'"
+
+
+def tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset:
+    """Load TinyImageNet as its archive unpacks: train/<class>/images/* and val/images/* with val/val_annotations.txt.
+
+    Decoded once and cached, as a `folder` is. Its 10,000 validation images are for testing; its test images have no labels.
+    """
+    if data_dir is None:
+        raise UsageError(
+            "--dataset tinyimagenet needs --data-dir DIR, the 'tiny-imagenet-200' that its archive unpacks to"
+        )
+    train = _list_images(data_dir / "train")
+    annotations = data_dir / "val" / "val_annotations.txt"
+    try:
+        lines = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+        labels = [train.classes.index(line[1]) for line in lines]
+    except (OSError, UnicodeDecodeError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"'{annotations}' does not say the class of each image ({error}): --data-dir has to be the 'tiny-imagenet-200' that "
+            "the archive unpacks to"
+        ) from error
+    paths = [os.path.join(data_dir, "val", "images", line[0]) for line in lines]
+    return _decoded(data_dir, [train, _Files(train.classes, paths, labels)], "val", image_size)
 
 
 def digits(data_dir: Path | None, image_size: int | None) -> Dataset:
@@ -91,11 +147,99 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
         raise UsageError("--dataset folder needs --data-dir DIR with DIR/train/<class>/* and DIR/test/<class>/*")
     test = next((name for name in ("test", "val") if os.path.isdir(data_dir / name)), "test")
     splits = [_list_images(data_dir / name) for name in ("train", test)]
-    if splits[0].classes != splits[1].classes:
-        odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
-        raise UsageError(
-            f"'{data_dir}/train' and '{data_dir}/{test}' have different classes: '{odd[0]}' is in one only"
+    _refuse_other_classes(data_dir, splits[0].classes, splits[1].classes, test)
+    _tell_of_few(data_dir / "train", splits[0].classes, splits[0].labels)
+    return _decoded(data_dir, splits, test, image_size)
+
+
+def image_folder(data_dir: Path | None, image_size: int | None) -> Dataset:
+    """List DIR/train/<class>/* and DIR/val/<class>/* (or DIR/test), whose images are decoded when batches need them.
+
+    The lists are cached in DIR/.listed and made anew where a directory has changed.
+    """
+    if data_dir is None:
+        raise UsageError("--dataset imagefolder needs --data-dir DIR with DIR/train/<class>/* and DIR/val/<class>/*")
+    test = next((name for name in ("val", "test") if os.path.isdir(data_dir / name)), "val")
+    splits = [listed(data_dir / name, data_dir / ".listed" / f"{name}.pt") for name in ("train", test)]
+    _refuse_other_classes(data_dir, splits[0]["classes"], splits[1]["classes"], test)
+    _tell_of_few(data_dir / "train", splits[0]["classes"], splits[0]["labels"])
+    images = [
+        ImageFiles(
+            data_dir / name, split["names"].numpy(), split["ends"].numpy(), torch.arange(len(split["ends"])),
+            split["labels"], split["sizes"].numpy(), image_size or SIDES["imagefolder"],
         )
+        for name, split in zip(("train", test), splits, strict=True)
+    ]  # fmt: skip
+    return Dataset(images[0], images[1], classes=splits[0]["classes"], pad=0, flip=False)
+
+
+def listed(directory: Path, cache: Path) -> dict:
+    """Return classes, and names, their ends, sizes and labels of the images of a directory, by class.
+
+    Args:
+        directory: has a directory for each class.
+        cache: where the list is kept. It counts as long as no directory has changed; a file that was written anew in place
+            keeps its old size there.
+    """
+    try:
+        known = load_whole(cache)
+        if all(os.stat(f"{directory}{place}").st_mtime_ns == when for place, when in known["places"].items()):
+            return known
+    except Exception:  # absent, damaged, or of directories that are gone: list again
+        pass
+    classes = _list_classes(directory)
+    names: list[bytes] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    places, root = {"": os.stat(directory).st_mtime_ns}, os.fsencode(directory)
+    for label, name in enumerate(classes):
+        before = len(names)
+        for place, _, files in _places_below(directory / name):
+            places[place[len(str(directory)) :]] = os.stat(place).st_mtime_ns
+            for file in files:
+                path = os.fsencode(os.path.join(place, file))
+                names.append(path[len(root) + 1 :])
+                sizes.append(os.stat(path).st_size)
+        _refuse_empty(directory, name, len(names) - before)
+        labels += [label] * (len(names) - before)
+    ends = np.cumsum(np.fromiter(map(len, names), dtype=np.int64))
+    found = {
+        "classes": classes,
+        "places": places,
+        "names": torch.from_numpy(np.frombuffer(bytearray(b"".join(names)), dtype=np.uint8)),
+        "ends": torch.from_numpy(ends),
+        "sizes": torch.tensor(sizes),
+        "labels": torch.tensor(labels),
+    }
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        save_atomically(cache, found)
+    except OSError as error:
+        print(f"note: the list of images is not cached ({error})", file=sys.stderr)
+    return found
+
+
+def _refuse_other_classes(data_dir: Path, train: list[str], test: list[str], name: str) -> None:
+    if train != test:
+        odd = sorted(set(train) ^ set(test))
+        raise UsageError(
+            f"'{data_dir}/train' and '{data_dir}/{name}' have different classes: '{odd[0]}' is in one only"
+        )
+
+
+def _tell_of_few(directory: Path, classes: list[str], labels: Sequence[int] | torch.Tensor) -> None:
+    """Warn of what trains but cannot be meant: one class, or a class of one image."""
+    if len(classes) == 1:
+        complain(f"warning: '{directory}' has one class, '{classes[0]}': there is nothing to tell apart", alike=True)
+    counts = torch.as_tensor(labels).bincount(minlength=len(classes))
+    single = [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 1]
+    if single:
+        others = f" and {len(single) - 1} other classes" if single[1:] else ""
+        complain(f"warning: '{single[0]}'{others} in '{directory}' has one image", alike=True)
+
+
+def _decoded(data_dir: Path, splits: list["_Files"], test: str, image_size: int | None) -> Dataset:
+    """Return the data set of these files, decoded once and cached in DIR/.decoded."""
     key = _content_key(data_dir, [path for split in splits for path in split.paths], image_size)
     cache = data_dir / ".decoded" / f"{key}.pt"
     pixels = _load_cached(cache, [len(split.paths) for split in splits])
@@ -111,17 +255,39 @@ def folder(data_dir: Path | None, image_size: int | None) -> Dataset:
 
 
 DATASETS: dict[str, Callable[[Path | None, int | None], Dataset]] = {
-    "cifar10": cifar(10),
-    "cifar100": cifar(100),
+    "cifar10": Downloaded("CIFAR10", "CIFAR-10", pad=4, flip=True),
+    "cifar100": Downloaded("CIFAR100", "CIFAR-100", pad=4, flip=True),
+    "mnist": Downloaded("MNIST", "MNIST", pad=2, flip=False),
+    "fashionmnist": Downloaded("FashionMNIST", "FashionMNIST", pad=2, flip=True),
+    "svhn": Downloaded(
+        "SVHN", "SVHN", pad=4, flip=False, splits=({"split": "train"}, {"split": "test"}), labels="labels",
+        channels_first=True,
+    ),
+    "tinyimagenet": tiny_imagenet,
     "folder": folder,
+    "imagefolder": image_folder,
     "digits": digits,
-}
+}  # fmt: skip
 
 SIZES = {
     "cifar10": (10, 3),
     "cifar100": (100, 3),
     "digits": (10, 1),
+    "mnist": (10, 1),
+    "fashionmnist": (10, 1),
+    "svhn": (10, 3),
+    "tinyimagenet": (200, 3),
 }  # classes and channels that are known without the data
+SIDES = {
+    "cifar10": 32,
+    "cifar100": 32,
+    "digits": 8,
+    "mnist": 28,
+    "fashionmnist": 28,
+    "svhn": 32,
+    "tinyimagenet": 64,
+    "imagefolder": 224,
+}  # of images, in pixels; of imagefolder unless another one is asked for
 
 
 @dataclass(frozen=True)
@@ -141,6 +307,16 @@ class _Files:
 
 def _list_images(directory: Path) -> _Files:
     """List the images of a directory by class, without what tools leave there: hidden files and directories."""
+    files = _Files(_list_classes(directory), [], [])
+    for label, name in enumerate(files.classes):
+        found = [os.path.join(place, file) for place, _, names in _places_below(directory / name) for file in names]
+        _refuse_empty(directory, name, len(found))
+        files.paths.extend(found)
+        files.labels.extend([label] * len(found))
+    return files
+
+
+def _list_classes(directory: Path) -> list[str]:
     try:
         classes = sorted(
             entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_left_over(entry.name)
@@ -150,30 +326,26 @@ def _list_images(directory: Path) -> _Files:
         if not directory.is_dir():
             reason = "is not a directory" if os.path.lexists(directory) else "does not exist"
         raise UsageError(f"'{directory}' {reason}: --data-dir needs train/<class>/* and test/<class>/*") from error
-    files = _Files(classes, [], [])
-    for label, name in enumerate(classes):
-        found = list(_images_below(directory / name))
-        if not found:
-            raise UsageError(f"'{directory}' has a class without an image, '{name}': put some there, or remove it")
-        files.paths.extend(found)
-        files.labels.extend([label] * len(found))
     if not classes:
         raise UsageError(
             f"'{directory}' has no folder for each class: --data-dir needs train/<class>/* and test/<class>/*"
         )
-    return files
+    return classes
 
 
-def _images_below(directory: Path) -> Iterator[str]:
-    """Return the paths of the images in a directory and below it, sorted."""
+def _refuse_empty(directory: Path, name: str, count: int) -> None:
+    if not count:
+        raise UsageError(f"'{directory}' has a class without an image, '{name}': put some there, or remove it")
+
+
+def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
+    """Return a directory and those below it, sorted, each with its directories and its images."""
     places = []
     for place, folders, files in os.walk(directory, followlinks=True):
         folders[:] = [name for name in folders if not _is_left_over(name)]
-        places.append((place, files))
-    for place, files in sorted(places):
-        for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not _is_left_over(name):
-                yield os.path.join(place, name)
+        images = [name for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not _is_left_over(name)]
+        places.append((place, folders, images))
+    return sorted(places)
 
 
 def _is_left_over(name: str) -> bool:

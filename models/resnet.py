@@ -1,14 +1,18 @@
-"""Residual networks (He et al. 2016) for small images, with projection shortcuts.
+"""Residual networks (He et al. 2016), with projection shortcuts.
 
 Depth 6n+2 is the CIFAR network of section 4.2: three stages of 16, 32 and 64 channels. Depths 18, 34 and 50 are the
-ImageNet networks of table 1, four stages of 64 to 512 channels, with a stem for small images: one 3x3 convolution of
-stride 1 and no max pool. 50 is 6n+2 as well, with n = 8; here it means the bottleneck network of that name.
+ImageNet networks of table 1, four stages of 64 to 512 channels. 50 is 6n+2 as well, with n = 8; here it means the
+bottleneck network of that name. Each has one of two stems: for small images one 3x3 convolution of stride 1, as in section
+4.2, or that of table 1, a 7x7 convolution and a max pool of stride 2 each.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Projection, conv_bn_relu, init_weights, scale, stage
+
+STEMS = ("cifar", "imagenet")
+IMAGENET_FROM = 64  # pixels of the smaller side, from which `auto` is the stem for ImageNet
 
 
 class BasicBlock(nn.Module):
@@ -72,10 +76,15 @@ class ResNet(nn.Module):
         channels: list[int],
         num_classes: int,
         in_channels: int = 3,
+        stem: str = "cifar",
     ):
         super().__init__()
         widths = [block.expansion * inner for inner in channels]
-        self.stem = conv_bn_relu(in_channels, channels[0])
+        if stem == "imagenet":
+            self.stem = conv_bn_relu(in_channels, channels[0], kernel_size=7, stride=2)
+            self.stem.append(nn.MaxPool2d(3, stride=2, padding=1))
+        else:
+            self.stem = conv_bn_relu(in_channels, channels[0])
         self.stage1 = stage(block, counts[0], channels[0], widths[0], stride=1)
         self.stage2 = stage(block, counts[1], widths[0], widths[1], stride=2)
         self.stage3 = stage(block, counts[2], widths[1], widths[2], stride=2)
@@ -95,7 +104,12 @@ IMAGENET: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
 }
 
 
-def build(depth: int, num_classes: int, width: float, in_channels: int) -> nn.Module:
+def pick_stem(stem: str, image_size: tuple[int, int]) -> str:
+    """Return what `auto` comes to for images of this height and width; another stem is returned as it is."""
+    return stem if stem != "auto" else "imagenet" if min(image_size) >= IMAGENET_FROM else "cifar"
+
+
+def build(depth: int, num_classes: int, width: float, in_channels: int, stem: str = "cifar") -> nn.Module:
     if depth in IMAGENET:
         block, counts = IMAGENET[depth]
         channels = scale([64, 128, 256, 512], width)
@@ -104,4 +118,4 @@ def build(depth: int, num_classes: int, width: float, in_channels: int) -> nn.Mo
         channels = scale([16, 32, 64], width)
     else:
         raise ValueError(f"a ResNet has depth 6n+2 (20, 32, 44, 56, 110) or 18, 34, 50, not {depth}")
-    return ResNet(block, counts, channels, num_classes, in_channels)
+    return ResNet(block, counts, channels, num_classes, in_channels, stem)

@@ -1,6 +1,6 @@
 """Floating-point operations of a sparse network, for one image.
 
-Counted by torch's FlopCounterMode: convolutions, linear layers and attention, two operations per multiply-add;
+Counted by torch's formulas: convolutions, linear layers and attention, two operations per multiply-add;
 normalisation and elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if
 the hardware made use of every zero (Evci et al. 2020, appendix H).
 """
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from prune.masks import Masks, prunable_weights
 
@@ -53,25 +55,75 @@ class Flops:
 
 
 def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
-    """Count the operations of a network on one image [C, H, W], on a copy of it without data."""
+    """Count the operations of a network on one image [C, H, W], on a copy of it without data.
+
+    An operation belongs to the layer whose weight it multiplies by, whichever module calls it: attention and windows of
+    transformers use the weights of their layers without calling them.
+    """
     shadow = copy.deepcopy(model).to("meta").train()
-    modules = dict(shadow.named_modules())
-    # A layer's forward pass, weight gradient and input gradient take as many operations each. A layer that sees the images
-    # has no input gradient.
-    passes: dict[str, int] = {}
-    for name in prunable_weights(model):
-        modules[name].register_forward_pre_hook(
-            lambda module, inputs, name=name: passes.__setitem__(name, 3 if inputs[0].requires_grad else 2)
-        )
     images = torch.zeros(2, *image_shape, device="meta")  # batch norm in training wants more than one value
-    with FlopCounterMode(display=False) as counter:
+    with _Counter(shadow, images) as counter:
         shadow(images)
-        by_module = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        total = counter.get_total_flops()
-    # Only the forward pass is counted: backward the counter takes a grouped convolution for a whole one.
-    forward = {name: by_module[name] // len(images) for name in passes}
-    training = {name: passes[name] * count for name, count in forward.items()}
-    return Flops(forward, training, total // len(images) - sum(forward.values()))
+    # A layer's forward pass, weight gradient and input gradient take as many operations each. A layer that sees the images
+    # has no input gradient. Only the forward pass is counted: backward torch takes a grouped convolution for a whole one.
+    forward = {name: count // len(images) for name, count in counter.forward.items()}
+    training = {name: (2 if name in counter.of_images else 3) * count for name, count in forward.items()}
+    return Flops(forward, training, counter.other // len(images))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations by the layer whose weight they read, where that is a view of it, or else by the layer at work.
+
+    Attributes:
+        forward: operations of each layer that took part.
+        other: of everything else.
+        of_images: layers whose input comes from the images without a weight in between.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        super().__init__()
+        weights = prunable_weights(model)
+        self.forward: dict[str, int] = {}
+        self.other = 0
+        self.of_images: set[str] = set()
+        self._layers = {_storage(weight): name for name, weight in weights.items()}
+        self._at_work: list[str] = []
+        self._images = [images]  # and what is computed of them alone: held, so that no other tensor takes their place
+        self._known = {_storage(images)}
+        for name, module in model.named_modules():
+            if name in weights:
+                module.register_forward_pre_hook(lambda module, inputs, name=name: self._at_work.append(name))
+                module.register_forward_hook(lambda module, inputs, output: self._at_work.pop() and None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # what torch makes of an operation of several steps
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        storages = {_storage(tensor) for tensor in tensors}
+        if storages and storages <= self._known:
+            made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+            self._images += made
+            self._known |= set(map(_storage, made))
+        if count is not None:
+            operations = count(*args, **kwargs, out_val=out)
+            found = [self._layers[storage] for storage in storages if storage in self._layers] + self._at_work[-1:]
+            if found:
+                self.forward[found[0]] = self.forward.get(found[0], 0) + operations
+                if storages & self._known:
+                    self.of_images.add(found[0])
+            else:
+                self.other += operations
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class FlopsMeter:
@@ -127,7 +179,7 @@ def summary_table(flops: Flops, masks: Masks) -> str:
     density, weights = masks.density(), masks.weights
     rows = [("layer", "shape", "weights", "density", "MFLOPs dense", "MFLOPs now")]
     for name, weight in weights.items():
-        shape, count = "x".join(map(str, weight.shape)), flops.forward[name] / 1e6
+        shape, count = "x".join(map(str, weight.shape)), flops.forward.get(name, 0) / 1e6
         figures = f"{weight.numel():,}", f"{density[name]:.4f}", f"{count:.3f}", f"{density[name] * count:.3f}"
         rows.append((name, shape, *figures))
     total, dense = sum(w.numel() for w in weights.values()), flops.inference(dict.fromkeys(density, 1.0)) / 1e6

@@ -1,24 +1,34 @@
 """Masks of 0 and 1 over the prunable weights of a network, and their application to weights and gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+# Of nn.MultiheadAttention, which holds them as parameters of its own, without a layer around them.
+PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
+
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of all convolutions and linear layers by layer name, in the model's order.
 
-    Biases and normalisation layers are not prunable. A weight shared by several layers counts once, under the first.
+    The input projections of nn.MultiheadAttention are linear layers too: `in_proj` below the attention's name. Biases and
+    normalisation layers are not prunable. A weight shared by several layers counts once, under the first.
     """
     weights: dict[str, nn.Parameter] = {}
     seen = set()
     for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) else None
-        if isinstance(weight, nn.Parameter) and weight not in seen:
-            weights[name] = weight
-            seen.add(weight)
+        found: dict[str, object] = {}
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            found = {name: module.weight}
+        elif isinstance(module, nn.MultiheadAttention):
+            below = f"{name}." if name else ""
+            found = {f"{below}{part}": getattr(module, f"{part}_weight", None) for part in PROJECTIONS}
+        for layer, weight in found.items():
+            if isinstance(weight, nn.Parameter) and weight not in seen:
+                weights[layer] = weight
+                seen.add(weight)
     return weights
 
 
@@ -31,26 +41,46 @@ def depthwise_layers(model: nn.Module) -> set[str]:
     }
 
 
-def select_layers(names: list[str], patterns: list[str], depthwise: Iterable[str] = ()) -> set[str]:
-    """Return the layer names that match a pattern: a wildcard for the whole name, or one of its dot-separated parts.
+def layers_by_position(model: nn.Module) -> dict[str, list[str]]:
+    """Return the `stem`, which is the first convolution, and the `classifier`, which is the last layer, by their names.
 
-    `stem`, `shortcut` and `classifier` select the layers that models/ calls so; `stage2.*` selects a stage.
+    They are the first and the last in the order in which the model defines its layers, whatever it calls them. A network
+    without a convolution has its first layer as the stem.
+    """
+    weights = prunable_weights(model)
+    convolutions = [name for name, weight in weights.items() if weight.ndim > 2]
+    names = list(weights)
+    return {"stem": (convolutions or names)[:1], "classifier": names[-1:]}
+
+
+def select_layers(
+    names: list[str],
+    patterns: list[str],
+    depthwise: Iterable[str] = (),
+    positions: Mapping[str, list[str]] | None = None,
+) -> dict[str, list[str]]:
+    """Return the layers that each pattern matches: a wildcard for the whole name, or one of its dot-separated parts.
+
+    `shortcut` selects the layers that models/ calls so; `stage2.*` selects a stage.
 
     Args:
         names: of all layers.
         patterns: see above.
         depthwise: the layers that the pattern `depthwise` selects too, whatever they are called.
+        positions: layers that a pattern selects instead of those of that name, see `layers_by_position`.
 
     Raises:
         ValueError: a pattern that matches no layer.
     """
-    selected = set()
+    selected = {}
     for pattern in patterns:
         matches = {name for name in names if fnmatchcase(name, pattern) or pattern in name.split(".")}
         matches |= set(depthwise) if pattern == "depthwise" else set()
+        if positions and pattern in positions:
+            matches = set(positions[pattern])
         if not matches:
             raise ValueError(f"no prunable layer matches '{pattern}': the layers are {', '.join(names)}")
-        selected |= matches
+        selected[pattern] = [name for name in names if name in matches]
     return selected
 
 

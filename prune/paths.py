@@ -35,6 +35,8 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             module.bias = None
             module.register_forward_hook(_scaled)
+        elif isinstance(module, nn.MultiheadAttention):  # it uses its layers without calling them
+            module.register_forward_hook(lambda module, inputs, output: (_scaled(module, inputs, output[0]), None))
     ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(shadow(ones).sum(), [ones], allow_unused=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.budget import Budget, EmptyLayerError, highest_sparsity
-from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
+from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import NofM, Units, find_pattern
@@ -93,7 +93,8 @@ class Pruner:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         self._depthwise = depthwise_layers(model) & shapes.keys()
-        dense = select_layers(list(shapes), list(dense_layers), self._depthwise)
+        self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
+        dense = {name for matches in self.dense_layers.values() for name in matches}
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
         if self.timing is not None and interval is not None:
@@ -290,6 +291,10 @@ class Pruner:
         if dense:
             line += f"; {len(self.budget.dense)} layers ({dense:,} weights) stay dense"
             line += f", the others have {dead / (total - dense):.4f}"
+            if self.dense_layers:
+                line += (
+                    f" ({'; '.join(f'{pattern}: {_listed(names)}' for pattern, names in self.dense_layers.items())})"
+                )
         empty, filters = self.masks.empty_filters(self.masks.weights)
         if empty:
             line += f"; {empty:,} of {filters:,} filters have no weight"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prune.masks import prunable_weights
+
 
 @dataclass
 class Scored:
@@ -137,10 +139,10 @@ def _abs(tensors: dict[str, Tensor]) -> Scores:
 
 def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     model = copy.deepcopy(scored.model).train()
-    modules = dict(model.named_modules())
+    weights = prunable_weights(model)
     for p in model.parameters():
         p.grad = None
-    return model, {name: modules[name].weight for name in scored.weights}
+    return model, {name: weights[name] for name in scored.weights}
 
 
 def _losses(scored: Scored, model: nn.Module) -> Tensor:

@@ -108,6 +108,9 @@ def test_one_step_sam_without_a_radius_is_its_base_optimizer(train, plain):
     [
         "--mixup",
         "--mixup --alpha 0.1",
+        "--cutmix",
+        "--augment randaugment",
+        "--random-erasing 0.5",
         "--smooth-eps 0.1",
         "--clip-grad 0.1",
         "--warmup-epochs 0.5",
@@ -117,6 +120,7 @@ def test_one_step_sam_without_a_radius_is_its_base_optimizer(train, plain):
         "--momentum 0.5",
         "--accumulate 2",
         "--width 0.5",
+        "--stem imagenet",
         "--batch-size 100",
         "--val-split 100",
         "--train-images 1000",

@@ -45,9 +45,11 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
         ValueError: the model has no batch norm.
     """
     refuse_without_batch_norm(model)
-    copied = copy.deepcopy(model).train()
+    copied = copy.deepcopy(model).eval()  # without dropout, as the statistics will be used
     synchronise(copied, False)
     layers, seen = batch_norm_layers(copied), 0
+    for layer in layers:
+        layer.train()
     for inputs in filter(len, batches):  # a process may have no images of the last one
         seen += len(inputs)
         for layer in layers:
@@ -78,6 +80,14 @@ def refuse_without_batch_norm(model: nn.Module, flag: str = "--recalibrate-bn") 
     """Raise ValueError for a network without batch norm, on which a flag has no effect."""
     if not batch_norm_layers(model):
         raise ValueError(f"{flag} has no effect on a network without batch norm: leave it out")
+
+
+def refuse_other_batch_norm(model: nn.Module) -> None:
+    """Raise ValueError for a network with batch norm that `synchronise` would leave alone."""
+    if other := next((layer for layer in batch_norm_layers(model) if type(layer) is not nn.BatchNorm2d), None):
+        raise ValueError(
+            f"--sync-bn knows BatchNorm2d and not {type(other).__name__}, which this network has: leave it out"
+        )
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

@@ -1,5 +1,6 @@
 """The training step: SGD, SAM or one-step SAM on a masked network. The algorithm is `TrainingStep.update_weights`."""
 
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ class TrainingStep:
         rho_varies: rho_at has more values than one and 0: graphs read it anew in each step.
         measure_ascent: at logged steps that perturb, measure what takes the loss and the gradient at w. One-step SAM runs a
             further pass for it, of which nothing stays.
+        seed: of what the network itself draws at random, such as dropout.
     """
 
     def __init__(
@@ -95,9 +97,10 @@ class TrainingStep:
         rho_at: Callable[[int], float] | None = None,
         rho_varies: bool = False,
         measure_ascent: bool = True,
+        seed: int = 0,
     ):
         own_rho = state.optimizer.param_groups[0].get("rho", 0.0)
-        self.rho_at = rho_at or (lambda step: own_rho)
+        self.rho_at, self.seed = rho_at or (lambda step: own_rho), seed
         self.state, self.objective, self.lr_at = state, objective, lr_at
         self.accumulate, self.clip_grad, self.sam_local, self.group = accumulate, clip_grad, sam_local, group
         self.sam_unmasked, self.measure_ascent = sam_unmasked, measure_ascent
@@ -119,6 +122,8 @@ class TrainingStep:
         keep_gradients = state.pruner.keeps_gradients(state.schedule_step)
         kind = StepKind(batch.size, log, keep_gradients, self.perturbs(state.schedule_step))
         state.guard.begin()
+        # Dropout follows from the step alone, so that a resumed run goes on with it.
+        torch.manual_seed(random.Random(f"{self.seed} {state.global_step} {self.group.rank}").getrandbits(63))
         sums, logged = self._update(batch.inputs, batch.targets, kind)
         sums = state.guard.end(sums)
         state.pruner.update_masks(state.schedule_step, state.guard.skipped)
@@ -205,7 +210,8 @@ class TrainingStep:
 
     def _look_at_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> AtWeights | None:
         """Run a pass at w for the log alone: gradients and batch norm's statistics are as before."""
-        sums = self._backward(inputs, targets, kind, keep_statistics=True)
+        with torch.random.fork_rng(devices=[]):  # dropout of the step is the same whether it is logged or not
+            sums = self._backward(inputs, targets, kind, keep_statistics=True)
         if not self.sam_unmasked:
             self.state.pruner.mask_gradients()
         found = self._keep(sums, kind)

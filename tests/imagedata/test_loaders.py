@@ -25,7 +25,7 @@ def normalize(data: Images) -> Normalize:
 
 
 def loader(data: Images, **kwargs) -> TrainLoader:
-    names = ("batch_size", "seed", "pad", "flip", "mixup")
+    names = ("batch_size", "seed", "pad", "flip", "mixup", "cutmix", "policy", "erasing")
     augmentation = {"batch_size": 16, "seed": 0} | {name: kwargs.pop(name) for name in names if name in kwargs}
     return TrainLoader(
         data, Augmentation(len(data), **augmentation), 5, normalize(data), CPU, kwargs.pop("workers", 0), Execution()
@@ -159,3 +159,52 @@ def test_cutting_a_batch_compiles_as_one_graph():
     first = tuple(line[:16] for line in lines)
     compiled = torch.compile(batch, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*first), batch(*first))
+
+
+@pytest.mark.parametrize("policy", ["crop-flip", "randaugment", "trivialaugment", "autoaugment"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_policies_follow_from_seed_epoch_and_index_alone(policy, channels):
+    data = images(size=12, channels=channels)
+    options = {"policy": policy, "erasing": 0.5, "pad": 1, "flip": True}
+    here, there, plain = loader(data, **options), loader(data, workers=2, **options), loader(data, pad=1, flip=True)
+    for step in (5, 0, 1, 4):
+        assert_same(here.batch(step), there.batch(step))
+        before = torch.get_rng_state()
+        assert not torch.equal(here.batch(step).inputs, plain.batch(step).inputs)
+        assert torch.equal(here.batch(step).targets, plain.batch(step).targets)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(here.batch(0).inputs, loader(data, seed=1, **options).batch(0).inputs)
+
+
+def test_random_erasing_paints_a_box_in_the_mean_colour():
+    data = images(200, size=12)
+    plain, erased = loader(data).batch(0).inputs, loader(data, erasing=1.0).batch(0).inputs
+    for before, after in zip(plain, erased, strict=True):
+        changed = (before != after).any(0)
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        box = after[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert box.abs().max() < 0.02  # the mean, to the nearest level
+    share = torch.stack([(a != b).any(0).float().mean() for a, b in zip(plain, erased, strict=True)])
+    assert 0.02 <= share.min() < share.max() < 0.5
+    half, plain = (loader(data, erasing=share, batch_size=200).batch(0).inputs for share in (0.5, 0.0))
+    count = sum(not torch.equal(a, b) for a, b in zip(plain, half, strict=True))
+    assert 70 < count < 130
+
+
+def test_cutmix_puts_a_box_of_the_partner_in_and_weighs_the_labels_by_area():
+    data = images(size=12)
+    plain, mixed, both = loader(data), loader(data, cutmix=True), loader(data, cutmix=True, mixup=0.5)
+    shares, kinds = [], set()
+    for step in range(40):
+        (x, t, _), (mx, mt, _) = plain.batch(step), mixed.batch(step)
+        taken = (mx != x).any(1).any(0)
+        rows, columns = taken.any(1).nonzero().flatten(), taken.any(0).nonzero().flatten()
+        assert torch.equal(mx[:, :, taken], x.flip(0)[:, :, taken])
+        share = len(rows) * len(columns) / 144
+        assert taken.sum() == len(rows) * len(columns)  # a box
+        torch.testing.assert_close(mt, (1 - share) * t + share * t.flip(0))
+        shares.append(share)
+        kinds.add(bool(((both.batch(step).inputs - x).abs() < 1e-6).all(1).all(0).any()))
+    assert 0.2 < sum(shares) / 40 < 0.5  # half, less what lies outside
+    assert min(shares) < 0.05
+    assert kinds == {True, False}

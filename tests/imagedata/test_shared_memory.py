@@ -14,12 +14,14 @@ PROGRAM = """
 import sys
 import torch
 from imagedata.augment import Augmentation
+from imagedata.images import Images
 from imagedata.loaders import Stream
 from main_prune_train import main
 from utils.distributed import ProcessGroup
 from utils.errors import TrainingError
 
-stream = Stream(torch.zeros(64, 8, 8, 1, dtype=torch.uint8), Augmentation(64, 4, 0), 1, False, ProcessGroup())
+images = Images(torch.zeros(64, 8, 8, 1, dtype=torch.uint8), torch.zeros(64))
+stream = Stream(images, Augmentation(64, 4, 0), 1, False, ProcessGroup())
 kept = []
 try:
     for step in range(100):  # a page each, of 16

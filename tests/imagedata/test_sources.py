@@ -218,6 +218,17 @@ def test_a_folder_without_a_directory_is_refused():
         load_dataset("folder")
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist", "svhn"])
+def test_data_sets_without_a_network_are_refused_with_what_to_put_where(tmp_path, monkeypatch, name):
+    def no_network(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UsageError, match="could not be downloaded.*put .* there.*--dataset digits") as error:
+        load_dataset(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_cifar_without_a_network_is_refused_with_a_sentence(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
@@ -226,3 +237,103 @@ def test_cifar_without_a_network_is_refused_with_a_sentence(tmp_path, monkeypatc
     with pytest.raises(UsageError, match="CIFAR-100 is not in .* could not be downloaded.*--dataset digits") as error:
         load_dataset("cifar100", tmp_path)
     assert "\n" not in str(error.value)
+
+
+def idx(path, array):
+    """Write an array as MNIST has it: type, dimensions, sizes, bytes."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+@pytest.mark.parametrize(("name", "place", "flip"), [("mnist", "MNIST", False), ("fashionmnist", "FashionMNIST", True)])
+def test_mnist_and_fashionmnist_are_read_from_the_files_of_torchvision(tmp_path, name, place, flip):
+    chance = np.random.default_rng(0)
+    raw, written = tmp_path / place / "raw", {}
+    raw.mkdir(parents=True)
+    for split, count in (("train", 20), ("t10k", 10)):
+        written[split] = chance.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        idx(raw / f"{split}-images-idx3-ubyte", written[split])
+        idx(raw / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+    data = load_dataset(name, tmp_path)
+    assert np.array_equal(data.train.pixels[..., 0].numpy(), written["train"])
+    assert np.array_equal(data.test.pixels[..., 0].numpy(), written["t10k"])
+    assert data.test.labels.tolist() == list(range(10))
+    assert (data.channels, data.pad, data.flip, len(data.classes)) == (1, 2, flip, 10)
+    assert data.test.labels.dtype == torch.int64
+
+
+def test_svhn_is_read_from_the_files_of_torchvision_and_verified(tmp_path, monkeypatch):
+    import hashlib
+
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    chance, written, known = np.random.default_rng(0), {}, {}
+    for split, count in (("train", 20), ("test", 10)):
+        written[split] = chance.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        path = tmp_path / f"{split}_32x32.mat"
+        savemat(path, {"X": written[split], "y": np.arange(1, count + 1)[:, None] % 10 + 1})
+        known[split] = ["https://nowhere.invalid/", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", known)
+    data = load_dataset("svhn", tmp_path)
+    assert np.array_equal(data.train.pixels.permute(1, 2, 3, 0).numpy(), written["train"])
+    assert data.test.labels.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert (data.channels, data.flip, data.classes) == (3, False, [str(digit) for digit in range(10)])
+    path.write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="SVHN is not in .* put 'train_32x32.mat' and 'test_32x32.mat' there"):
+        load_dataset("svhn", tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """TinyImageNet as it is unpacked, of two classes and few images."""
+    chance = np.random.default_rng(0)
+    for name in ("n01", "n02"):
+        (tmp_path / "train" / name / "images").mkdir(parents=True)
+        (tmp_path / "train" / name / f"{name}_boxes.txt").touch()
+        for index in range(3):
+            pixels = chance.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / "images" / f"{name}_{index}.JPEG", "JPEG")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    lines = []
+    for index, name in enumerate(("n02", "n01", "n02")):
+        pixels = np.full((64, 64, 3), 10 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "val" / "images" / f"val_{index}.JPEG", "JPEG")
+        lines.append(f"val_{index}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_tiny_imagenet_is_read_as_it_is_unpacked(tiny):
+    data = load_dataset("tinyimagenet", tiny)
+    assert data.classes == ["n01", "n02"]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.labels.tolist() == [1, 0, 1]
+    assert data.test.pixels[:, 0, 0, 0].tolist() == [0, 10, 20]
+    assert data.image_shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("content", ["val_0.JPEG\tn03\n", "val_0.JPEG\n", None])
+def test_tiny_imagenet_without_its_annotations_is_refused(tiny, content):
+    path = tiny / "val" / "val_annotations.txt"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UsageError, match="does not say the class of each image"):
+        load_dataset("tinyimagenet", tiny)
+    with pytest.raises(UsageError, match="tinyimagenet needs --data-dir"):
+        load_dataset("tinyimagenet")
+
+
+@pytest.mark.parametrize("name", ["folder", "imagefolder"])
+def test_one_class_and_classes_of_one_image_are_told(tree, capsys, name):
+    root, _ = tree
+    load_dataset(name, root, 8)
+    assert "warning" not in capsys.readouterr().err
+    for index in (1, 2):
+        (root / "train" / "dog" / f"{index}.png").unlink()
+    load_dataset(name, root, 8)
+    assert f"warning: 'dog' in '{root}/train' has one image" in capsys.readouterr().err
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "dog")
+    load_dataset(name, root, 8)
+    assert "has one class, 'cat': there is nothing to tell apart" in capsys.readouterr().err

@@ -57,6 +57,20 @@ def test_networks_have_the_published_number_of_parameters(arch, depth, classes, 
     assert size(outline(arch, depth, classes, width)) == parameters
 
 
+@pytest.mark.parametrize(("depth", "parameters"), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
+def test_resnets_for_imagenet_have_the_published_parameters_and_quarter_the_image(depth, parameters):
+    model = outline("resnet", depth, 1000, stem="imagenet")
+    assert size(model) == parameters
+    assert model.stem(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, 64, 56, 56)
+
+
+@pytest.mark.parametrize(("image_size", "kernel"), [((32, 32), 3), ((63, 100), 3), ((64, 64), 7), ((224, 224), 7)])
+def test_the_stem_of_a_resnet_follows_the_smaller_side_of_the_images(image_size, kernel):
+    model = outline("resnet", 8, 10, image_size=image_size, stem="auto")
+    assert model.stem[0].kernel_size == (kernel, kernel)
+    assert outline("resnet", 8, 10, image_size=image_size, stem="cifar").stem[0].kernel_size == (3, 3)
+
+
 @pytest.mark.parametrize(("depth", "k", "millions"), [(40, 4, 8.9), (16, 8, 11.0), (28, 10, 36.5)])
 def test_wide_resnets_have_the_size_of_the_paper(depth, k, millions):
     """Zagoruyko & Komodakis 2016, tables 4 and 5, and the count layer by layer."""

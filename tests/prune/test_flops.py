@@ -7,6 +7,7 @@ from torch import nn
 
 from prune import Pruner
 from prune.flops import FlopsMeter, count_flops, summary_table
+from prune.masks import prunable_weights
 
 
 def densities(model, sparsity):
@@ -66,6 +67,36 @@ def test_flops_of_depthwise_convolutions_and_attention_are_those_by_hand():
     flops = count_flops(Attention(), (5, 4))
     assert flops.other_forward == 2 * (2 * 5 * 5 * 4)
     assert flops.dense_training == 2 * flops.forward["project"] + 3 * flops.other_forward
+
+
+def test_operations_belong_to_the_layer_whose_weight_they_read():
+    """Attention by torch's own module, and a layer whose weight is used without a call of it."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):  # [batch, 5 tokens, 8 channels]
+            x, _ = self.attention(x, x, x, need_weights=False)
+            return nn.functional.linear(x, self.last.weight, self.last.bias)
+
+    flops = count_flops(Network(), (5, 8))
+    layers = {"attention.in_proj": 2 * 5 * 8 * 24, "attention.out_proj": 2 * 5 * 8 * 8, "last": 2 * 5 * 8 * 3}
+    assert flops.forward == layers
+    assert flops.training == {name: (2 if name == "attention.in_proj" else 3) * n for name, n in layers.items()}
+    assert flops.other_forward == 2 * (2 * 5 * 5 * 8)
+
+
+def test_transformers_of_torchvision_are_counted_layer_by_layer():
+    """To the multiply-adds that torchvision gives, attention included."""
+    for build, published in ((torchvision.models.vit_b_16, 17.56e9), (torchvision.models.swin_t, 4.49e9)):
+        with torch.device("meta"):
+            model = build()
+        flops = count_flops(model, (3, 224, 224))
+        assert flops.forward.keys() == prunable_weights(model).keys()
+        assert flops.inference(dict.fromkeys(flops.forward, 1.0)) / 2 == pytest.approx(published, rel=0.01)
 
 
 def test_a_meter_follows_the_masks_and_the_passes():

@@ -23,7 +23,7 @@ def emptied(network, patterns, warn=warnings.warn):
     torch.manual_seed(0)
     model = build_model(*NETWORKS[network][:2], 10, NETWORKS[network][2])
     weights = prunable_weights(model)
-    names = select_layers(list(weights), patterns)
+    names = set().union(*select_layers(list(weights), patterns).values())
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(torch.rand_like(weight) + 1)
