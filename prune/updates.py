@@ -1,12 +1,12 @@
 """How masks change while a network trains. `Pruner` calls an update when its timing says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prune.patterns import Counts, Pattern, Units
+from prune.patterns import Counts, Pattern, Shape, Units
 from prune.schedules import cubic
 from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, magnitude
 
@@ -80,30 +80,17 @@ class DropAndGrow:
 
     def __call__(self, now: UpdateInputs) -> MaskChange:
         """Return the change. With `mest_soft` a layer grows above its target and drops back the next time."""
-        pattern, targets, options = now.pattern, now.targets, now.scored.options
-        assert isinstance(pattern, Units)
+        options, layers = now.scored.options, FlatLayers.of(now)
         fraction = options["drop_fraction"] * self.decay(now.fraction)
-        moved = [int(fraction * target) for target in targets.values()]
         soft = options.get("mest_soft", False)
-        kept = [target if soft else target - move for target, move in zip(targets.values(), moved, strict=True)]
-        alive = [pattern.pool(now.masks[name]) for name in targets]
-        sizes = list(map(len, alive))
-        room = [size - keep for size, keep in zip(sizes, kept, strict=True)]
-
-        # All layers at once: what a GPU takes time for here is launches, not work.
-        def flat(score: Score) -> Tensor:
-            scores = score(now.scored)
-            return torch.cat([pattern.pool(scores[name], square=score in NORMS) for name in targets])
-
-        chosen = top_by_layer(flat(self.drop), torch.cat(alive) == 0, sizes, kept)
-
-        def spread(units: Tensor) -> dict[str, Tensor]:
-            parts = zip(targets, units.split(sizes), strict=True)
-            return {name: pattern.spread(part, tuple(now.masks[name].shape)) for name, part in parts}
-
-        grown = list(map(min, moved, room))
-        after = chosen | top_by_layer(flat(self.grow), chosen, sizes, grown)
-        return MaskChange(spread(after), spread(chosen) if self.regrown_from_zero else None)
+        kept, grown = [], []
+        for layer in layers:
+            move = int(fraction * layer.target)
+            kept.append(layer.target if soft else layer.target - move)
+            grown.append(min(move, layer.units - kept[-1]))
+        chosen = layers.top(layers.scores(self.drop, now), ~layers.alive(now.masks), kept)
+        after = chosen | layers.top(layers.scores(self.grow, now), chosen, grown)
+        return MaskChange(layers.spread(after), layers.spread(chosen) if self.regrown_from_zero else None)
 
 
 @dataclass(frozen=True)
@@ -118,17 +105,74 @@ class GradualPruning:
         return MaskChange(now.pattern.keep(magnitude(now.scored), now.counts(wanted), square=True))
 
 
-def top_by_layer(scores: Tensor, excluded: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
-    """Return the per-layer top-k mask, ignoring `excluded`; ties go to the earlier score.
+@dataclass(frozen=True)
+class Layer:
+    """One layer at a change of masks.
+
+    Attributes:
+        name: of the layer.
+        shape: of its weight.
+        units: how many it is cut into.
+        target: how many of them live, where the budget of each layer is constant.
+    """
+
+    name: str
+    shape: Shape
+    units: int
+    target: int
+
+
+class FlatLayers:
+    """The units of all layers, one layer after the other: what a GPU takes time for here is launches, not work.
 
     Args:
-        scores: [N], one layer after the other.
-        excluded: bool [N].
-        sizes: number of scores of each layer.
-        counts: k of each layer.
+        layers: in their order.
+        pattern: that cuts them into units.
     """
-    layer = torch.cat([excluded.new_full((size,), number, dtype=torch.int16) for number, size in enumerate(sizes)])
-    order = scores.masked_fill(excluded, -torch.inf).sort(descending=True, stable=True).indices
-    order = order[layer[order].sort(stable=True).indices]  # layer by layer, and by score within each
-    chosen = torch.cat([part[:count] for part, count in zip(order.split(sizes), counts, strict=True)])
-    return torch.zeros_like(excluded).index_fill_(0, chosen, True)
+
+    def __init__(self, layers: list[Layer], pattern: Units):
+        self._layers, self._pattern = layers, pattern
+        self._sizes = [layer.units for layer in layers]
+
+    @classmethod
+    def of(cls, now: UpdateInputs) -> "FlatLayers":
+        """Return the layers that an update looks at."""
+        assert isinstance(now.pattern, Units)
+        layers = []
+        for name, target in now.targets.items():
+            mask = now.masks[name]
+            layers.append(Layer(name, tuple(mask.shape), len(now.pattern.sizes(mask)), target))
+        return cls(layers, now.pattern)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._layers)
+
+    def scores(self, score: Score, now: UpdateInputs) -> Tensor:
+        """Return the score of each unit: [units]."""
+        scores, square = score(now.scored), score in NORMS
+        return torch.cat([self._pattern.pool(scores[layer.name], square=square) for layer in self])
+
+    def alive(self, masks: dict[str, Tensor]) -> Tensor:
+        """Return whether each unit lives: bool [units]."""
+        return torch.cat([self._pattern.pool(masks[layer.name]) for layer in self]) != 0
+
+    def spread(self, units: Tensor) -> dict[str, Tensor]:
+        """Return the masks of the layers whose units live where `units`, bool [units], says so."""
+        parts = zip(self, units.split(self._sizes), strict=True)
+        return {layer.name: self._pattern.spread(part, layer.shape) for layer, part in parts}
+
+    def top(self, scores: Tensor, excluded: Tensor, counts: list[int]) -> Tensor:
+        """Return each layer's highest scores, bool [units], ignoring `excluded`; ties go to the earlier unit.
+
+        Args:
+            scores: [units].
+            excluded: bool [units].
+            counts: how many of each layer.
+        """
+        layer = torch.cat(
+            [excluded.new_full((size,), number, dtype=torch.int16) for number, size in enumerate(self._sizes)]
+        )
+        order = scores.masked_fill(excluded, -torch.inf).sort(descending=True, stable=True).indices
+        order = order[layer[order].sort(stable=True).indices]  # layer by layer, and by score within each
+        chosen = torch.cat([part[:count] for part, count in zip(order.split(self._sizes), counts, strict=True)])
+        return torch.zeros_like(excluded).index_fill_(0, chosen, True)
