@@ -86,8 +86,17 @@ DROP_FRACTION = Option(
 SCORE_IMAGES = Option("score_images", 10, "images of each class that the scores look at", above=0, metavar="N")
 MEST_LAMBDA = Option("mest_lambda", 1.0, "weight of the gradient in |w| + L |g|", least=0, metavar="L")
 MEST_SOFT = Option("mest_soft", False, "grow above the target and drop back at the next change (EM&S)")
+SCORE_ROUNDS = Option(
+    "score_rounds", 60, "how often it scores and prunes before training, each time the same fraction", above=0,
+    metavar="N", shown="60; synflow 100",
+)  # fmt: skip
 LTH_ROUNDS = Option("lth_rounds", 3, "how often it prunes", above=0, metavar="N")
-LTH_REWIND = Option("lth_rewind", 0, "the step whose weights it goes back to", least=0, metavar="STEP")
+LTH_REWIND = Option(
+    "lth_rewind", 0, "the step it goes back to: weights and schedule, or only the schedule", least=0, metavar="STEP"
+)
+LTH_KEEP_WEIGHTS = Option(
+    "lth_keep_weights", False, "keep the trained weights, and go back only in the schedule (learning-rate rewinding)"
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,8 @@ class Method:
         score: ranks the weights before training; None starts dense.
         distributions: how layers may share the sparsity, the default first. `global` ranks the weights of all layers
             together and needs a score that compares across layers.
-        rounds: of scoring before training; each prunes some more.
         update: changes the masks during training.
-        tickets: trains in rounds, each with fewer of the weights that the first one began with.
+        tickets: trains in rounds, each with fewer weights: those that score highest at the end of the one before.
         pretrained: prunes trained weights and needs them.
         reads_images: its score looks at training images.
         options: what can be set beside the sparsity.
@@ -111,9 +119,8 @@ class Method:
     paper: str
     score: Score | None = None
     distributions: tuple[str, ...] = ("erk", "uniform")
-    rounds: int = 1
     update: DropAndGrow | GradualPruning | None = None
-    tickets: bool = False
+    tickets: Score | None = None
     pretrained: bool = False
     reads_images: bool = False
     options: tuple[Option, ...] = ()
@@ -140,7 +147,12 @@ METHODS = {
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
     "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES,)),
     "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True, options=(SCORE_IMAGES,)),
-    "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
+    "iter-snip": Method("de Jorge et al. 2021", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "force": Method("de Jorge et al. 2021", scores.force, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "synflow": Method(
+        "Tanaka et al. 2020", scores.synflow, ("global",), options=(SCORE_ROUNDS,),
+        own_defaults=lambda given: {"score_rounds": 100},
+    ),
     # dynamic, at a constant budget
     "set": Method(
         "Mocanu et al. 2018", scores.random,
@@ -160,6 +172,9 @@ METHODS = {
     ),
     # dense to sparse
     "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning(), options=TIMING),
-    "lth": Method("Frankle et al. 2020", None, ANY, tickets=True, options=(LTH_ROUNDS, LTH_REWIND)),
+    "lth": Method(
+        "Frankle et al. 2020", None, ANY, tickets=scores.magnitude, options=(LTH_ROUNDS, LTH_REWIND, LTH_KEEP_WEIGHTS)
+    ),
+    "lamp": Method("Lee et al. 2021", None, ("global",), tickets=scores.lamp, options=(LTH_ROUNDS, LTH_REWIND)),
     "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
 }  # fmt: skip

@@ -123,14 +123,20 @@ class Pruner:
         if sample is not None:
             inputs, _ = sample(1)
             self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
-        rounds = self.method.rounds if self.method.score else 0
+        rounds = int(self.options.get("score_rounds", 1)) if self.method.score else 0
         scores: dict[str, Tensor] = {}
+        initial = {name: weight.detach().clone() for name, weight in self.masks.weights.items()}
         for number in range(1, rounds + 1):
-            # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
+            # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1; exponential decay in FORCE);
+            # with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
             score = self.method.score
             assert score is not None
-            scores = score(self._scored(-1, sample))
+            scored = self._scored(-1, sample)
+            scored.initial = initial
+            scores = score(scored)
+            with torch.no_grad():  # what was pruned in an earlier round may live again
+                torch._foreach_copy_(list(self.masks.weights.values()), list(initial.values()))
             self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
@@ -196,7 +202,8 @@ class Pruner:
         """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.
 
         Iterative magnitude pruning (Frankle and Carbin 2019; with rewinding, Frankle et al. 2020, algorithm 1): prune the
-        trained weights, put those of step `lth_rewind` in their place, and train again from there.
+        trained weights, put those of step `lth_rewind` in their place, and train again from there. Learning-rate rewinding
+        (Renda et al. 2020), and LAMP, keep the trained weights and go back only in the schedule.
 
         Raises:
             EmptyLayerError: see `check_layers`.
@@ -205,9 +212,10 @@ class Pruner:
             return step
         self.round += 1
         wanted = 1 - (1 - self.budget.sparsity) ** (self.round / self.options["lth_rounds"])
-        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted), square=True)
+        score = self.method.tickets
+        masks = self.pattern.keep(score(self._scored(step)), self.budget.counts(wanted), square=score in NORMS)
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
+            for name, tensor in self.model.state_dict().items() if self._rewinds_weights else ():
                 tensor.copy_(self._rewound[name])
         self.masks.set(masks)
         self.check_layers()
@@ -436,9 +444,13 @@ class Pruner:
         if self.ever_alive:
             torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
 
+    @property
+    def _rewinds_weights(self) -> bool:
+        return bool(self.method.tickets) and not self.options.get("lth_keep_weights", True)
+
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
-        if self.method.tickets and self.round == 0 and step + 1 == self.options["lth_rewind"]:
+        if self._rewinds_weights and self.round == 0 and step + 1 == self.options["lth_rewind"]:
             self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
