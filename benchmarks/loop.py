@@ -56,7 +56,7 @@ class Loop:
         flags += f" --depth {depth}" if depth else ""
         flags += " --sam-v2" if v2 and optimizer.endswith("-sam") else ""
         flags += "" if method == "none" else f" --prune-method {method} --sparsity 0.9"
-        flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].update else ""
+        flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].has_interval else ""
         args, given = parse(flags.split())
         check(args, given)
         args = resolve(args)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, EmptyLayerError, highest_sparsity
+from prune.budget import Budget, EmptyLayerError, distribute, highest_sparsity
 from prune.masks import Masks, depthwise_layers, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
-from prune.patterns import NofM, Units, find_pattern
+from prune.patterns import Counts, NofM, Units, find_pattern
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, magnitude
 from prune.updates import MaskChange, UpdateInputs
@@ -96,6 +96,10 @@ class Pruner:
         dense = select_layers(list(shapes), list(dense_layers), self._depthwise)
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
+        if layer_sparsity is not None and self.method.update is not None and self.method.update.reallocates:
+            raise ValueError(
+                f"'{method}' moves weights from layer to layer: leave layer_sparsity out, or take set or rigl"
+            )
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
@@ -105,6 +109,8 @@ class Pruner:
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._momentum: dict[str, Tensor] = {}  # of these, where an update goes by an average
+        self._memory: dict[str, Tensor] = {}  # what an update leaves for the next one
         self._input_shape: tuple[int, ...] | None = None
         self._checked = -1  # version of the masks that check_layers has seen
         self._warned: set[str] = set()
@@ -137,7 +143,7 @@ class Pruner:
             scores = score(scored)
             with torch.no_grad():  # what was pruned in an earlier round may live again
                 torch._foreach_copy_(list(self.masks.weights.values()), list(initial.values()))
-            self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted), square=score in NORMS))
+            self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
@@ -183,6 +189,8 @@ class Pruner:
             skipped: the optimizer left it out, so that there are no gradients to go by; masks change after the next one.
         """
         due, self._postponed = self.due(step), False
+        if not skipped:
+            self._smooth_gradients(step)
         if due and skipped:
             self._postponed = True
         elif due:
@@ -191,8 +199,8 @@ class Pruner:
             if self.method.update.reads_gradients and not self._gradients:
                 raise RuntimeError("masks change by the step's gradients: call mask_gradients(step) after backward()")
             inputs = UpdateInputs(
-                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self._targets,
-                self.budget.sparsity, self.budget.counts,
+                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
+                self._targets, self.budget.sparsity, self.budget.counts, self._memory,
             )  # fmt: skip
             self._change_masks(self.method.update(inputs))
             self._settled = inputs.fraction >= 1
@@ -233,12 +241,16 @@ class Pruner:
         return self._postponed or self.timing.due(step)
 
     def keeps_gradients(self, step: int) -> bool:
-        """Return whether the change of masks after a step reads the step's gradients."""
-        return self.due(step) and self.method.update is not None and self.method.update.reads_gradients
+        """Return whether the change of masks after a step, or the average that a later one goes by, reads its gradients."""
+        update = self.method.update
+        if update is None or not update.reads_gradients:
+            return False
+        return self.due(step) or (update.smoothing > 0 and self.timing is not None and step < self.timing.last)
 
     def grows_by_gradient(self, step: int) -> bool:
-        """Return whether the change of masks after a step reads the gradients of dead weights."""
-        return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
+        """Return whether a step computes the gradients of dead weights, for a change of masks."""
+        update = self.method.update
+        return update is not None and update.reads_dead_gradients and self.keeps_gradients(step)
 
     def check_layers(self, scores: dict[str, Tensor] | None = None) -> None:
         """Warn of layers without a weight. Waits for the device.
@@ -311,6 +323,8 @@ class Pruner:
             "ever_alive": {name: mask.bool() for name, mask in self.ever_alive.items()},
             "round": self.round,
             "postponed": self._postponed,
+            "momentum": self._momentum,
+            "memory": self._memory,
             "rewound": self._rewound,
             "input_shape": self._input_shape,
         }
@@ -321,11 +335,16 @@ class Pruner:
         self._targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)
         self._input_shape = state.get("input_shape")
-        self.ever_alive = {
-            name: torch.empty_like(self.masks.weights[name], requires_grad=False).copy_(mask)
-            for name, mask in state["ever_alive"].items()
-        }
+        self.ever_alive = self._like_weights(state["ever_alive"])
+        self._momentum = self._like_weights(state.get("momentum", {}))
+        device = next((weight.device for weight in self.masks.weights.values()), None)
+        self._memory = {name: tensor.to(device, copy=True) for name, tensor in state.get("memory", {}).items()}
         self._rewound = dict(state["rewound"])
+
+    def _like_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies in the dtype, layout and device of the weights."""
+        weights = self.masks.weights
+        return {n: torch.empty_like(weights[n], requires_grad=False).copy_(tensor) for n, tensor in tensors.items()}
 
     def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""
@@ -351,7 +370,8 @@ class Pruner:
         if self.method.moves and isinstance(self.pattern, NofM):
             name = self.pattern.name
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
-        timing = Timing(total_steps, 1, self.options["stop_update"])
+        # An interval comes later; without one the last change is the only one.
+        timing = Timing(total_steps, total_steps, self.options.get("stop_update", 1.0))
         if timing.last < 2:
             raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
         return timing
@@ -386,7 +406,29 @@ class Pruner:
         """Return what scores look at after a step (-1: before training)."""
         weights = {name: w for name, w in self.masks.weights.items() if name not in self.budget.dense}
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
-        return Scored(self.model, weights, generator, sample, self._gradients, self.options)
+        return Scored(self.model, weights, generator, sample, self._momentum or self._gradients, self.options)
+
+    def _first_counts(self, wanted: float) -> Counts:
+        """Return the counts of the masks that training begins with: those of a sparsity, or GraNet's own first ones."""
+        if "granet_start" not in self.options:
+            return self.budget.counts(wanted)
+        start, distribution = min(self.options["granet_start"], self.budget.sparsity), self.budget.distribution
+        if distribution != "global":
+            return self.budget.counts(start)
+        shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
+        return distribute("erk", shapes, start, self.budget.dense)  # random scores do not compare across layers
+
+    @torch.no_grad()
+    def _smooth_gradients(self, step: int) -> None:
+        """Add the kept gradients of a step to their average, where there is one."""
+        if self.method.update is None or not (self.method.update.smoothing and self.keeps_gradients(step)):
+            return
+        if not self._gradients:
+            raise RuntimeError("masks change by the steps' gradients: call mask_gradients(step) after backward()")
+        if not self._momentum:
+            self._momentum = {name: torch.zeros_like(kept) for name, kept in self._gradients.items()}
+        torch._foreach_mul_(list(self._momentum.values()), self.method.update.smoothing)
+        torch._foreach_add_(list(self._momentum.values()), list(self._gradients.values()))
 
     def _connects(self, alive: Mapping[str, Tensor]) -> bool:
         """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""

@@ -77,7 +77,7 @@ def build(method, sparsity=0.5, steps=20, optimizer="sam", seed=0, interval=3, *
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         holders = [optimizer]
-    if METHODS[method].update:
+    if METHODS[method].has_interval:
         kwargs["update_interval"] = interval
     mask = Pruner(model, method, sparsity, total_steps=steps, optimizers=holders, **kwargs)
     mask.choose_masks(sample)
@@ -95,7 +95,7 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
     fixed = pattern == "2:4"
     flags = {"pattern": pattern, "distribution": None if fixed else distribution}
     impossible = not fixed and distribution not in METHODS[method].distributions
-    if impossible or (fixed and method in MOVING):
+    if impossible or (fixed and METHODS[method].moves):
         with pytest.raises(ValueError, match=r"choose|take 2:4 with gmp"):
             build(method, None if fixed else 0.5, **flags)
         return
@@ -474,7 +474,7 @@ def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
     assert mask.ever_alive_fraction() == 1
 
 
-CHANGING = ["set", "rigl", "mest", "gmp"]
+CHANGING = ["set", "rigl", "mest", "gmp", "dsr", "snfs", "granet"]
 
 
 @pytest.mark.parametrize("method", CHANGING)
@@ -569,7 +569,9 @@ def test_lamp_ranks_trained_weights_by_their_square_over_those_not_smaller():
     assert min(mask.masks.alive().values()) > 0
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "mest", "gmp", "lth", "lamp"])
+@pytest.mark.parametrize(
+    "method", ["set", "rigl", "mest", "gmp", "lth", "lamp", "dsr", "snfs", "granet", "acdc", "final"]
+)
 def test_a_method_resumes_bit_for_bit(method):
     options = {"lth": {"lth_rounds": 1, "lth_rewind": 2}, "mest": {"mest_soft": True}}
     options = options.get(method, options["lth"] if METHODS[method].tickets else {})
