@@ -64,9 +64,9 @@ class Loop:
         normalize = Normalize(**channel_statistics(images), device=device)
         torch.manual_seed(0)
         self.model = build.network(args, data, device)
-        self.optimizer = build.optimizer(args, self.model)
         loader, evaluators = build.loaders(args, data, normalize, device, execution)
         steps = args.epochs * loader.steps_per_epoch
+        self.optimizer = build.optimizer(args, self.model, steps)
         self.pruner = build.pruner(args, self.model, state_holders(self.optimizer), steps)
         self.pruner.choose_masks(loader.sample)
         state = build.state(args, self.model, self.optimizer, self.pruner)

@@ -165,7 +165,7 @@ TIMING = (UPDATE_INTERVAL, STOP_UPDATE)
 MOVING = (*TIMING, DROP_FRACTION)
 
 METHODS = {
-    "none": Method("dense training"),
+    "none": Method("dense training", distributions=("global",)),
     # at initialisation
     "random": Method("Liu et al. 2022", scores.random),
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),

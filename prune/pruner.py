@@ -155,6 +155,11 @@ class Pruner:
             self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
         self._remember_weights(-1)
 
+    def largest(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return boolean masks of the largest weights at a sparsity, of the layers that are not dense; nothing changes."""
+        scores = {name: weight.detach().abs() for name, weight in weights.items()}
+        return self.pattern.keep(scores, self.budget.counts(sparsity), square=True)
+
     def mask_gradients(self, step: int | None = None) -> None:
         """Zero the gradients of dead weights.
 

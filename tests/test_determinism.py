@@ -7,7 +7,8 @@ from prune import METHODS
 from prune.methods import SCORE_ROUNDS
 from training.optim import OPTIMIZERS
 
-OPTIMIZER_FLAGS = [f"--optmzr {name}" for name in OPTIMIZERS]
+FINAL = " --prune-method final --sparsity 0.5"
+OPTIMIZER_FLAGS = [f"--optmzr {name}{FINAL if optimizer.rival else ''}" for name, optimizer in OPTIMIZERS.items()]
 OPTIMIZER_FLAGS += [
     f"--optmzr {name} --sam-v2 {more}" for name in OPTIMIZERS if name.endswith("-sam") for more in ("", "--adaptive")
 ]

@@ -131,7 +131,7 @@ def test_rho_may_change_from_step_to_step(as_tensor):
     assert seen == pytest.approx([1.0, 1.2, 0.5, 1.0])
 
 
-@pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0)])
+@pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0), ("none", 3.0)])
 def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups = [{"params": [b], "rho": 0.0}, {"params": [a]}]

@@ -90,9 +90,9 @@ def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, 
     for seed in range(4):
         step(batch(seed))
         assert (layer.weight[dead] == 0).all()
-    assert len(seen) == (8 if name.endswith("-sam") and not v2 else 4)
+    assert len(seen) == (8 if OPTIMIZERS[name].sam and not v2 else 4)
     assert all((w[dead] == 0).all() for w in seen)
-    if name.endswith("-sam"):
+    if OPTIMIZERS[name].sam:
         assert not torch.equal(seen[-1], seen[-2])
 
 
