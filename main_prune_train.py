@@ -46,7 +46,7 @@ def train(located: Located, interruption: Interruption) -> None:
         build.load_weights(model, args, data)
 
     # optimizer
-    optimizer = build.optimizer(args, model)
+    optimizer = build.optimizer(args, model, total_steps)
 
     # masks
     pruner = build.pruner(args, model, state_holders(optimizer), total_steps)

@@ -52,7 +52,8 @@ class SAM(torch.optim.Optimizer):
         direction: d of one-step SAM: the `previous` gradient; the base optimizer's `momentum` (MSAM with a negative rho);
             `ema`, an average of gradients; `random`, Gaussian noise on weights whose gradient is not zero.
         beta: of `ema`.
-        norm_over: `all` parameters, or those of `perturbed` groups only, whose rho is not 0 (SAM-ON).
+        norm_over: `all` parameters, or those of `perturbed` groups only, whose rho is not 0 (SAM-ON); with `none` e is
+            rho T^2 d, not divided by a norm.
         seed: of `random`.
         **base_kwargs: passed to the base optimizer (lr, momentum, ...).
 
@@ -74,7 +75,7 @@ class SAM(torch.optim.Optimizer):
         **base_kwargs: Any,
     ):
         _check_base(base_optimizer)
-        if direction not in ("previous", "momentum", "ema", "random") or norm_over not in ("all", "perturbed"):
+        if direction not in ("previous", "momentum", "ema", "random") or norm_over not in ("all", "perturbed", "none"):
             raise ValueError(f"unknown direction {direction!r} or norm_over {norm_over!r}: see the docstring of SAM")
         if not 0 <= beta < 1:
             raise ValueError(f"beta has to be in [0, 1), not {beta!r}")
@@ -382,7 +383,9 @@ class SAM(torch.optim.Optimizer):
                 rho = lot.group["rho"]
                 if lot.group.get("maximize") and self.direction != "momentum":  # a momentum has that sign already
                     rho = -rho
-                e = d * ((norm.to(d.device) + 1e-12).reciprocal() * rho)  # the same bits for a number and a tensor
+                if self.norm_over != "none":
+                    rho = (norm.to(d.device) + 1e-12).reciprocal() * rho  # the same bits for a number and a tensor
+                e = d * rho
                 # A norm of inf or NaN has left zeros and NaN: a guard without host.
                 (torch.view_as_real(e) if e.is_complex() else e).nan_to_num_(0.0, 0.0, 0.0)
                 torch._foreach_copy_(lot.views, lot.params)

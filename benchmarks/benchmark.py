@@ -41,7 +41,7 @@ from utils.errors import UsageError
 from utils.files import write_text_atomically
 from utils.precision import PRECISIONS, Execution, resolve_execution
 
-DYNAMIC = [name for name, method in METHODS.items() if method.update]
+DYNAMIC = [name for name, method in METHODS.items() if method.has_interval]
 ROOT = Path(__file__).parent.parent
 TURNS = 7  # by default
 STEP_FLOPS, STEPS = 3e10, 62_560  # what `auto` is resolved for: ResNet-20, 160 epochs of CIFAR-10

@@ -56,7 +56,7 @@ class Loop:
         flags += f" --depth {depth}" if depth else ""
         flags += " --sam-v2" if v2 and optimizer.endswith("-sam") else ""
         flags += "" if method == "none" else f" --prune-method {method} --sparsity 0.9"
-        flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].update else ""
+        flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].has_interval else ""
         args, given = parse(flags.split())
         check(args, given)
         args = resolve(args)
@@ -64,9 +64,9 @@ class Loop:
         normalize = Normalize(**channel_statistics(images), device=device)
         torch.manual_seed(0)
         self.model = build.network(args, data, device)
-        self.optimizer = build.optimizer(args, self.model)
         loader, evaluators = build.loaders(args, data, normalize, device, execution)
         steps = args.epochs * loader.steps_per_epoch
+        self.optimizer = build.optimizer(args, self.model, steps)
         self.pruner = build.pruner(args, self.model, state_holders(self.optimizer), steps)
         self.pruner.choose_masks(loader.sample)
         state = build.state(args, self.model, self.optimizer, self.pruner)

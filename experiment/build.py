@@ -27,7 +27,7 @@ from prune.scores import refuse_layer_normalisation, synflow
 from training.batch_norm import refuse_other_batch_norm, refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
-from training.optim import learning_rate, radius
+from training.optim import OPTIMIZERS, learning_rate, radius
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils import distributed
@@ -132,12 +132,24 @@ def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of a network's parameters."""
-    return training.optim.build_optimizer(
-        args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
-        args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed,
-    )  # fmt: skip
+def optimizer(args: Namespace, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
+    """Return the optimizer of a network's parameters for a training of so many steps."""
+    rival: dict = {}
+    if OPTIMIZERS[args.optmzr].rival:  # it prunes as the run does
+        rule = pruner(args, model, [], total_steps=2**62, warn=lambda words: None)
+        own = {
+            "sgd-cram": {"sparsities": args.cram_sparsities},
+            "sgd-safe": {
+                "sparsity": rule.budget.sparsity, "strength": args.safe_lambda, "interval": args.safe_interval,
+                "total_steps": total_steps,
+            },
+        }  # fmt: skip
+        rival = {"largest": rule.largest, **own[args.optmzr]}
+    with flag_errors():
+        return training.optim.build_optimizer(
+            args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
+            args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed, **rival,
+        )  # fmt: skip
 
 
 def _warn(words: str) -> None:
@@ -201,7 +213,10 @@ def execution(
         steps=steps,
         deterministic=args.deterministic,
         cpu_kernels=bf16_on_cpu(model, data.image_shape),
-        watched=args.nonfinite == "skip" or group.world > 1 or args.sam_direction == "random",
+        watched=args.nonfinite == "skip"
+        or group.world > 1
+        or args.sam_direction == "random"
+        or OPTIMIZERS[args.optmzr].rival is not None,
     )
     args.precision, args.compile = resolved.precision, "on" if resolved.compiled else "off"
     return resolved

@@ -21,6 +21,7 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         reason, way = useless[name]
         raise UsageError(f"{flag(name)} has no effect {reason}: {way}, or leave it out")
     _check_sparsity(args)
+    _check_rivals(args)
     _check_training(args)
 
 
@@ -122,7 +123,26 @@ def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     if optimizer.momentum is None:
         sgd = "sgd-sam" if optimizer.sam else "sgd"
         reasons |= dict.fromkeys(("momentum", "nesterov"), (f"with --optmzr {args.optmzr}", f"take --optmzr {sgd}"))
-    if not optimizer.sam:
+    if args.optmzr != "sgd-cram":
+        reasons["cram_sparsities"] = f"with --optmzr {args.optmzr}", "take --optmzr sgd-cram"
+    if args.optmzr != "sgd-safe":
+        reasons |= dict.fromkeys(
+            ("safe_lambda", "safe_interval"), (f"with --optmzr {args.optmzr}", "take --optmzr sgd-safe")
+        )
+    if optimizer.rival:
+        own = f"with --optmzr {args.optmzr}, whose step is its own"
+        others = (
+            "sam_v2",
+            "adaptive",
+            "sam_local",
+            "sam_unmasked",
+            "sam_direction",
+            "rho_schedule",
+            "sam_from",
+            "sam_until",
+        )
+        reasons |= dict.fromkeys((*others, "sam_every"), (own, "take --optmzr sgd-sam"))
+    elif not optimizer.sam:
         way = f"add --optmzr {args.optmzr}-sam"
         sam = (
             "sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from",
@@ -164,6 +184,24 @@ def _check_sparsity(args: argparse.Namespace) -> None:
         raise UsageError("--sparsity-config says what each layer keeps: leave --sparsity-distribution out")
     if METHODS[method].pretrained and not (args.pretrained or args.pretrained_weights):
         raise UsageError(f"--prune-method {method} prunes trained weights: give them by --pretrained CKPT")
+
+
+def _check_rivals(args: argparse.Namespace) -> None:
+    if not OPTIMIZERS[args.optmzr].rival:
+        return
+    if args.prune_method != "final" and (args.optmzr, args.prune_method) != ("sgd-cram", "none"):
+        raise UsageError(
+            f"--optmzr {args.optmzr} trains a dense network that is pruned after the last step, and not one of --prune-method "
+            f"{args.prune_method}: take --prune-method final --sparsity 0.9"
+        )
+    if args.optmzr == "sgd-cram" and args.sam_rho == 0:
+        raise UsageError("--sam-rho 0 leaves nothing of --optmzr sgd-cram: give a rho above 0, or take --optmzr sgd")
+    if args.optmzr == "sgd-cram" and args.precision == "fp16":
+        raise UsageError(
+            "--optmzr sgd-cram perturbs by the gradient itself, which --precision fp16 scales: take bf16 or fp32"
+        )
+    if args.optmzr == "sgd-cram" and args.sparsity_config:
+        raise UsageError("--optmzr sgd-cram draws one sparsity for all layers: leave --sparsity-config out")
 
 
 def _check_training(args: argparse.Namespace) -> None:

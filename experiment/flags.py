@@ -138,6 +138,7 @@ def build_parser() -> Parser:
     _add_data(parser.add_argument_group("data"))
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_sam(parser.add_argument_group("sharpness-aware minimisation (with --optmzr *-sam)"))
+    _add_rivals(parser.add_argument_group("CrAM+ and SAFE (with --optmzr sgd-cram, sgd-safe)"))
     _add_sparsity(parser.add_argument_group("sparsity"))
     _add_run(parser.add_argument_group("run"))
     return parser
@@ -189,7 +190,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--optmzr", choices=OPTIMIZERS, default="sgd",
-        help="base optimizer, with or without SAM around it (%(default)s)")
+        help="base optimizer, with or without SAM around it; sgd-cram and sgd-safe train a network that is pruned afterwards "
+             "(%(default)s)")
     add("--epochs", type=number(int, above=0), default=160, help="passes over the training images (%(default)s)")
     add("--lr", type=number(float, above=0), help="learning rate (0.1 for sgd, 0.001 for adam and adamw; a tenth with oneshot)")
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
@@ -209,7 +211,8 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
         help="one-step SAM perturbs along the previous gradient, the optimizer's momentum (MSAM with a negative --sam-rho), an "
              "average of gradients, or noise of the seed (%(default)s)")
     add("--sam-rho", type=number(float), metavar="RHO",
-        help="radius of the perturbation; a negative one perturbs the other way (0.05; 0.5 with --adaptive)")
+        help="radius of the perturbation; a negative one perturbs the other way (0.05; 0.5 with --adaptive; 0.2 for "
+             "sgd-cram, times the gradient; 0.1 for sgd-safe)")
     add("--rho-schedule", choices=RHO_SCHEDULES, default="constant",
         help="lr: in proportion to the learning rate; sqrt: times sqrt(1/(1+epoch)), epochs counted from 0 (%(default)s)")
     add("--sam-from", type=number(float, least=0, below=1), default=0.0, metavar="SHARE",
@@ -223,6 +226,16 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
     add("--sam-unmasked", action="store_true",
         help="perturb pruned weights too, as the code of S2-SAM does; training FLOPs are counted as if it did not")
+
+
+def _add_rivals(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--cram-sparsities", type=number(float, above=0, below=1), nargs="+", metavar="S",
+        help="sgd-cram: sparsities of the compressed weights, of which each step draws one (0.5 0.7 0.8 0.9 0.95)")
+    add("--safe-lambda", type=number(float, above=0), metavar="L",
+        help="sgd-safe: strength of the pull towards the sparse point, which it rises to along a cosine (0.001)")
+    add("--safe-interval", type=number(int, above=0), metavar="N",
+        help="sgd-safe: steps between two projections onto the sparse set (32)")
 
 
 def _add_sparsity(group: argparse._ArgumentGroup) -> None:
@@ -324,7 +337,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     complete = method.complete({name: value for name, value in given.items() if value is not None})
     defaults |= {option.name: complete[option.name] for option in method.options if not option.late}
     if optimizer.sam:
-        defaults["sam_rho"] = 0.5 if args.adaptive else 0.05
+        defaults["sam_rho"] = 0.5 if args.adaptive else optimizer.rho
+    if args.optmzr == "sgd-cram":
+        defaults["cram_sparsities"] = [0.5, 0.7, 0.8, 0.9, 0.95]
+    if args.optmzr == "sgd-safe":
+        defaults |= {"safe_lambda": 1e-3, "safe_interval": 32}
     if args.mixup:
         defaults["alpha"] = 1.0
     if args.dataset == "imagefolder":

@@ -70,7 +70,11 @@ def _other_parts(args: argparse.Namespace) -> list[str]:
         if name in NAMED | MAY_CHANGE_ON_RESUME or value == defaults[name]:
             continue
         text = (
-            "-" + "-".join(value) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+            "-" + "-".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value:g}"
+            if type(value) is float
+            else str(value)
         )
         parts.append(name.replace("_", "-") + ("" if value is True else text))
     return parts

@@ -4,9 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prune import scores
-from prune.schedules import constant, cosine, parse_interval, steps
+from prune.schedules import alternating, at_end, constant, cosine, cubic, parse_interval, steps
 from prune.scores import Score
-from prune.updates import DropAndGrow, GradualPruning
+from prune.updates import (
+    DropAndGrow,
+    MagnitudePruning,
+    MomentumRedistribution,
+    PruneAndRegrow,
+    ThresholdReallocation,
+    Update,
+)
 
 Value = float | int | bool | str
 
@@ -69,11 +76,12 @@ class Option:
 
 UPDATE_INTERVAL = Option(
     "update_interval", 100, "steps between two changes of the masks, or epochs such as 1e", metavar="N",
-    parse=parse_interval, shown="100; set 1e; mest 5e", late=True,
+    parse=parse_interval, shown="100; set and snfs 1e; mest and acdc 5e; granet 1000", late=True,
 )  # fmt: skip
 STOP_UPDATE = Option(
-    "stop_update", 0.75, "fraction of training after which the masks stay", above=0, most=1, metavar="FRACTION"
-)
+    "stop_update", 0.75, "fraction of training after which the masks stay", above=0, most=1, metavar="FRACTION",
+    shown="0.75; acdc 0.85",
+)  # fmt: skip
 DROP_FRACTION = Option(
     "drop_fraction",
     0.3,
@@ -81,13 +89,33 @@ DROP_FRACTION = Option(
     above=0,
     below=1,
     metavar="F",
-    shown="0.3; mest 0.2, and 0.5 with --mest-soft",
+    shown="0.3; mest 0.2, and 0.5 with --mest-soft; dsr 0.14; snfs and granet 0.5",
 )
 SCORE_IMAGES = Option("score_images", 10, "images of each class that the scores look at", above=0, metavar="N")
 MEST_LAMBDA = Option("mest_lambda", 1.0, "weight of the gradient in |w| + L |g|", least=0, metavar="L")
 MEST_SOFT = Option("mest_soft", False, "grow above the target and drop back at the next change (EM&S)")
+GRANET_START = Option(
+    "granet_start", 0.5, "sparsity of the random masks it begins with; 0 begins dense", least=0, below=1, metavar="S"
+)
+GRANET_UNTIL = Option(
+    "granet_until",
+    0.5,
+    "fraction of training after which it only drops and regrows",
+    above=0,
+    most=1,
+    metavar="FRACTION",
+)
+SCORE_ROUNDS = Option(
+    "score_rounds", 60, "how often it scores and prunes before training, each time the same fraction", above=0,
+    metavar="N", shown="60; synflow 100",
+)  # fmt: skip
 LTH_ROUNDS = Option("lth_rounds", 3, "how often it prunes", above=0, metavar="N")
-LTH_REWIND = Option("lth_rewind", 0, "the step whose weights it goes back to", least=0, metavar="STEP")
+LTH_REWIND = Option(
+    "lth_rewind", 0, "the step it goes back to: weights and schedule, or only the schedule", least=0, metavar="STEP"
+)
+LTH_KEEP_WEIGHTS = Option(
+    "lth_keep_weights", False, "keep the trained weights, and go back only in the schedule (learning-rate rewinding)"
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +127,8 @@ class Method:
         score: ranks the weights before training; None starts dense.
         distributions: how layers may share the sparsity, the default first. `global` ranks the weights of all layers
             together and needs a score that compares across layers.
-        rounds: of scoring before training; each prunes some more.
         update: changes the masks during training.
-        tickets: trains in rounds, each with fewer of the weights that the first one began with.
+        tickets: trains in rounds, each with fewer weights: those that score highest at the end of the one before.
         pretrained: prunes trained weights and needs them.
         reads_images: its score looks at training images.
         options: what can be set beside the sparsity.
@@ -111,9 +138,8 @@ class Method:
     paper: str
     score: Score | None = None
     distributions: tuple[str, ...] = ("erk", "uniform")
-    rounds: int = 1
-    update: DropAndGrow | GradualPruning | None = None
-    tickets: bool = False
+    update: Update | None = None
+    tickets: Score | None = None
     pretrained: bool = False
     reads_images: bool = False
     options: tuple[Option, ...] = ()
@@ -124,9 +150,14 @@ class Method:
         return {option.name: option.default for option in self.options} | {**self.own_defaults(given)} | {**given}
 
     @property
+    def has_interval(self) -> bool:
+        """Whether masks change at an interval that can be set."""
+        return UPDATE_INTERVAL in self.options
+
+    @property
     def moves(self) -> bool:
-        """Whether weights die and grow at a constant budget."""
-        return isinstance(self.update, DropAndGrow)
+        """Whether weights die and grow one by one."""
+        return self.update is not None and self.update.moves
 
 
 ANY = ("global", "erk", "uniform")
@@ -134,13 +165,18 @@ TIMING = (UPDATE_INTERVAL, STOP_UPDATE)
 MOVING = (*TIMING, DROP_FRACTION)
 
 METHODS = {
-    "none": Method("dense training"),
+    "none": Method("dense training", distributions=("global",)),
     # at initialisation
     "random": Method("Liu et al. 2022", scores.random),
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
     "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES,)),
     "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True, options=(SCORE_IMAGES,)),
-    "synflow": Method("Tanaka et al. 2020", scores.synflow, ("global",), rounds=100),
+    "iter-snip": Method("de Jorge et al. 2021", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "force": Method("de Jorge et al. 2021", scores.force, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "synflow": Method(
+        "Tanaka et al. 2020", scores.synflow, ("global",), options=(SCORE_ROUNDS,),
+        own_defaults=lambda given: {"score_rounds": 100},
+    ),
     # dynamic, at a constant budget
     "set": Method(
         "Mocanu et al. 2018", scores.random,
@@ -158,8 +194,31 @@ METHODS = {
             "update_interval": "5e", "drop_fraction": 0.5 if given.get("mest_soft") else 0.2,
         },
     ),
+    # dynamic, across layers
+    "dsr": Method(
+        "Mostafa and Wang 2019", scores.random, ("uniform", "erk"), update=ThresholdReallocation(), options=MOVING,
+        own_defaults=lambda given: {"drop_fraction": 0.14},
+    ),
+    "snfs": Method(
+        "Dettmers and Zettlemoyer 2019", scores.random, ("uniform", "erk"), update=MomentumRedistribution(cosine, 0.9),
+        options=MOVING, own_defaults=lambda given: {"update_interval": "1e", "drop_fraction": 0.5},
+    ),
     # dense to sparse
-    "gmp": Method("Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=GradualPruning(), options=TIMING),
-    "lth": Method("Frankle et al. 2020", None, ANY, tickets=True, options=(LTH_ROUNDS, LTH_REWIND)),
+    "gmp": Method(
+        "Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=MagnitudePruning(cubic), options=TIMING
+    ),
+    "granet": Method(
+        "Liu et al. 2021", scores.random, ANY, update=PruneAndRegrow(cosine), options=(*MOVING, GRANET_START, GRANET_UNTIL),
+        own_defaults=lambda given: {"update_interval": 1000, "drop_fraction": 0.5},
+    ),
+    "acdc": Method(
+        "Peste et al. 2021", None, ANY, update=MagnitudePruning(alternating), options=TIMING,
+        own_defaults=lambda given: {"update_interval": "5e", "stop_update": 0.85},
+    ),
+    "final": Method("Han et al. 2015", None, ANY, update=MagnitudePruning(at_end)),
+    "lth": Method(
+        "Frankle et al. 2020", None, ANY, tickets=scores.magnitude, options=(LTH_ROUNDS, LTH_REWIND, LTH_KEEP_WEIGHTS)
+    ),
+    "lamp": Method("Lee et al. 2021", None, ("global",), tickets=scores.lamp, options=(LTH_ROUNDS, LTH_REWIND)),
     "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
 }  # fmt: skip

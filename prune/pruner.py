@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prune.budget import Budget, EmptyLayerError, highest_sparsity
+from prune.budget import Budget, EmptyLayerError, distribute, highest_sparsity
 from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
-from prune.patterns import NofM, Units, find_pattern
+from prune.patterns import Counts, NofM, Units, find_pattern
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, magnitude
 from prune.updates import MaskChange, UpdateInputs
@@ -97,6 +97,10 @@ class Pruner:
         dense = {name for matches in self.dense_layers.values() for name in matches}
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
+        if layer_sparsity is not None and self.method.update is not None and self.method.update.reallocates:
+            raise ValueError(
+                f"'{method}' moves weights from layer to layer: leave layer_sparsity out, or take set or rigl"
+            )
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
@@ -106,6 +110,8 @@ class Pruner:
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._momentum: dict[str, Tensor] = {}  # of these, where an update goes by an average
+        self._memory: dict[str, Tensor] = {}  # what an update leaves for the next one
         self._input_shape: tuple[int, ...] | None = None
         self._checked = -1  # version of the masks that check_layers has seen
         self._warned: set[str] = set()
@@ -124,15 +130,21 @@ class Pruner:
         if sample is not None:
             inputs, _ = sample(1)
             self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
-        rounds = self.method.rounds if self.method.score else 0
+        rounds = int(self.options.get("score_rounds", 1)) if self.method.score else 0
         scores: dict[str, Tensor] = {}
+        initial = {name: weight.detach().clone() for name, weight in self.masks.weights.items()}
         for number in range(1, rounds + 1):
-            # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1); with one it is the target.
+            # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1; exponential decay in FORCE);
+            # with one it is the target.
             wanted = 1 - (1 - self.budget.sparsity) ** (number / rounds)
             score = self.method.score
             assert score is not None
-            scores = score(self._scored(-1, sample))
-            self.masks.set(self.pattern.keep(scores, self.budget.counts(wanted), square=score in NORMS))
+            scored = self._scored(-1, sample)
+            scored.initial = initial
+            scores = score(scored)
+            with torch.no_grad():  # what was pruned in an earlier round may live again
+                torch._foreach_copy_(list(self.masks.weights.values()), list(initial.values()))
+            self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
@@ -143,6 +155,11 @@ class Pruner:
             self._targets = {name: int(units.sum()) for name, units in alive.items()}
             self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
         self._remember_weights(-1)
+
+    def largest(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return boolean masks of the largest weights at a sparsity, of the layers that are not dense; nothing changes."""
+        scores = {name: weight.detach().abs() for name, weight in weights.items()}
+        return self.pattern.keep(scores, self.budget.counts(sparsity), square=True)
 
     def mask_gradients(self, step: int | None = None) -> None:
         """Zero the gradients of dead weights.
@@ -178,6 +195,8 @@ class Pruner:
             skipped: the optimizer left it out, so that there are no gradients to go by; masks change after the next one.
         """
         due, self._postponed = self.due(step), False
+        if not skipped:
+            self._smooth_gradients(step)
         if due and skipped:
             self._postponed = True
         elif due:
@@ -186,8 +205,8 @@ class Pruner:
             if self.method.update.reads_gradients and not self._gradients:
                 raise RuntimeError("masks change by the step's gradients: call mask_gradients(step) after backward()")
             inputs = UpdateInputs(
-                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self._targets,
-                self.budget.sparsity, self.budget.counts,
+                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
+                self._targets, self.budget.sparsity, self.budget.counts, self._memory,
             )  # fmt: skip
             self._change_masks(self.method.update(inputs))
             self._settled = inputs.fraction >= 1
@@ -197,7 +216,8 @@ class Pruner:
         """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.
 
         Iterative magnitude pruning (Frankle and Carbin 2019; with rewinding, Frankle et al. 2020, algorithm 1): prune the
-        trained weights, put those of step `lth_rewind` in their place, and train again from there.
+        trained weights, put those of step `lth_rewind` in their place, and train again from there. Learning-rate rewinding
+        (Renda et al. 2020), and LAMP, keep the trained weights and go back only in the schedule.
 
         Raises:
             EmptyLayerError: see `check_layers`.
@@ -206,9 +226,10 @@ class Pruner:
             return step
         self.round += 1
         wanted = 1 - (1 - self.budget.sparsity) ** (self.round / self.options["lth_rounds"])
-        masks = self.pattern.keep(magnitude(self._scored(step)), self.budget.counts(wanted), square=True)
+        score = self.method.tickets
+        masks = self.pattern.keep(score(self._scored(step)), self.budget.counts(wanted), square=score in NORMS)
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
+            for name, tensor in self.model.state_dict().items() if self._rewinds_weights else ():
                 tensor.copy_(self._rewound[name])
         self.masks.set(masks)
         self.check_layers()
@@ -226,12 +247,16 @@ class Pruner:
         return self._postponed or self.timing.due(step)
 
     def keeps_gradients(self, step: int) -> bool:
-        """Return whether the change of masks after a step reads the step's gradients."""
-        return self.due(step) and self.method.update is not None and self.method.update.reads_gradients
+        """Return whether the change of masks after a step, or the average that a later one goes by, reads its gradients."""
+        update = self.method.update
+        if update is None or not update.reads_gradients:
+            return False
+        return self.due(step) or (update.smoothing > 0 and self.timing is not None and step < self.timing.last)
 
     def grows_by_gradient(self, step: int) -> bool:
-        """Return whether the change of masks after a step reads the gradients of dead weights."""
-        return self.due(step) and self.method.update is not None and self.method.update.reads_dead_gradients
+        """Return whether a step computes the gradients of dead weights, for a change of masks."""
+        update = self.method.update
+        return update is not None and update.reads_dead_gradients and self.keeps_gradients(step)
 
     def check_layers(self, scores: dict[str, Tensor] | None = None) -> None:
         """Warn of layers without a weight. Waits for the device.
@@ -308,6 +333,8 @@ class Pruner:
             "ever_alive": {name: mask.bool() for name, mask in self.ever_alive.items()},
             "round": self.round,
             "postponed": self._postponed,
+            "momentum": self._momentum,
+            "memory": self._memory,
             "rewound": self._rewound,
             "input_shape": self._input_shape,
         }
@@ -318,11 +345,16 @@ class Pruner:
         self._targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)
         self._input_shape = state.get("input_shape")
-        self.ever_alive = {
-            name: torch.empty_like(self.masks.weights[name], requires_grad=False).copy_(mask)
-            for name, mask in state["ever_alive"].items()
-        }
+        self.ever_alive = self._like_weights(state["ever_alive"])
+        self._momentum = self._like_weights(state.get("momentum", {}))
+        device = next((weight.device for weight in self.masks.weights.values()), None)
+        self._memory = {name: tensor.to(device, copy=True) for name, tensor in state.get("memory", {}).items()}
         self._rewound = dict(state["rewound"])
+
+    def _like_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies in the dtype, layout and device of the weights."""
+        weights = self.masks.weights
+        return {n: torch.empty_like(weights[n], requires_grad=False).copy_(tensor) for n, tensor in tensors.items()}
 
     def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""
@@ -348,7 +380,8 @@ class Pruner:
         if self.method.moves and isinstance(self.pattern, NofM):
             name = self.pattern.name
             raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
-        timing = Timing(total_steps, 1, self.options["stop_update"])
+        # An interval comes later; without one the last change is the only one.
+        timing = Timing(total_steps, total_steps, self.options.get("stop_update", 1.0))
         if timing.last < 2:
             raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
         return timing
@@ -383,7 +416,29 @@ class Pruner:
         """Return what scores look at after a step (-1: before training)."""
         weights = {name: w for name, w in self.masks.weights.items() if name not in self.budget.dense}
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
-        return Scored(self.model, weights, generator, sample, self._gradients, self.options)
+        return Scored(self.model, weights, generator, sample, self._momentum or self._gradients, self.options)
+
+    def _first_counts(self, wanted: float) -> Counts:
+        """Return the counts of the masks that training begins with: those of a sparsity, or GraNet's own first ones."""
+        if "granet_start" not in self.options:
+            return self.budget.counts(wanted)
+        start, distribution = min(self.options["granet_start"], self.budget.sparsity), self.budget.distribution
+        if distribution != "global":
+            return self.budget.counts(start)
+        shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
+        return distribute("erk", shapes, start, self.budget.dense)  # random scores do not compare across layers
+
+    @torch.no_grad()
+    def _smooth_gradients(self, step: int) -> None:
+        """Add the kept gradients of a step to their average, where there is one."""
+        if self.method.update is None or not (self.method.update.smoothing and self.keeps_gradients(step)):
+            return
+        if not self._gradients:
+            raise RuntimeError("masks change by the steps' gradients: call mask_gradients(step) after backward()")
+        if not self._momentum:
+            self._momentum = {name: torch.zeros_like(kept) for name, kept in self._gradients.items()}
+        torch._foreach_mul_(list(self._momentum.values()), self.method.update.smoothing)
+        torch._foreach_add_(list(self._momentum.values()), list(self._gradients.values()))
 
     def _connects(self, alive: Mapping[str, Tensor]) -> bool:
         """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""
@@ -441,9 +496,13 @@ class Pruner:
         if self.ever_alive:
             torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
 
+    @property
+    def _rewinds_weights(self) -> bool:
+        return bool(self.method.tickets) and not self.options.get("lth_keep_weights", True)
+
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
-        if self.method.tickets and self.round == 0 and step + 1 == self.options["lth_rewind"]:
+        if self._rewinds_weights and self.round == 0 and step + 1 == self.options["lth_rewind"]:
             self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 

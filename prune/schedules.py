@@ -56,14 +56,31 @@ class Timing:
         done = step + 1
         return done == self.last or (done < self.last and done % self.interval == 0)
 
+    def number(self, step: int) -> int:
+        """Return the number of the change after a step, counted from 1."""
+        return (step + 1) // self.interval
+
     def fraction(self, step: int) -> float:
         """Return how far a step is on the way to the last change, from 0 to 1."""
         return min(1.0, (step + 1) / self.last)
 
 
-def cubic(fraction: float, final: float) -> float:
-    """Return the sparsity on the way from 0 to `final` (Zhu and Gupta 2018, equation 1)."""
-    return final * (1 - (1 - fraction) ** 3)
+# How much of the final sparsity there is, as a function of the fraction of the way to the last change, and of its number.
+
+
+def cubic(fraction: float, number: int = 0) -> float:
+    """Return a share that rises from 0 to 1, fast at first (Zhu and Gupta 2018, equation 1)."""
+    return 1 - (1 - fraction) ** 3
+
+
+def alternating(fraction: float, number: int) -> float:
+    """Return 1 after every odd change and the last one, and 0 between them (Peste et al. 2021)."""
+    return float(fraction >= 1 or number % 2 == 1)
+
+
+def at_end(fraction: float, number: int) -> float:
+    """Return 0 before the last change and 1 there."""
+    return float(fraction >= 1)
 
 
 # How much of the drop fraction is left, as a function of the fraction of the way to the last change.

@@ -26,6 +26,7 @@ class Scored:
         sample: a function of k to inputs and labels of k training images of each class, in random order.
         gradients: of the last training step, before they were masked, by layer.
         options: of the method, by name.
+        initial: where a method scores in rounds, the weights before the first one, by layer.
     """
 
     model: nn.Module
@@ -34,6 +35,7 @@ class Scored:
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     options: Mapping[str, float] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
 
     def images(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of so many images of each class. Raises ValueError where there is no `sample`."""
@@ -75,6 +77,20 @@ def magnitude_gradient(scored: Scored) -> Scores:
     }
 
 
+def lamp(scored: Scored) -> Scores:
+    """Score by w^2 over the sum of all squares in its layer that are not smaller (Lee et al. 2021, equation 3).
+
+    The order within a layer is that of |w|, and the largest weight of every layer scores 1. Of equal weights the earlier one
+    counts as larger. In float64, for the sums are long.
+    """
+    scores = {}
+    for name, w in scored.weights.items():
+        squares, order = w.detach().double().square().flatten().sort(descending=True, stable=True)
+        ranked = (squares / squares.cumsum(0)).nan_to_num_(0.0)  # a layer of zeros
+        scores[name] = torch.empty_like(ranked).index_copy_(0, order, ranked).view(w.shape)
+    return scores
+
+
 # A unit of a pattern has the L2 norm of these scores; others are parts of a sum, so that a unit has their mean.
 NORMS = {magnitude, gradient, magnitude_gradient}
 
@@ -88,6 +104,16 @@ def snip(scored: Scored) -> Scores:
     model, weights = _copy(scored)
     grads = torch.autograd.grad(_losses(scored, model), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def force(scored: Scored) -> Scores:
+    """Score by |g * w|, g of the pruned network and w before pruning (de Jorge et al. 2021, section 4).
+
+    In rounds, a weight that was pruned may come back. With w pruned as well, which is `snip`, it may not: iterative SNIP.
+    """
+    model, weights = _copy(scored)
+    grads = torch.autograd.grad(_losses(scored, model), list(weights.values()))
+    return {name: (g * scored.initial[name]).abs().detach() for name, g in zip(weights, grads, strict=True)}
 
 
 def grasp(scored: Scored, temperature: float = 200.0) -> Scores:

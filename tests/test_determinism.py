@@ -4,9 +4,11 @@ import pytest
 from running import same
 
 from prune import METHODS
+from prune.methods import SCORE_ROUNDS
 from training.optim import OPTIMIZERS
 
-OPTIMIZER_FLAGS = [f"--optmzr {name}" for name in OPTIMIZERS]
+FINAL = " --prune-method final --sparsity 0.5"
+OPTIMIZER_FLAGS = [f"--optmzr {name}{FINAL if optimizer.rival else ''}" for name, optimizer in OPTIMIZERS.items()]
 OPTIMIZER_FLAGS += [
     f"--optmzr {name} --sam-v2 {more}" for name in OPTIMIZERS if name.endswith("-sam") for more in ("", "--adaptive")
 ]
@@ -26,8 +28,10 @@ def test_two_runs_of_an_optimizer_are_bit_for_bit_the_same(train, flags):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
 def test_two_runs_of_a_method_are_bit_for_bit_the_same(train, trained, name):
     method, flags = METHODS[name], f"--optmzr sgd-sam --sam-v2 --prune-method {name} --sparsity 0.5"
-    if method.update:
+    if method.has_interval:
         flags += " --update-interval 3"
+    if SCORE_ROUNDS in method.options:
+        flags += " --score-rounds 3"
     if method.tickets:
         flags += " --lth-rounds 2"
     if method.pretrained:

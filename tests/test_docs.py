@@ -160,7 +160,7 @@ def test_files_of_the_layout_are_where_it_says():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
 def test_the_table_of_methods_is_that_of_the_code(page):
-    rows = {row[0].strip("`"): row for row in table(section(PAGES[page], "Methods"))}
+    rows = {name: row for row in table(section(PAGES[page], "Methods")) for name in re.findall(r"`([\w-]+)`", row[0])}
     assert rows.keys() == METHODS.keys() - {"none"}
     for name, row in rows.items():
         assert METHODS[name].paper in row[1]
@@ -174,7 +174,7 @@ def test_the_table_of_options_is_that_of_the_code():
         for option in method.options:
             declared.setdefault("--" + option.name.replace("_", "-"), ([], option.default_shown))[0].append(name)
     rows = table(section(METHODS_PAGE, "Options"))
-    assert {row[0].strip("`"): (re.findall(r"`(\w+)`", row[1]), row[2]) for row in rows} == declared
+    assert {row[0].strip("`"): (re.findall(r"`([\w-]+)`", row[1]), row[2]) for row in rows} == declared
 
 
 def test_the_sparsities_by_layer_name_layers_of_resnet_20():

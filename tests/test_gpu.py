@@ -32,7 +32,7 @@ class Run:
         torch.manual_seed(0)
         self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
-        options = {"update_interval": 4} if METHODS[method].update else {}
+        options = {"update_interval": 4} if METHODS[method].has_interval else {}
         self.pruner = Pruner(
             self.model, method, sparsity, total_steps=64, optimizers=state_holders(optimizer), **options
         )

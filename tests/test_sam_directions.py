@@ -142,7 +142,7 @@ def test_a_rho_in_a_tensor_gives_the_bits_of_a_number():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0)])
+@pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0), ("none", 3.0)])
 def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups = [{"params": [b], "rho": 0.0}, {"params": [a]}]

@@ -59,6 +59,8 @@ def assert_close(left: dict, right: dict) -> None:
         (2, f"--optmzr sgd-sam {RIGL} --batch-size 103"),
         (2, f"--optmzr sgd-sam --sam-v2 {STATIC} --batch-size 131"),
         (2, f"--optmzr sgd-sam --sam-v2 {RIGL} --batch-size 103"),
+        (2, "--optmzr sgd-sam --sam-v2 --prune-method snfs --sparsity 0.5 --update-interval 3 --batch-size 131"),
+        (2, "--optmzr sgd-cram --batch-size 131"),
         (2, f"--optmzr sgd-sam --sam-v2 --sam-direction random --sam-unmasked {STATIC} --batch-size 131"),
         (3, "--optmzr sgd-sam --sam-v2 --batch-size 131 --mixup --nonfinite skip"),
         (3, "--optmzr sgd-sam --sam-v2 --batch-size 131 --mixup --workers 1"),

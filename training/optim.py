@@ -4,11 +4,13 @@ import inspect
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from sam import SAM
+from training.rivals import SAFE, CrAM
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Optimizer:
         sam: whether SAM goes around it.
         lr, weight_decay: defaults.
         momentum: default; None where there is none to set.
+        rho: default of SAM's.
+        rival: what goes around the base optimizer in SAM's place.
     """
 
     base: type[torch.optim.Optimizer]
@@ -27,6 +31,8 @@ class Optimizer:
     lr: float
     weight_decay: float
     momentum: float | None = None
+    rho: float = 0.05
+    rival: type[CrAM] | type[SAFE] | None = None
 
     @property
     def fine_tuning_lr(self) -> float:
@@ -34,7 +40,7 @@ class Optimizer:
         return self.lr / 10
 
 
-def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults: float) -> dict[str, Optimizer]:
+def _with_and_without_sam(name: str, base: type[torch.optim.Optimizer], **defaults: Any) -> dict[str, Optimizer]:
     """Return two optimizers of the same settings: otherwise no comparison between them means anything."""
     return {name: Optimizer(base, sam=False, **defaults), f"{name}-sam": Optimizer(base, sam=True, **defaults)}
 
@@ -43,6 +49,8 @@ OPTIMIZERS = {
     **_with_and_without_sam("sgd", torch.optim.SGD, lr=0.1, weight_decay=5e-4, momentum=0.9),
     **_with_and_without_sam("adam", torch.optim.Adam, lr=1e-3, weight_decay=5e-4),
     **_with_and_without_sam("adamw", torch.optim.AdamW, lr=1e-3, weight_decay=1e-2),
+    "sgd-cram": Optimizer(torch.optim.SGD, True, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.2, rival=CrAM),
+    "sgd-safe": Optimizer(torch.optim.SGD, True, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.1, rival=SAFE),
 }
 
 
@@ -58,6 +66,7 @@ def build_optimizer(
     adaptive: bool = False,
     direction: str = "previous",
     seed: int = 0,
+    **rival: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all parameters of a model.
 
@@ -67,6 +76,7 @@ def build_optimizer(
         lr, weight_decay: of every optimizer.
         momentum, nesterov: of SGD.
         rho, v2, adaptive, direction, seed: of SAM, see `sam.SAM`.
+        **rival: of CrAM and SAFE, see there.
     """
     kind = OPTIMIZERS[name]
     options: dict = {"lr": lr, "weight_decay": weight_decay}
@@ -78,6 +88,9 @@ def build_optimizer(
     if parameters[0].device.type == "cuda" and "capturable" in inspect.signature(kind.base).parameters:
         options["capturable"] = True  # as a part of a CUDA graph
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # before there is one
+    if kind.rival:
+        assert rho is not None
+        return kind.rival(model, kind.base, rho, seed=seed, **rival, **options)
     if kind.sam:
         assert rho is not None
         return SAM(parameters, kind.base, rho, adaptive, v2, direction, seed=seed, **options)

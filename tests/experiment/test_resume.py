@@ -19,6 +19,10 @@ from running import DIGITS, FINISHED, before_step, interrupt, rows, same, scalar
         ("--optmzr adamw-sam --adaptive --prune-method magnitude --sparsity 0.8 --lr-scheduler step --warmup-epochs 1", 9, 1),
         ("--optmzr sgd-sam --sam-v2 --prune-method rigl --sparsity 0.9 --update-interval 2", 9, 1),
         ("--optmzr sgd-sam --sam-v2 --prune-method mest --mest-soft --sparsity 0.9 --update-interval 2", 9, 1),
+        ("--optmzr sgd --prune-method snfs --sparsity 0.5 --update-interval 3", 9, 1),
+        ("--optmzr sgd-sam --sam-v2 --prune-method dsr --sparsity 0.5 --update-interval 2", 9, 1),
+        ("--optmzr sgd-cram --prune-method final --sparsity 0.9", 9, 1),
+        ("--optmzr sgd-safe --prune-method final --sparsity 0.9 --safe-interval 4", 9, 1),
         ("--optmzr sgd-sam --prune-method lth --lth-rounds 1 --lth-rewind 8 --sparsity 0.9", 14, 2),
     ],
 )  # fmt: skip

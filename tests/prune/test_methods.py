@@ -77,7 +77,7 @@ def build(method, sparsity=0.5, steps=20, optimizer="sam", seed=0, interval=3, *
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         holders = [optimizer]
-    if METHODS[method].update:
+    if METHODS[method].has_interval:
         kwargs["update_interval"] = interval
     mask = Pruner(model, method, sparsity, total_steps=steps, optimizers=holders, **kwargs)
     mask.choose_masks(sample)
@@ -95,7 +95,7 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
     fixed = pattern == "2:4"
     flags = {"pattern": pattern, "distribution": None if fixed else distribution}
     impossible = not fixed and distribution not in METHODS[method].distributions
-    if impossible or (fixed and method in MOVING):
+    if impossible or (fixed and METHODS[method].moves):
         with pytest.raises(ValueError, match=r"choose|take 2:4 with gmp"):
             build(method, None if fixed else 0.5, **flags)
         return
@@ -203,6 +203,10 @@ def global_reference(scores, keep):
     return alive
 
 
+def split(flat, like):
+    return [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in like]), like, strict=True)]
+
+
 def kept(mask):
     return torch.cat([m.flatten().bool() for m in mask.masks.masks.values()])
 
@@ -215,6 +219,28 @@ def test_snip_keeps_the_weights_whose_removal_changes_the_loss_most():
     scores = [(w.grad * w).abs() for w in layers(fresh).values()]
     total = sum(s.numel() for s in scores)
     assert torch.equal(kept(mask), global_reference(scores, round(0.4 * total)))
+
+
+@pytest.mark.parametrize("method", ["iter-snip", "force"])
+def test_snip_in_rounds_scores_the_pruned_network_and_force_lets_weights_come_back(method):
+    model, mask, _ = build(method, 0.9, score_rounds=4)
+    inputs, labels = sample(10)
+    start = [w.detach().clone() for w in layers(Tiny()).values()]
+    total, alive, ever_pruned = sum(w.numel() for w in start), None, 0
+    for number in range(1, 5):
+        pruned = Tiny()
+        with torch.no_grad():
+            for w, part in zip(layers(pruned).values(), split(alive, start) if number > 1 else (), strict=number > 1):
+                w *= part
+        F.cross_entropy(pruned(inputs), labels).backward()
+        values = start if method == "force" else [w.detach() for w in layers(pruned).values()]
+        scores = [(w.grad * v).abs() for w, v in zip(layers(pruned).values(), values, strict=True)]
+        before, alive = alive, global_reference(scores, round(total * 0.1 ** (number / 4)))
+        ever_pruned += 0 if before is None else int((alive & ~before).sum())
+    assert torch.equal(kept(mask), alive)
+    assert (ever_pruned > 0) == (method == "force")
+    for w, before, part in zip(layers(model).values(), start, split(alive, start), strict=True):
+        assert torch.equal(w, before * part)
 
 
 def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
@@ -448,7 +474,7 @@ def test_gmp_follows_the_cubic_schedule_and_ends_exactly():
     assert mask.ever_alive_fraction() == 1
 
 
-CHANGING = ["set", "rigl", "mest", "gmp"]
+CHANGING = ["set", "rigl", "mest", "gmp", "dsr", "snfs", "granet"]
 
 
 @pytest.mark.parametrize("method", CHANGING)
@@ -509,9 +535,46 @@ def test_lottery_tickets_go_back_to_the_weights_of_the_rewind_step():
     assert dead(model) == pytest.approx(0.8, abs=1 / total)
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "mest", "gmp", "lth"])
+def test_learning_rate_rewinding_prunes_the_trained_weights_and_keeps_them():
+    model, mask, optimizer = build("lth", 0.8, steps=10, lth_rounds=2, lth_rewind=5, lth_keep_weights=True)
+    train(model, mask, optimizer, 10)
+    for number in (1, 2):
+        trained = [w.detach().clone() for w in layers(model).values()]
+        alive = global_reference([w.abs() for w in trained], round(kept(mask).numel() * 0.2 ** (number / 2)))
+        assert mask.next_round(10) == 5
+        for w, before, part in zip(layers(model).values(), trained, split(alive, trained), strict=True):
+            assert torch.equal(w, before * part)
+        assert all(not t.any() for o in mask.optimizers for s in o.state.values() for t in s.values())
+        train(model, mask, optimizer, 10, start=5)
+    assert mask.next_round(10) == 10
+    assert not mask.state_dict()["rewound"]
+
+
+def test_lamp_ranks_trained_weights_by_their_square_over_those_not_smaller():
+    model, mask, optimizer = build("lamp", 0.9, steps=4, lth_rounds=1)
+    train(model, mask, optimizer, 4)
+    with torch.no_grad():
+        model.linear.weight[0, :3] = model.linear.weight[0, 3]  # equal ones: the earlier counts as larger
+    scores = []
+    for w in layers(model).values():
+        flat = w.detach().flatten().abs().tolist()
+        rank = sorted(range(len(flat)), key=lambda i: (flat[i], -i))  # ascending, as the paper numbers them
+        score = torch.zeros(len(flat), dtype=torch.float64)
+        for place, index in enumerate(rank):
+            score[index] = flat[index] ** 2 / math.fsum(flat[j] ** 2 for j in rank[place:])
+        assert score.max() == 1
+        scores.append(score)
+    assert mask.next_round(4) == 0
+    assert torch.equal(kept(mask), global_reference(scores, round(0.1 * kept(mask).numel())))
+    assert min(mask.masks.alive().values()) > 0
+
+
+@pytest.mark.parametrize(
+    "method", ["set", "rigl", "mest", "gmp", "lth", "lamp", "dsr", "snfs", "granet", "acdc", "final"]
+)
 def test_a_method_resumes_bit_for_bit(method):
-    options = {"lth": {"lth_rounds": 1, "lth_rewind": 2}, "mest": {"mest_soft": True}}.get(method, {})
+    options = {"lth": {"lth_rounds": 1, "lth_rewind": 2}, "mest": {"mest_soft": True}}
+    options = options.get(method, options["lth"] if METHODS[method].tickets else {})
     runs = []
     for resume in (False, True):
         model, mask, optimizer = build(method, 0.7, interval=4, **options)

@@ -29,7 +29,7 @@ class Training:
         nn.init.constant_(self.model[1].weight, 16.0)  # gradients above 2, so that 2**127 is too large a scale
         momentum = 0.9 if name.startswith("sgd") else None
         optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
-        if METHODS[method].update:
+        if METHODS[method].has_interval:
             sparse["update_interval"] = 2
         pruner = Pruner(self.model, method, **sparse, total_steps=100, optimizers=state_holders(optimizer))
         pruner.choose_masks()

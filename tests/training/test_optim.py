@@ -49,7 +49,8 @@ def test_a_share_of_the_schedule_that_is_a_step_begins_with_that_step():
 def test_settings_reach_the_optimizer(name):
     model = nn.Linear(2, 2)
     options = {"momentum": 0.8, "nesterov": True} if name.startswith("sgd") else {}
-    sam = {"rho": 0.7, "v2": True, "adaptive": True, "direction": "ema"}
+    sam = {"rho": 0.7, "v2": True, "adaptive": True, "direction": "ema"} if not OPTIMIZERS[name].rival else {"rho": 0.7}
+    sam |= {"sparsity": 0.5} if name == "sgd-safe" else {"sparsities": [0.5]} if name == "sgd-cram" else {}
     optimizer = build_optimizer(name, model, lr=0.3, weight_decay=0.02, **sam, **options)
     base = getattr(optimizer, "base_optimizer", optimizer)
     assert (
@@ -57,8 +58,10 @@ def test_settings_reach_the_optimizer(name):
     )
     expected = {"lr": 0.3, "weight_decay": 0.02, **options}
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
-    assert isinstance(optimizer, SAM) == name.endswith("-sam")
-    if isinstance(optimizer, SAM):
+    assert isinstance(optimizer, SAM) == OPTIMIZERS[name].sam
+    if OPTIMIZERS[name].rival:
+        assert (optimizer.v2, optimizer.param_groups[0]["rho"]) == (False, 0.7)
+    elif isinstance(optimizer, SAM):
         assert (optimizer.v2, optimizer.direction) == (True, "ema")
         assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["adaptive"]) == (0.7, True)
 

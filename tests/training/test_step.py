@@ -90,9 +90,9 @@ def test_dead_weights_are_zero_in_every_forward_pass_and_after_every_step(name, 
     for seed in range(4):
         step(batch(seed))
         assert (layer.weight[dead] == 0).all()
-    assert len(seen) == (8 if name.endswith("-sam") and not v2 else 4)
+    assert len(seen) == (8 if OPTIMIZERS[name].sam and not v2 else 4)
     assert all((w[dead] == 0).all() for w in seen)
-    if name.endswith("-sam"):
+    if OPTIMIZERS[name].sam:
         assert not torch.equal(seen[-1], seen[-2])
 
 
@@ -158,7 +158,7 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
     options = {} if method == "none" else {"sparsity": 0.2, "pattern": pattern}
     if "erk" in METHODS[method].distributions and method != "none":
         options["distribution"] = "erk"  # no layer comes out empty
-    if METHODS[method].update:
+    if METHODS[method].has_interval:
         options["update_interval"] = 2
     pruner = Pruner(model, method, **options, total_steps=16, optimizers=state_holders(optimizer))
     images = Images(torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 5)
@@ -176,7 +176,7 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
             take(loader.batch(step), log=step % 3 == 0)
             versions.add(pruner.masks.version)
     assert waits.seen == []
-    assert len(versions) == (7 if METHODS[method].update else 1)
+    assert len(versions) == (7 if METHODS[method].has_interval else 1)
 
 
 def test_clipping_bounds_the_gradient_after_the_mask():
