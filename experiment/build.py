@@ -136,7 +136,7 @@ def optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of a network's parameters."""
     return training.optim.build_optimizer(
         args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
-        args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed,
+        args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed, not args.no_norm_decay,
     )  # fmt: skip
 
 

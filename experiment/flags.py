@@ -195,6 +195,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
     add("--weight-decay", "--wd", type=number(float, least=0), help="weight decay (5e-4 for sgd and adam, 0.01 for adamw)")
+    add("--no-norm-decay", action="store_true", help="no weight decay on normalisation and biases")
     add("--lr-scheduler", choices=SCHEDULES, default="cosine",
         help="step: a tenth at 50%% and at 75%% of the epochs (%(default)s)")
     add("--warmup-epochs", type=number(float, least=0), default=0.0, metavar="E",

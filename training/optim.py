@@ -58,6 +58,7 @@ def build_optimizer(
     adaptive: bool = False,
     direction: str = "previous",
     seed: int = 0,
+    norm_decay: bool = True,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all parameters of a model.
 
@@ -67,6 +68,7 @@ def build_optimizer(
         lr, weight_decay: of every optimizer.
         momentum, nesterov: of SGD.
         rho, v2, adaptive, direction, seed: of SAM, see `sam.SAM`.
+        norm_decay: decay normalisation and biases too, whose parameters are vectors.
     """
     kind = OPTIMIZERS[name]
     options: dict = {"lr": lr, "weight_decay": weight_decay}
@@ -78,10 +80,14 @@ def build_optimizer(
     if parameters[0].device.type == "cuda" and "capturable" in inspect.signature(kind.base).parameters:
         options["capturable"] = True  # as a part of a CUDA graph
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # before there is one
+    groups: list = parameters
+    if not norm_decay:
+        vectors = [p for p in parameters if p.ndim < 2]
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
     if kind.sam:
         assert rho is not None
-        return SAM(parameters, kind.base, rho, adaptive, v2, direction, seed=seed, **options)
-    return kind.base(parameters, **options)
+        return SAM(groups, kind.base, rho, adaptive, v2, direction, seed=seed, **options)
+    return kind.base(groups, **options)
 
 
 def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
