@@ -95,6 +95,8 @@ def near_value(name: str, text: str, choices: list[str]) -> str:
         if family in choices:
             width = f" --width {found[3]}" if found[3] else ""
             return f"{name} {family} --depth {found[2]}{width}"
+    if name == "--dataset" and word in ("imagenet", "imagenet1k", "ilsvrc2012"):
+        return f"{name} imagefolder --data-dir DIR"
     if name == "--optmzr" and "sam" in word:
         base = next((base for base in ("adamw", "adam") if base in word), "sgd")
         one_step = " --sam-v2" if re.search("v2|s2|one", word) else ""
