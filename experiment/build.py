@@ -148,7 +148,7 @@ def optimizer(args: Namespace, model: nn.Module, total_steps: int) -> torch.opti
     with flag_errors():
         return training.optim.build_optimizer(
             args.optmzr, model, args.lr, args.weight_decay, args.momentum, args.nesterov,
-            args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed, **rival,
+            args.sam_rho, args.sam_v2, args.adaptive, args.sam_direction, args.seed, not args.no_norm_decay, **rival,
         )  # fmt: skip
 
 

@@ -132,16 +132,10 @@ def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     if optimizer.rival:
         own = f"with --optmzr {args.optmzr}, whose step is its own"
         others = (
-            "sam_v2",
-            "adaptive",
-            "sam_local",
-            "sam_unmasked",
-            "sam_direction",
-            "rho_schedule",
-            "sam_from",
-            "sam_until",
-        )
-        reasons |= dict.fromkeys((*others, "sam_every"), (own, "take --optmzr sgd-sam"))
+            "sam_v2", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from", "sam_until",
+            "sam_every", "no_norm_decay",
+        )  # fmt: skip
+        reasons |= dict.fromkeys(others, (own, "take --optmzr sgd-sam"))
     elif not optimizer.sam:
         way = f"add --optmzr {args.optmzr}-sam"
         sam = (

@@ -95,6 +95,8 @@ def near_value(name: str, text: str, choices: list[str]) -> str:
         if family in choices:
             width = f" --width {found[3]}" if found[3] else ""
             return f"{name} {family} --depth {found[2]}{width}"
+    if name == "--dataset" and word in ("imagenet", "imagenet1k", "ilsvrc2012"):
+        return f"{name} imagefolder --data-dir DIR"
     if name == "--optmzr" and "sam" in word:
         base = next((base for base in ("adamw", "adam") if base in word), "sgd")
         one_step = " --sam-v2" if re.search("v2|s2|one", word) else ""
@@ -197,6 +199,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--momentum", type=number(float, least=0, below=1), help="sgd only (0.9)")
     add("--nesterov", action="store_true", help="sgd only")
     add("--weight-decay", "--wd", type=number(float, least=0), help="weight decay (5e-4 for sgd and adam, 0.01 for adamw)")
+    add("--no-norm-decay", action="store_true", help="no weight decay on normalisation and biases")
     add("--lr-scheduler", choices=SCHEDULES, default="cosine",
         help="step: a tenth at 50%% and at 75%% of the epochs (%(default)s)")
     add("--warmup-epochs", type=number(float, least=0), default=0.0, metavar="E",

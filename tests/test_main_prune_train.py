@@ -117,6 +117,7 @@ def test_one_step_sam_without_a_radius_is_its_base_optimizer(train, plain):
         "--lr-scheduler step",
         "--nesterov",
         "--weight-decay 0.1",
+        "--no-norm-decay",
         "--momentum 0.5",
         "--accumulate 2",
         "--width 0.5",

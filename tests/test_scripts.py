@@ -199,3 +199,31 @@ def test_a_line_on_the_terminal_tells_what_pip_is_at(machine):
     shown = os.read(reader, 10_000).decode()
     assert "0:01" in shown
     assert "MB in .venv  Downloading torch-2.14.1" in shown
+
+
+def imagenet(tmp_path, *words, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / "imagenet.sh"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment,
+    )  # fmt: skip
+
+
+def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        (tmp_path / "data" / "train" / name / "1.JPEG").touch()
+    one = {"SEEDS": "0", "EPOCHS": "90", "SPARSITIES": "0.9", "OPTIMIZERS": "samv2", "IMAGES_PER_SECOND": "0.05"}
+    done = imagenet(tmp_path, "data", "--dry-run", "--batch-size", "64", **one, PROCESSES="3")
+    assert (done.returncode, done.stderr) == (0, "")
+    command, estimate = done.stdout.splitlines()
+    assert "--nproc_per_node 3 main_prune_train.py --dataset imagefolder" in command
+    assert "--optmzr sgd-sam --sam-v2 --sam-rho 1.0" in command
+    assert command.rstrip().endswith(f"{tmp_path}/runs/imagenet/samv2-0.9-90-0 --batch-size 64")
+    dense = float(estimate.split(", ")[1].split()[0])
+    assert dense == pytest.approx(180 * 3 * 8.18e9, rel=0.02)  # He et al. 2016: 4.1e9 multiply-adds forward
+    assert estimate.startswith("# 180 images, ")
+    assert estimate.endswith(", 1.0 hours at 0.05 images/s")
+    for words, sentence in ((["--dry-run"], "name the directory"), ([str(tmp_path)], "train': name the directory")):
+        bad = imagenet(tmp_path, *words)
+        assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+        assert sentence in bad.stderr

@@ -66,6 +66,7 @@ def build_optimizer(
     adaptive: bool = False,
     direction: str = "previous",
     seed: int = 0,
+    norm_decay: bool = True,
     **rival: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over all parameters of a model.
@@ -76,6 +77,7 @@ def build_optimizer(
         lr, weight_decay: of every optimizer.
         momentum, nesterov: of SGD.
         rho, v2, adaptive, direction, seed: of SAM, see `sam.SAM`.
+        norm_decay: decay normalisation and biases too, whose parameters are vectors.
         **rival: of CrAM and SAFE, see there.
     """
     kind = OPTIMIZERS[name]
@@ -91,10 +93,14 @@ def build_optimizer(
     if kind.rival:
         assert rho is not None
         return kind.rival(model, kind.base, rho, seed=seed, **rival, **options)
+    groups: list = parameters
+    if not norm_decay:
+        vectors = [p for p in parameters if p.ndim < 2]
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
     if kind.sam:
         assert rho is not None
-        return SAM(parameters, kind.base, rho, adaptive, v2, direction, seed=seed, **options)
-    return kind.base(parameters, **options)
+        return SAM(groups, kind.base, rho, adaptive, v2, direction, seed=seed, **options)
+    return kind.base(groups, **options)
 
 
 def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

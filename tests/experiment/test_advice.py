@@ -69,6 +69,7 @@ def test_the_interval_that_an_error_names_works(train):
         ("--rho 0.1", "--sam-rho"),
         ("--compiel on", "--compile"),
         ("--epoch 3", "--epochs"),
+        ("--dataset imagenet", "--dataset imagefolder --data-dir DIR"),
         ("--sam_rho 0.1", "--sam-rho"),
     ],
 )
@@ -80,7 +81,7 @@ def test_a_mistyped_flag_or_value_is_asked_about(flags, meant):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--nope", "--xyzzy 1", "--size 3", "--arch alexnet", "--arch lenet5", "--optmzr lion", "--dataset imagenet"],
+    ["--nope", "--xyzzy 1", "--size 3", "--arch alexnet", "--arch lenet5", "--optmzr lion", "--dataset places"],
 )
 def test_nothing_far_fetched_is_asked_about(flags):
     with pytest.raises(UsageError) as error:

@@ -25,6 +25,10 @@ import pytest
         ("--sam-v2", "--sam-v2 has no effect with --optmzr sgd"),
         ("--optmzr sgd-cram --sam-v2", "--sam-v2 has no effect with --optmzr sgd-cram, whose step is its own"),
         ("--optmzr sgd-safe --sam-every 2", "--sam-every has no effect with --optmzr sgd-safe"),
+        (
+            "--optmzr sgd-safe --no-norm-decay",
+            "--no-norm-decay has no effect with --optmzr sgd-safe, whose step is its own",
+        ),
         ("--optmzr sgd-safe --cram-sparsities 0.5", "--cram-sparsities has no effect with --optmzr sgd-safe"),
         (
             "--optmzr sgd-sam --safe-lambda 0.1",

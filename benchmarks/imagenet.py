@@ -1,0 +1,56 @@
+"""Say what a run of scripts/imagenet.sh would compute: images, operations and, at a given speed, hours.
+
+python -m benchmarks.imagenet DIR IMAGES_PER_SECOND main_prune_train.py FLAG...
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from experiment.checks import check
+from experiment.flags import parse, resolve
+from imagedata.sources import EXTENSIONS
+from models import build_model
+from prune import Pruner
+from prune.flops import count_flops
+from training.optim import OPTIMIZERS
+from utils.errors import UsageError
+
+
+def main(argv: list[str]) -> int:
+    """Print one line for the flags of a run, and return an exit code."""
+    directory, speed, _, *flags = argv
+    try:
+        args, given = parse(flags)
+        check(args, given)
+        args = resolve(args)
+        with torch.device("meta"):
+            side = args.image_size
+            model = build_model(args.arch, args.depth, 1000, args.width, 3, (side, side), args.stem)
+        counts = Pruner(model, "random", args.sparsity, "erk", dense_layers=args.dense_layers).budget.counts(
+            args.sparsity
+        )
+    except (UsageError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    images = args.epochs * count_files(Path(directory) / "train")
+    flops = count_flops(model, (3, side, side))
+    weights = dict(Pruner(model).masks.weights)
+    density = {layer: kept / weights[layer].numel() for (layer,), kept in counts.items()}
+    density = dict.fromkeys(flops.forward, 1.0) | density
+    passes = 2 if OPTIMIZERS[args.optmzr].sam and not args.sam_v2 else 1
+    dense, sparse = (passes * images * each for each in (flops.dense_training, flops.train(density)))
+    line = f"# {images:,} images, {dense:.2e} FLOPs as computed, {sparse:.2e} if zeros cost nothing"
+    print(line + (f", {images / float(speed) / 3600:.1f} hours at {float(speed):g} images/s" if float(speed) else ""))
+    return 0
+
+
+def count_files(directory: Path) -> int:
+    """Return the number of images below a directory."""
+    return sum(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(directory) for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# ResNet-50 on ImageNet, 80 and 90% sparse: SGD against one-step SAM, on all GPUs of this machine. A run that was ended goes
+# on from where it was when this is launched again.
+#
+# usage: bash scripts/imagenet.sh DIR [--dry-run] [flags of main_prune_train.py, which replace those below]
+#   DIR        has train/<class>/* and val/<class>/*
+#   --dry-run  prints the commands, and what they would compute
+#
+# environment: EPOCHS="90 150" SPARSITIES="0.8 0.9" OPTIMIZERS="sgd samv2" METHOD=random SEEDS="0 1 2" PROCESSES=(all GPUs)
+#   OUTPUT_DIR=runs/imagenet IMAGES_PER_SECOND=(of all GPUs together: with it --dry-run prints hours)
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+case ${1:-} in
+    '' | -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    -*) echo "error: name the directory of ImageNet first: bash scripts/imagenet.sh DIR" >&2; exit 2 ;;
+esac
+data=$(realpath -m "$1") dry=
+shift
+[ -d "$data/train" ] || { echo "error: there is no '$data/train': name the directory that has train/<class>/*" >&2; exit 2; }
+flags=()
+for word in "$@"; do
+    if [ "$word" = --dry-run ]; then dry=yes; else flags+=("$word"); fi
+done
+output=$(realpath -m "${OUTPUT_DIR:-runs/imagenet}")
+cd "$here"
+PYTHON=python3
+if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, yaml' 2>/dev/null; then
+    # shellcheck source=scripts/setup.sh
+    source scripts/setup.sh requirements.txt
+fi
+processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+for seed in ${SEEDS:-0 1 2}; do
+    for epochs in ${EPOCHS:-90 150}; do
+        for sparsity in ${SPARSITIES:-0.8 0.9}; do
+            for optimizer in ${OPTIMIZERS:-sgd samv2}; do
+                case $optimizer in
+                    sgd) sam=(--optmzr sgd) ;;
+                    sam) sam=(--optmzr sgd-sam --sam-rho 0.05) ;;
+                    samv2) sam=(--optmzr sgd-sam --sam-v2 --sam-rho 1.0) ;; # rho of Ji et al. 2024 on ImageNet
+                    *) echo "error: OPTIMIZERS are sgd, sam and samv2, not '$optimizer'" >&2; exit 2 ;;
+                esac
+                # The learning rate is 0.1 for 256 images, in proportion to the batch (Goyal et al. 2017).
+                run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" main_prune_train.py
+                    --dataset imagefolder --data-dir "$data" --arch resnet --depth 50 --stem imagenet
+                    --epochs "$epochs" --batch-size 1024 --lr 0.4 --warmup-epochs 5 --weight-decay 1e-4 --no-norm-decay
+                    --smooth-eps 0.1 "${sam[@]}" --prune-method "${METHOD:-random}" --sparsity "$sparsity"
+                    --sparsity-distribution erk --seed "$seed" --resume auto
+                    --output-dir "$output/$optimizer-$sparsity-$epochs-$seed" ${flags[@]+"${flags[@]}"})
+                if [ -n "$dry" ]; then
+                    printf '%q ' "${run[@]}"
+                    echo
+                    "$PYTHON" -m benchmarks.imagenet "$data" "${IMAGES_PER_SECOND:-0}" "${run[@]:6}"
+                else
+                    "${run[@]}"
+                fi
+            done
+        done
+    done
+done
