@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from imagedata.augment import Normalize
 from imagedata.corruptions import CORRUPTIONS, SEVERITIES, corrupt, refuse_uncorruptible
-from imagedata.images import Images
+from imagedata.images import AnyImages
 from imagedata.loaders import ignore_signals
 from utils.errors import UsageError
 from utils.precision import Execution
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
         shift: name of the corruption, and its severity; CLEAN and 0 for images as they are.
         pixels: uint8 [B, H, W, C].
         labels: int64 [B].
-        seconds: that a process took to corrupt them.
+        seconds: of a processor that it took to corrupt them.
     """
 
     shift: tuple[str, int]
@@ -86,11 +86,11 @@ class CorruptedImages(torch.utils.data.Dataset):
         UsageError: images that cannot be corrupted, or official files that are not there or are not of these images.
     """
 
-    def __init__(self, test: Images, settings: Settings):
+    def __init__(self, test: AnyImages, settings: Settings):
         self.test, self.settings = test, settings
         self.numbers = np.sort(np.random.default_rng(0).permutation(len(test))[: settings.images])
         if settings.official is None:
-            refuse_uncorruptible(settings.corruptions, test.pixels.shape[1:])
+            refuse_uncorruptible(settings.corruptions, test.image_shape)
         else:
             self._read_official(settings.official)
         self.shifts = [(CLEAN, 0), *product(settings.corruptions, settings.severities)]
@@ -100,18 +100,23 @@ class CorruptedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, float]:
-        """Return the pixels of a batch, and the seconds that it took to corrupt them."""
+    def __getitem__(self, index: int) -> tuple[np.ndarray, float] | str:
+        """Return the pixels of a batch and the seconds of the processor that it took to corrupt them.
+
+        Or the sentence that says which file cannot be read: an error in a worker would come out with a traceback.
+        """
         (name, severity), numbers = self._parts[index]
-        began = time.perf_counter()
-        if name == CLEAN:
-            pixels = self.test.pixels[numbers].numpy()
-        elif self.settings.official is None:
-            pixels = corrupt(name, severity, self.test.pixels[numbers], numbers.tolist()).numpy()
-        else:
-            pixels = self._official[name][(severity - 1) * len(self.test) + numbers]
-            pixels = pixels.reshape(len(numbers), *self.test.pixels.shape[1:])
-        return pixels, time.perf_counter() - began
+        try:
+            if name != CLEAN and self.settings.official is not None:
+                pixels = self._official[name][(severity - 1) * len(self.test) + numbers]
+                return pixels.reshape(len(numbers), *self.test.image_shape), 0.0
+            images = self.test[torch.from_numpy(numbers)].load()
+        except UsageError as error:
+            return str(error)
+        began = time.process_time()
+        if name != CLEAN:
+            images = corrupt(name, severity, images, numbers.tolist())
+        return images.numpy(), time.process_time() - began
 
     def batches(self) -> Iterator[Batch]:
         """Go through all batches in order, corrupted ahead by worker processes."""
@@ -120,18 +125,21 @@ class CorruptedImages(torch.utils.data.Dataset):
             loader: DataLoader = DataLoader(
                 self, batch_size=None, num_workers=self.settings.workers, collate_fn=_as_it_is,
                 multiprocessing_context="fork" if self.settings.workers else None,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=ignore_signals if self.settings.workers else None,
             )  # fmt: skip
             iterator = iter(loader)
-        for (shift, numbers), (pixels, seconds) in zip(self._parts, iterator, strict=True):
+        for (shift, numbers), made in zip(self._parts, iterator, strict=True):
+            if isinstance(made, str):
+                raise UsageError(made)
+            pixels, seconds = made
             yield Batch(shift, torch.from_numpy(pixels), self.test.labels[numbers], seconds)
 
     def _read_official(self, directory: Path) -> None:
         """Open the files NAME.npy: the test images at severity 1, then at 2, up to 5; labels.npy has their labels."""
-        count, shape = len(self.test), tuple(self.test.pixels.shape[1:])
+        count, shape = len(self.test), self.test.image_shape
         self._official = {name: _array(directory / f"{name}.npy") for name in self.settings.corruptions}
         for name, array in self._official.items():
-            if array.dtype != np.uint8 or array.size != 5 * self.test.pixels.numel() or len(array) != 5 * count:
+            if array.dtype != np.uint8 or array.size != 5 * count * math.prod(shape) or len(array) != 5 * count:
                 raise UsageError(
                     f"'{directory / name}.npy' is not of the test images: it has {array.dtype} {list(array.shape)} instead of "
                     f"uint8 {[5 * count, *shape]}"
@@ -207,7 +215,7 @@ def measure(
 
     Returns:
         The figures of each network: of clean images, of each corruption at each severity, and their mean over corruptions
-        and severities. And how many images of each corruption a process corrupted per second.
+        and severities. And how many images of each corruption a second of a processor corrupted.
     """
     scores = [{shift: Scores(device) for shift in images.shifts} for _ in networks]
     rows = images.settings.batch_size

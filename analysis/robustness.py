@@ -14,10 +14,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
-
-import torch
 
 from analysis.checkpoints import add_checkpoints, find_checkpoints, open_checkpoint, smaller_batch, study_settings
 from analysis.command import make_writable, matplotlib_imports, progress, run_command, writing_to
@@ -163,8 +162,7 @@ def run(args: Namespace) -> None:
 
 def check_same_test_images(first: Trained, other: Trained, path: Path) -> None:
     """Raise UsageError where two checkpoints do not have the same test images."""
-    one, two = first.dataset.test, other.dataset.test
-    if not (torch.equal(one.pixels, two.pixels) and torch.equal(one.labels, two.labels)):
+    if any(a != b for a, b in zip_longest(first.dataset.test.identity(), other.dataset.test.identity())):
         raise UsageError(
             f"'{path}' has other test images than the first checkpoint: measure it by a command of its own"
         )
@@ -240,7 +238,7 @@ def print_tables(arms: Sequence[Arm], speeds: dict[str, float]) -> None:
 
     Args:
         arms: all networks.
-        speeds: images that a process corrupted per second, by corruption.
+        speeds: images corrupted per second of a processor, by corruption.
     """
     runs = sorted((one for arm in arms for one in arm.runs), key=lambda one: one.number)
     about = runs[0].figures
@@ -257,7 +255,7 @@ def print_tables(arms: Sequence[Arm], speeds: dict[str, float]) -> None:
     corruptions = rows_by_arm(arms, errors_by_corruption)
     for row in corruptions if speeds else ():
         row["images/s"] = f"{speeds[row['']]:,.0f}"
-    print("\nerror (%) by corruption" + ("; images/s: that a process corrupted" if speeds else ""))
+    print("\nerror (%) by corruption" + ("; images/s: corrupted per second of a processor" if speeds else ""))
     print(f"\n{text_table(corruptions)}")
     print(f"\nerror (%) by severity\n\n{text_table(rows_by_arm(arms, errors_by_severity))}")
 
