@@ -1,11 +1,12 @@
-"""What main_prune_train.py measures of a trained network: --evaluate, --recalibrate-bn and --sharpness."""
+"""What main_prune_train.py measures of a trained network: --evaluate, --recalibrate-bn, --sharpness, --robustness."""
 
 from argparse import Namespace
 
 import torch
 from torch import nn
 
-from analysis import hessian
+from analysis import corrupted, hessian
+from analysis.command import throttled
 from experiment import build
 from imagedata.augment import Normalize
 from imagedata.files import ImageFiles
@@ -19,15 +20,16 @@ from utils.errors import Preempted, UsageError, memory_errors, usage_errors
 from utils.precision import resolve_execution
 
 RECALIBRATED = ("test_loss_recalibrated_bn", "test_top1_recalibrated_bn")
+MEASURED = ("sharpness", "robustness")
 
 
 def measured_names(args: Namespace) -> set[str]:
-    """Return what result.json holds beyond the usual with --recalibrate-bn and --sharpness."""
-    return set(RECALIBRATED if args.recalibrate_bn else ()) | ({"sharpness"} if args.sharpness else set())
+    """Return what result.json holds beyond the usual with --recalibrate-bn, --sharpness and --robustness."""
+    return set(RECALIBRATED if args.recalibrate_bn else ()) | {name for name in MEASURED if getattr(args, name)}
 
 
 def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normalize, earlier: dict) -> dict:
-    """Return what --recalibrate-bn and --sharpness ask for, by name.
+    """Return what --recalibrate-bn, --sharpness and --robustness ask for, by name.
 
     Args:
         run: at its end.
@@ -41,7 +43,7 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     """
     model: nn.Module = run.state.model
     device, group, say = run.loader.device, run.group, run.logger.say
-    found = {name: earlier[name] for name in (*RECALIBRATED, "sharpness") if name in earlier}
+    found = {name: earlier[name] for name in (*RECALIBRATED, *MEASURED) if name in earlier}
     if measured_names(args) and group.any(run.interruption.signal is not None, device):
         raise Preempted("ended by a signal after the last step: --resume auto goes on with the measurements")
     if args.recalibrate_bn:
@@ -51,20 +53,38 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
         figures = evaluate(model, run.evaluators["test"], run.execution, group)
         found |= dict(zip(RECALIBRATED, figures, strict=True))
         say(f"with batch norm's statistics estimated anew: test accuracy {figures[1]:.2f}%")
+    interrupted = "--resume auto goes on with the measurements"
+    checkpoint, step = run.logger.directory / "checkpoint.pt", run.state.global_step
     if args.sharpness and group.is_main:
-        command = f"python -m analysis.sharpness {run.logger.directory / 'checkpoint.pt'}"
-        advice = f"{command} with a --batch-size below {hessian.Settings.batch_size}"
+        advice = f"python -m analysis.sharpness {checkpoint} with a --batch-size below {hessian.Settings.batch_size}"
 
         def watch(what: str) -> None:
             if run.interruption.signal:
-                raise Preempted(f"ended by {run.interruption.signal}: --resume auto goes on with the measurements")
+                raise Preempted(f"ended by {run.interruption.signal}: {interrupted}")
             say(what)
 
         # A signal is only noted: raised inside a derivative, Preempted would come out as an error of torch.
         with usage_errors(), memory_errors(advice), run.interruption.finishing():
             sharpness = hessian.measure(model, run.state.pruner.masks, data, normalize, device, watch=watch)
         found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | sharpness
-        run.logger.scalars("sharpness", hessian.scalars(sharpness), run.state.global_step)
+        run.logger.scalars("sharpness", hessian.scalars(sharpness), step)
+    if args.robustness and group.is_main:
+        settings = corrupted.Settings()
+        advice = f"python -m analysis.robustness {checkpoint} with a --batch-size below {settings.batch_size}"
+        images = corrupted.CorruptedImages(data.test, settings)
+        show, done = throttled(say, seconds=60), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if run.interruption.signal:
+                raise Preempted(f"ended by {run.interruption.signal}: {interrupted}")
+            show(f"robustness: {done:,} of {len(images):,} batches of test images")
+
+        with memory_errors(advice), run.interruption.finishing():
+            (robustness,), _ = corrupted.measure([corrupted.Network(model, normalize)], images, device, advance=advance)
+        found["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | robustness
+        run.logger.scalars("robustness", corrupted.scalars(robustness), step)
     return found
 
 

@@ -15,6 +15,7 @@ import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
 from imagedata.augment import Augmentation, Normalize
+from imagedata.corruptions import CORRUPTIONS, refuse_uncorruptible
 from imagedata.files import ImageFiles
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
@@ -88,6 +89,8 @@ def dataset(args: Namespace, group: ProcessGroup = ProcessGroup()) -> Dataset:
     """Return the data set that a run trains on. Raises UsageError."""
     with group.main_first():
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    if args.robustness:
+        refuse_uncorruptible(tuple(CORRUPTIONS), data.test.image_shape)
     with flag_errors():
         return training_part(args, data)
 

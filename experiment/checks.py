@@ -73,7 +73,7 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
             )
     if "dataset" in given:
         saved = saved | {"data_dir": None, "image_size": None}
-    merged = _merge(args, given | {"recalibrate_bn", "sharpness"}, saved)
+    merged = _merge(args, given | {"recalibrate_bn", "sharpness", "robustness"}, saved)
     check(merged, given & allowed)
     return merged
 

@@ -29,7 +29,7 @@ DIRECTIONS = ("previous", "momentum", "ema", "random")
 # `nonfinite` does where a run without it would have ended.
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "test_batch_size", "device", "no_cuda", "output_dir", "remark", "resume", "evaluate", "log_interval",
-    "summary", "workers", "recalibrate_bn", "sharpness", "checkpoint_every", "nonfinite", "eval_every",
+    "summary", "workers", "recalibrate_bn", "sharpness", "robustness", "checkpoint_every", "nonfinite", "eval_every",
 }  # fmt: skip
 
 # Flags that may differ between the processes of a run.
@@ -301,6 +301,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="also evaluate the trained network with batch norm's statistics estimated anew")
     add("--sharpness", action="store_true",
         help="after training measure Hessian eigenvalues, trace and SAM-sharpness, as python -m analysis.sharpness does")
+    add("--robustness", action="store_true",
+        help="after training measure error, loss and calibration on corrupted test images, as python -m analysis.robustness does")
     add("--evaluate", type=Path, metavar="CKPT", help="only evaluate this checkpoint on the test images")
     add("--log-interval", type=number(int, above=0), default=50, metavar="STEPS",
         help="steps between two logged steps; the last one of an epoch is logged too. A logged step of one-step SAM takes a "

@@ -110,7 +110,7 @@ def in_workers(batches: torch.utils.data.Dataset, numbers: Iterable[int], worker
     with signals_blocked():  # and so they are in the workers from their first moment
         loader: DataLoader = DataLoader(
             batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin,  # type: ignore[arg-type]
-            multiprocessing_context="fork", worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork", worker_init_fn=ignore_signals,
         )  # fmt: skip
         made = iter(loader)
     return _checked(made, workers)
@@ -153,7 +153,7 @@ def _full_memory(workers: int) -> TrainingError:
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Make a worker ignore signals to the whole run: the parent finishes its step and stops the workers itself."""
 
     def wait() -> None:

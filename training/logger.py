@@ -25,7 +25,7 @@ from training.state import TrainState
 from utils.files import write_text_atomically
 
 # TensorBoard sorts groups of charts by name. Accuracy and loss come first, then what a study of SAM or of masks looks at,
-# then what it costs; measurements of sharpness come between them.
+# then what it costs; measurements of robustness and sharpness come between them.
 ACCURACY, LOSS, STEP, SPARSITY, LAYERS, WORK = (
     "accuracy", "loss", "optimizer", "sparsity", "sparsity_by_layer", "work",
 )  # fmt: skip
