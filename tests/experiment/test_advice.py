@@ -15,9 +15,12 @@ from utils.errors import UsageError
     [
         ("--sparsity 0.9", "add --prune-method random, or leave it out"),
         ("--sparsity-distribution erk", "add --prune-method random --sparsity 0.9, or"),
-        ("--drop-fraction 0.2", "add --prune-method set, rigl or mest, or"),
-        ("--prune-method snip --sparsity 0.5 --update-interval 5", "take --prune-method set, rigl, mest or gmp, or"),
-        ("--prune-method set --sparsity 0.5 --lth-rounds 2", "take --prune-method lth, or"),
+        ("--drop-fraction 0.2", "add --prune-method set, rigl, mest, dsr, snfs or granet, or"),
+        (
+            "--prune-method snip --sparsity 0.5 --update-interval 5",
+            "take --prune-method set, rigl, mest, dsr, snfs, gmp, granet or acdc, or",
+        ),
+        ("--prune-method set --sparsity 0.5 --lth-rounds 2", "take --prune-method lth or lamp, or"),
         ("--sam-v2", "add --optmzr sgd-sam, or leave it out"),
         ("--optmzr adam --adaptive", "add --optmzr adam-sam, or leave it out"),
         ("--optmzr adamw-sam --nesterov", "take --optmzr sgd-sam, or leave it out"),
