@@ -151,7 +151,9 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
             continue
         parts = [f"{title} {points(rows[arm].difference)}" for arm, title in HEADLINE.items() if arm in rows]
         where = f"{cell_title(task, cell)}, {count_text(len(rows['previous'].differences), 'seed')}"
-        lines.append(f"- **{TASKS[task].title}** ({where}), minus SGD in points of test accuracy: {'; '.join(parts)}.")
+        lines.append(
+            f"- **{TASKS[task].title}** ({where}), minus SGD in points of test accuracy, with 95% intervals: {'; '.join(parts)}."
+        )
     return "\n".join(lines) or "No comparison is in the ledger yet."
 
 
@@ -299,7 +301,7 @@ def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
     )
     cell, seeds = cell_title(task, next(iter(TASKS[task].cells))), " and ".join(map(str, TUNING_SEEDS))
     notes = [
-        f"Mean of the seeds {seeds} after the last epoch, on {TASKS[task].val_split} images held out of training; {cell}. Bold: "
+        f"Mean of the seeds {seeds} after the last epoch, on {TASKS[task].val_split} images held out of training, with their right labels; {cell}. Bold: "
         "chosen, for all cells."
     ]
     if at_an_end:
