@@ -1,6 +1,7 @@
 """Keep the figures of runs in results/.
 
 add writes results/STUDY/RUN.json for each run: flags, figures of every epoch and of the end, commit, device.
+render makes the tables and pictures of RESULTS.md, README.md and docs/one-step.md from it.
 """
 
 import argparse
@@ -48,15 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     adding = commands.add_parser("add", help="write the figures of finished runs into results/")
     adding.add_argument("--study", required=True, metavar="NAME", help="folder of results/")
     adding.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="directory of a finished run")
-    adding.add_argument("--results", type=Path, metavar="DIR", help="the ledger (results/)")
+    adding.set_defaults(run=add_runs)
+    rendering = commands.add_parser("render", help="fill the tables and pictures of the pages")
+    rendering.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
+    rendering.set_defaults(run=render)
+    for command in (adding, rendering):
+        command.add_argument("--results", type=Path, metavar="DIR", help="the ledger (results/)")
     return parser
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Run the command line on a checkout and return its exit code."""
     args = build_parser().parse_args(argv)
-    args.root, args.results = root, args.results or root / "results"
-    return run_command(add_runs, args)
+    args.root, args.results, args.exit_code = root, args.results or root / "results", 0
+    return run_command(args.run, args) or args.exit_code
 
 
 def add_runs(args: Namespace) -> None:
@@ -68,6 +74,21 @@ def add_runs(args: Namespace) -> None:
     for entry in entries:
         ledger.write(entry)
     print(f"{count_text(len(entries), 'run')} in {ledger.folder}")
+
+
+def render(args: Namespace) -> None:
+    """Bring the pages up to date, or say which ones are not."""
+    from analysis.results_page import render
+
+    changed = render(args.root, args.results, args.check)
+    if args.check and changed:
+        print(
+            f"error: not what the ledger makes: {', '.join(changed)}: run python -m analysis.ledger render",
+            file=sys.stderr,
+        )
+        args.exit_code = 1
+    elif not args.check:
+        print("\n".join(f"written: {what}" for what in changed) or "nothing to change")
 
 
 class Ledger:
@@ -124,7 +145,10 @@ def read_entry(path: Path) -> dict:
     try:
         entry = json.loads(path.read_text())
         if not (
-            entry["run"] == path.stem and isinstance(entry["flags"], dict) and {*VOLATILE, "state"} <= entry.keys()
+            entry["run"] == path.stem
+            and isinstance(entry["flags"], dict)
+            and {*VOLATILE, "state"} <= entry.keys()
+            and (entry["state"] == "diverged" or {"test_top1", "passes_per_step"} <= entry["final"].keys())
         ):
             raise ValueError("not a run's figures")
     except (OSError, ValueError, TypeError, KeyError) as error:

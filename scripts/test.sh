@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Linters, types, the arrows between folders, and tests, on all cores but at most four. Further arguments go to pytest.
+# Linters, types, the arrows between folders, figures of the pages, and tests, on all cores but at most four. Further
+# arguments go to pytest.
 # WITH_EXAMPLES=1 asks for the frameworks of examples/ too; without them their tests are skipped.
 set -euo pipefail
 flags=("$@")
@@ -13,4 +14,5 @@ commands=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'
 "$commands/shellcheck" -x scripts/*.sh .ci/run
 "$PYTHON" -m mypy
 "$commands/lint-imports"
+"$PYTHON" -m analysis.ledger render --check
 "$PYTHON" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal ${flags[@]+"${flags[@]}"}

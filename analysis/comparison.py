@@ -1,0 +1,133 @@
+"""Compare the arms of a study with SGD, by the figures in its ledger."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from experiment.study import TASKS, Run
+from utils.statistics import Interval, holm, paired_p, student_interval
+
+Entry = dict[str, Any]
+BASE, CONTROL = "sgd", "sam"  # what arms are compared with, and the one that is known to gain
+LEVEL = 0.05
+FEWEST = 3  # pairs that a picture or a headline needs: the interval of two is as wide as the picture
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The runs of an arm in a cell.
+
+    Attributes:
+        arm, title: its name and how it is shown.
+        entries: of all its runs; those that diverged are in no figure.
+        differences: test accuracies minus those of SGD with the same seed and images, in points.
+        difference: their mean and its 95% interval by Student's t; None without pairs.
+        p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
+    """
+
+    arm: str
+    title: str
+    entries: tuple[Entry, ...]
+    differences: tuple[float, ...]
+    difference: Interval | None
+    p: float
+
+    @property
+    def finished(self) -> list[Entry]:
+        """The runs that did not diverge."""
+        return [entry for entry in self.entries if entry["state"] == "finished"]
+
+    @property
+    def diverged(self) -> int:
+        """How many runs diverged."""
+        return len(self.entries) - len(self.finished)
+
+    @property
+    def passes(self) -> float:
+        """Median of forward and backward passes per step; NaN where every run diverged."""
+        return median(final(self.finished, "passes_per_step")) if self.finished else math.nan
+
+    @property
+    def eigenvalues(self) -> list[float]:
+        """Largest eigenvalues of the Hessian on training images, of the runs for which it was measured."""
+        return [value for entry in self.finished if (value := entry.get("sharpness", {}).get("train")) is not None]
+
+    @property
+    def rho(self) -> str:
+        """Its rho, and nothing for an arm without one."""
+        rhos = {entry["flags"].get("sam_rho") for entry in self.entries} - {None}
+        return ", ".join(f"{rho:g}" for rho in sorted(rhos))
+
+    @property
+    def verdict(self) -> int:
+        """1 for a gain and -1 for a loss that is significant after the correction, 0 for neither."""
+        return int(math.copysign(1, self.difference.mean)) if self.difference and self.p < LEVEL else 0
+
+
+def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
+    """Compare the arms of a cell that have runs: SGD and two-step SAM first, the others in the study's order.
+
+    Args:
+        task, cell: names.
+        entries: of the task, by the names of the runs.
+    """
+    arms = TASKS[task].arms
+    runs = {}
+    for arm in sorted(arms, key=lambda name: (BASE, CONTROL, name).index(name)):
+        planned = {seed: Run(task, cell, arm, seed).name for seed in TASKS[task].seeds}
+        if found := {seed: entries[name] for seed, name in planned.items() if name in entries}:
+            runs[arm] = found
+    base = runs.get(BASE, {})
+    differences = {arm: pairs(found, base) if arm != BASE else () for arm, found in runs.items()}
+    corrected = dict(zip(differences, holm([paired_p(values) for values in differences.values()]), strict=True))
+    return [
+        Compared(
+            arm, arms[arm].title, tuple(found.values()), differences[arm],
+            student_interval(differences[arm]) if differences[arm] else None, corrected[arm],
+        )
+        for arm, found in runs.items()
+    ]  # fmt: skip
+
+
+def pairs(runs: dict[int, Entry], base: dict[int, Entry]) -> tuple[float, ...]:
+    """Return differences in test accuracy between finished runs of the same seed and images."""
+    return tuple(
+        runs[seed]["final"]["test_top1"] - base[seed]["final"]["test_top1"]
+        for seed in runs
+        if seed in base
+        and runs[seed]["state"] == base[seed]["state"] == "finished"
+        and runs[seed]["images"] == base[seed]["images"]
+    )
+
+
+def final(entries: Iterable[Entry], name: str) -> list[float]:
+    """Return a figure of finished runs."""
+    return [entry["final"][name] for entry in entries]
+
+
+def core_hours(entries: Iterable[Entry]) -> float:
+    """Return how long runs took, times the threads that each had."""
+    return sum(entry["seconds"] * threads(entry["device"]) for entry in entries) / 3600
+
+
+def threads(device: str) -> int:
+    """Return the threads that a device's description names; 1 for a GPU."""
+    found = re.search(r"(\d+) threads", device)
+    return int(found[1]) if found else 1
+
+
+def masks(task: str, cell: str) -> tuple[str, float]:
+    """Return a cell's pruning method and its sparsity."""
+    flags = dict(re.findall(r"--(prune-method|sparsity) (\S+)", TASKS[task].cells[cell]))
+    return flags["prune-method"], float(flags.get("sparsity", 0))
+
+
+def cell_title(task: str, cell: str) -> str:
+    """Return the title of a cell: `90% sparse, random`, `dense` or `98% sparse, rigl, batch 64`."""
+    method, sparsity = masks(task, cell)
+    batch = re.search(r"--batch-size (\d+)", TASKS[task].cells[cell])
+    kind = "dense" if method == "none" else f"{100 * sparsity:g}% sparse, {method}"
+    return f"{kind}, batch {batch[1]}" if batch else kind

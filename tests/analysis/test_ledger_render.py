@@ -1,0 +1,255 @@
+"""Pages and pictures made from a small ledger with figures that are known."""
+
+import json
+import math
+import re
+
+import pytest
+
+from analysis.comparison import compare
+from analysis.ledger import Ledger, main
+from experiment.study import TASKS, Run
+
+TASK, CELL = "digits-noise", "random-0.9"
+PAGE = "# Results\n\n" + "\n".join(
+    f"<!-- ledger: {name} -->\n<!-- /ledger -->\n" for name in ("headlines", "frontier", "sparsities", TASK, "methods")
+)
+ACCURACIES = {  # by seed
+    "sgd": [90.0, 91.0, 92.0],
+    "sam": [94.0, 95.1, 95.9],
+    "previous": [91.0, 91.5, 94.0],
+}
+
+
+def entry(run, accuracy, *, commit="1234567890", **more):
+    """Return an entry of the ledger; one without an accuracy diverged."""
+    flags = {"sam_rho": TASKS[run.task].arms[run.arm].rhos[1]} if run.tuned else {}
+    about = {
+        "run": run.name, "commit": commit, "mathematics": "abc", "device": "cpu (x86_64, 2 threads)", "torch": "2.14",
+        "seconds": 1800.0, "images": f"seed {run.seed}", "flags": flags,
+    }  # fmt: skip
+    if accuracy is None:
+        return about | {"state": "diverged", "end": "the loss is nan"} | more
+    figures = {"test_top1": accuracy, "passes_per_step": 2.0 if run.arm == "sam" else 1.0}
+    return about | {"state": "finished", "final": figures} | more
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A directory with a page and a ledger; checkout.add(run, accuracy, ...) puts a run into it."""
+
+    class Checkout:
+        root, page = tmp_path, tmp_path / "RESULTS.md"
+
+        def add(self, run, accuracy, **more):
+            folder = tmp_path / "results" / run.task
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{run.name}.json").write_text(json.dumps(entry(run, accuracy, **more)))
+
+        def add_cell(self, cell=CELL):
+            for arm, accuracies in ACCURACIES.items():
+                for seed, accuracy in enumerate(accuracies):
+                    self.add(Run(TASK, cell, arm, seed), accuracy)
+
+        def render(self, *flags):
+            return main(["render", *flags], root=tmp_path)
+
+        def rows(self):
+            """Return the cells of all rows of tables, by their first cell; of equal ones the first."""
+            found = {}
+            for line in re.findall(r"^\|(.*)\|$", self.page.read_text(), re.MULTILINE):
+                first, *cells = (cell.strip() for cell in line.split("|"))
+                found.setdefault(first, cells)
+            return found
+
+        def compared(self):
+            rows = compare(TASK, CELL, Ledger(tmp_path / "results" / TASK, None).entries)
+            return {row.arm: row for row in rows}
+
+    Checkout.page.write_text(PAGE)
+    return Checkout()
+
+
+def test_a_row_has_pairs_interval_and_corrected_p_of_the_formulas(checkout):
+    checkout.add_cell()
+    previous = checkout.compared()["previous"]
+    differences = [1.0, 0.5, 2.0]
+    mean = sum(differences) / 3
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2) / math.sqrt(3)
+    half = 4.302652729911275 * error  # Student's t at 0.975 with 2 degrees of freedom, from a table
+    t = mean / error
+    p = 1 - t / math.sqrt(2 + t * t)  # two-sided, in closed form for 2 degrees of freedom
+    assert previous.differences == tuple(differences)
+    assert previous.difference == pytest.approx((mean, mean - half, mean + half))
+    assert previous.p == pytest.approx(p)  # the larger one of two stays as it is
+    sam = checkout.compared()["sam"]
+    t = 4 / (0.1 / math.sqrt(3))  # 4.0, 4.1, 3.9
+    assert sam.p == pytest.approx(2 * (1 - t / math.sqrt(2 + t * t)))  # the smaller one is doubled
+    assert (sam.verdict, previous.verdict) == (1, 0)
+
+
+def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "previous", 0), 91.0, sharpness={"train": 320.5})
+    assert checkout.render() == 0
+    rows, text = checkout.rows(), checkout.page.read_text()
+    assert list(rows)[2:5] == ["SGD", "SAM (two-step), the positive control", "one-step SAM"]
+    assert rows["SGD"] == ["", "1", "91.00 ± 1.00", "3", "", "", "", "", ""]
+    assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
+    assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
+    assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
+    assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
+    assert "(90% sparse, random, 3 seeds)" in text
+    assert "one-step SAM **+1.17** (-0.73 to +3.06); two-step SAM **+4.00** (+3.75 to +4.25)" in text
+
+
+def test_a_run_that_diverged_is_counted_and_in_no_mean(checkout):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "previous", 3), None)
+    checkout.add(Run(TASK, CELL, "msam", 0), None)
+    checkout.render()
+    rows = checkout.rows()
+    assert rows["arm"].index("diverged") == 4
+    assert rows["one-step SAM"][2:5] == ["92.17 ± 1.61", "3", "1"]
+    assert rows["MSAM"] == ["-1", "", "", "0", "1", "", "", "", ""]
+    assert "2 runs diverged" in checkout.page.read_text()
+
+
+def test_runs_on_other_images_are_no_pair(checkout):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "previous", 1), 91.5, images="others", mathematics="def", commit="fedcba9876")
+    assert checkout.compared()["previous"].differences == (1.0, 2.0)
+    checkout.render()
+    assert "commits 1234567, fedcba9, which compute in 2 ways" in checkout.page.read_text()
+
+
+def test_the_chosen_rho_is_bold_and_one_at_an_end_is_named(checkout):
+    arm = TASKS[TASK].arms["previous"]
+    held_out = dict(zip(arm.rhos, [90.0, 91.0, 92.0, 93.0, 94.0], strict=True))
+    for rho, accuracy in held_out.items():
+        for seed in (100, 101):
+            run = Run(TASK, CELL, "previous", seed, rho, tuning=True)
+            checkout.add(run, 1.0, epochs={"val_top1": [1.0, accuracy + seed - 100]})
+    checkout.add(Run(TASK, CELL, "previous", 100, arm.rhos[1], tuning=True), None)
+    checkout.render()
+    cells = checkout.rows()["one-step SAM"]
+    assert cells == ["0.05: 90.50", "0.1: diverged", "0.2: 92.50", "0.3: 93.50", "**0.5: 94.50**"]
+    assert "may be a better one beyond: *one-step SAM*" in checkout.page.read_text()
+    (checkout.root / "results" / TASK / "rho").mkdir()
+    (checkout.root / "results" / TASK / "rho" / "previous.json").write_text('{"rho": 0.2}')
+    assert checkout.render("--check") == 1
+    checkout.render()
+    assert checkout.rows()["one-step SAM"][2:] == ["**0.2: 92.50**", "0.3: 93.50", "0.5: 94.50"]
+
+
+def test_an_unfinished_tuning_has_no_choice(checkout):
+    checkout.add(Run(TASK, CELL, "sam", 100, 0.1, tuning=True), 1.0, epochs={"val_top1": [80.0]})
+    checkout.render()
+    assert checkout.rows()["SAM (two-step)"] == ["", "0.1: 80.00 (1 run)", "", "", ""]
+
+
+def test_rendering_twice_changes_nothing_and_a_check_agrees(checkout, capsys):
+    for cell in (CELL, "dense", "rigl-0.9"):
+        checkout.add_cell(cell)
+    assert checkout.render() == 0
+    files = [checkout.page, *sorted((checkout.root / "docs/results").iterdir())]
+    assert [file.name for file in files] == ["RESULTS.md", "frontier.svg", "sparsities.svg"]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    capsys.readouterr()
+    assert checkout.render() == 0
+    assert capsys.readouterr().out == "nothing to change\n"
+    assert checkout.render("--check") == 0
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    files[1].unlink()
+    assert checkout.render() == 0
+    assert files[1].read_bytes() == before[1][0]  # drawn anew to the same bytes
+
+
+def test_a_check_names_what_differs_and_changes_nothing(checkout, capsys):
+    checkout.add_cell()
+    checkout.render()
+    page, picture = checkout.page.read_text(), checkout.root / "docs/results/frontier.svg"
+    checkout.page.write_text(edited := page.replace("92.17 ± 1.61", "93.17 ± 1.61"))
+    capsys.readouterr()
+    assert checkout.render("--check") == 1
+    told = "error: not what the ledger makes: {}: run python -m analysis.ledger render\n"
+    assert capsys.readouterr().err == told.format(f"RESULTS.md ({TASK})")
+    assert checkout.page.read_text() == edited
+    checkout.page.write_text(page)
+    checkout.add(Run(TASK, CELL, "sam", 0), 94.5)
+    drawn = picture.read_bytes()
+    assert checkout.render("--check") == 1
+    assert capsys.readouterr().err == told.format(f"RESULTS.md (headlines, {TASK}), docs/results/frontier.svg")
+    assert picture.read_bytes() == drawn
+
+
+def test_without_runs_every_block_says_so_and_no_picture_is_left(checkout):
+    checkout.add_cell()
+    checkout.render()
+    for file in (checkout.root / "results" / TASK).iterdir():
+        file.unlink()
+    assert checkout.render() == 0
+    text = checkout.page.read_text()
+    assert "No comparison is in the ledger yet." in text
+    assert "No run of it is in the ledger yet." in text
+    assert "Not run at today's defaults." in text
+    assert not list((checkout.root / "docs/results").iterdir())
+    assert "|" not in text
+
+
+def test_text_outside_of_markers_stays(checkout):
+    checkout.page.write_text("before\n" + PAGE + "\nafter `<!-- ledger: NAME -->`\n")
+    checkout.render()
+    assert checkout.page.read_text().startswith("before\n# Results\n")
+    assert checkout.page.read_text().endswith("\nafter `<!-- ledger: NAME -->`\n")
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        (PAGE.replace("<!-- /ledger -->\n", "", 1), "belong together"),
+        (PAGE + "<!-- /ledger -->\n", "belong together"),
+        (PAGE.replace("headlines", "headline"), "'RESULTS.md' has a marker for 'headline'"),
+    ],
+)
+def test_a_wrong_marker_is_one_sentence(checkout, capsys, page, sentence):
+    checkout.page.write_text(page)
+    assert checkout.render() == 2
+    assert sentence in capsys.readouterr().err
+    assert checkout.page.read_text() == page
+
+
+def test_an_entry_without_figures_is_one_sentence(checkout, capsys):
+    run = Run(TASK, CELL, "sgd", 0)
+    checkout.add(run, 90.0, final={})
+    assert checkout.render() == 2
+    assert f"cannot read '{checkout.root / 'results' / TASK / run.name}.json'" in capsys.readouterr().err
+
+
+def test_a_run_that_the_study_does_not_list_is_told_of(checkout, capsys):
+    checkout.add(Run(TASK, CELL, "sgd", 77), 90.0)
+    assert checkout.render() == 0
+    assert f"results/{TASK} has 1 run that experiment/study.py does not list" in capsys.readouterr().err
+    assert checkout.rows() == {}
+
+
+def test_every_method_has_a_row_with_both_sparsities(checkout):
+    figures = {"passes_per_step": 1.0, "inference_flops": 14.52e6, "ever_alive": 0.1}
+
+    def add(cell, arm, accuracy, flops, sparsity):
+        final = figures | {"test_top1": accuracy, "training_flops": flops, "sparsity": sparsity}
+        checkout.add(Run("methods", cell, arm, 0), accuracy, final=final)
+
+    add("dense", "previous", 41.0, 1000.0, 0.0)
+    add("random-0.9", "previous", 39.0, 174.0, 0.9)
+    add("random-0.9", "sgd", 42.5, 174.0, 0.9)
+    add("random-0.98", "previous", 36.8, 50.0, 0.98)
+    add("mest-soft-0.9", "previous", 37.0, 194.0, 0.9)
+    checkout.add(Run("methods", "oneshot-0.9", "previous", 0), None)
+    checkout.render()
+    rows = checkout.rows()
+    assert rows["`none`"] == ["0.0000", "41.00", "", "14.5", "1.000", "0.100", "", ""]
+    assert rows["`random`"] == ["0.9000", "39.00", "42.50", "14.5", "0.174", "0.100", "0.9800", "36.80"]
+    assert rows["`mest --mest-soft`"][4] == "0.194"
+    assert rows["`oneshot` (from the run of `none`)"][:2] == ["diverged", "diverged"]
+    assert "`snip`" not in rows
