@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -121,7 +122,7 @@ def test_a_long_run_is_thinned_to_fit_and_keeps_its_last_epoch(add, run, checkou
     assert len(text.encode()) <= MOST_BYTES
     assert epochs[-1] == 400
     assert len(epochs) > 40
-    assert len({after - before for before, after in zip(epochs, epochs[1:], strict=False)}) == 1
+    assert len({after - before for before, after in pairwise(epochs)}) == 1
 
 
 def test_adding_a_run_again_or_from_another_machine_changes_nothing(add, run, checkout):
