@@ -160,7 +160,7 @@ def test_every_command_of_a_list_is_one_that_the_program_takes(listed, trained):
             runs[run.name] = [*flags, *place[TASKS[run.task].images]] if run.cell != "oneshot-0.9" else []
         seen.add(kind)
     assert len(runs) >= len(PAPER_ARMS) * 6
-    check_flags(runs, {}, [])
+    check_flags(runs, [], [])
 
 
 def test_tuning_holds_images_out_and_takes_seeds_that_do_not_count():
