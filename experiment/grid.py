@@ -1,11 +1,13 @@
 """The grid of a sweep, as a script writes it down, and the runs that it makes.
 
-A grid has lines of four kinds; scripts/reproduce_cifar.sh shows all of them:
+A grid has lines of five kinds; scripts/reproduce_cifar.sh shows all of them:
 
     # TEXT                         --help shows it
     NAME = VALUES  # MEANING       a setting with its default; an environment variable of that name replaces the default
     ARM FLAG ...                   a name and flags, for each value of every setting in braces: {NAME} stands for the
                                    value, {NAME=VALUE} for this value alone
+    + {NAME=VALUE} ... FLAG ...    flags for the runs in which each of these settings, METHODS and SPARSITIES among them,
+                                   has this value, or one of {NAME=VALUE|VALUE}
     > COMMAND                      runs at the end of the sweep, without a shell; {OUTPUT_DIR} is the sweep's directory
 
 Every arm becomes a run for each pruning method, sparsity and seed.
@@ -18,9 +20,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 SETTINGS = {  # of every sweep: default, which a grid may replace, and meaning
     "METHODS": ("random", "pruning methods; none for a dense network"),
@@ -49,8 +51,16 @@ NOT_OF_NETWORKS = {
     "seed",
 }  # networks that differ in them build alike
 PATHS = ("--data-dir", "--pretrained")
+BY_RUN = ("METHODS", "SPARSITIES")  # settings of every sweep that may be conditions for added flags
 
-Flags = dict[str, list[str]]  # by the name of an arm or of a run
+Flags = dict[str, list[str]]  # by the name of a run
+
+
+class Arm(NamedTuple):
+    """An arm of a grid: its flags, and the values of the grid's own settings that it is for."""
+
+    flags: list[str]
+    chosen: dict[str, str]
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -67,12 +77,14 @@ class Grid:
         about: its comments.
         settings: default and meaning of each setting.
         arms: name and flags of each arm, with places for the values of settings.
+        added: conditions and flags of each line that begins with a plus.
         after: commands for the end of the sweep.
     """
 
     about: list[str]
     settings: dict[str, tuple[str, str]]
     arms: list[list[str]]
+    added: list[list[str]]
     after: list[list[str]]
 
     def value(self, name: str) -> str:
@@ -101,11 +113,15 @@ class Grid:
             lines.append(" ".join([f"  {name:<11}", *filter(None, [meaning, default and f"({default})"])]))
         return "\n".join(lines)
 
-    def expand_arms(self) -> Flags:
-        """Return the flags of each arm, for every combination of the grid's own settings."""
+    def expand_arms(self) -> dict[str, Arm]:
+        """Return each arm by its name, for every combination of the grid's own settings."""
         own = {name: self.value(name).split() for name in self.settings if name not in SETTINGS}
-        arms: Flags = {}
+        arms: dict[str, Arm] = {}
         taken = set()
+        for name, only in PLACE.findall(" ".join(itertools.chain(*self.added))):
+            if name not in (*own, *BY_RUN):
+                refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
+            taken |= {(name, value) for value in [*only.split("|"), *self.settings[name][0].split()]}
         for values in itertools.product(*own.values()):
             chosen = dict(zip(own, values, strict=True))
             for arm in self.arms:
@@ -116,7 +132,8 @@ class Grid:
                 if any(only and only != chosen[name] for name, only in places):
                     continue
                 name, *flags = (fill_in(word, chosen) for word in arm)
-                if arms.setdefault(name, flags) != flags:
+                arm_of_name = arms.setdefault(name, Arm(flags, chosen))
+                if arm_of_name.flags != flags or self.added_flags(arm_of_name.chosen) != self.added_flags(chosen):
                     refuse(f"two arms of the grid are called '{name}': give them different names")
                 taken |= {(name, chosen[name]) for name, _ in places}
         for name, value in [(name, value) for name, values in own.items() for value in values]:
@@ -124,14 +141,25 @@ class Grid:
                 refuse(f"{name}: no arm of this sweep is for '{value}'")
         return arms
 
-    def expand_runs(self, arms: Flags, extra: list[str]) -> Flags:
+    def added_flags(self, chosen: dict[str, str]) -> list[str]:
+        """Return the flags that are added where settings have these values, whatever those have that are not among them."""
+        flags: list[str] = []
+        for line in self.added:
+            conditions = PLACE.findall(" ".join(line))
+            if all(chosen[name] in only.split("|") for name, only in conditions if name in chosen):
+                flags += [word for word in line if not PLACE.fullmatch(word)]
+        return flags
+
+    def expand_runs(self, arms: dict[str, Arm], extra: list[str]) -> Flags:
         """Return the flags of each run, which end in the extra ones."""
         runs: Flags = {}
         for arm, method, sparsity, seed in itertools.product(
             arms, self.value("METHODS").split(), self.value("SPARSITIES").split(), self.numbers("SEEDS")
         ):
             sparse, share = (["--sparsity", sparsity], f"{method}-{sparsity}") if method != "none" else ([], "dense")
-            flags = ["--prune-method", method, *sparse, *arms[arm], "--seed", seed, "--epochs", self.value("EPOCHS")]
+            added = self.added_flags(arms[arm].chosen | {"METHODS": method, "SPARSITIES": sparsity if sparse else ""})
+            flags = ["--prune-method", method, *sparse, *arms[arm].flags, *added]
+            flags += ["--seed", seed, "--epochs", self.value("EPOCHS")]
             name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{share}-{arm}-seed{seed}")
             if runs.setdefault(name, [*flags, *extra]) != [*flags, *extra]:
                 refuse(f"two runs of the grid are called '{name}': give its arms other names")
@@ -148,13 +176,15 @@ def fill_in(word: str, values: dict[str, str]) -> str:
 def read_grid(text: str, name: str) -> Grid:
     """Read a sweep's grid, and refuse variables of the environment that look like one of its settings misspelt."""
     settings = SETTINGS | {"OUTPUT_DIR": (f"runs/{name}", SETTINGS["OUTPUT_DIR"][1])}
-    grid = Grid([], {}, [], [])
+    grid = Grid([], {}, [], [], [])
     for line in map(str.strip, text.splitlines()):
         try:
             if line.startswith("#"):
                 grid.about.append(line.removeprefix("#").strip())
             elif setting := SETTING.fullmatch(line):
                 grid.settings[setting[1]] = (setting[2], setting[3] or settings.get(setting[1], ("", ""))[1])
+            elif line.startswith("+"):
+                grid.added.append(shlex.split(line[1:]))
             elif line.startswith(">"):
                 grid.after.append(shlex.split(line[1:]))
                 if not shutil.which(grid.after[-1][0]) and grid.after[-1][0] != "python":
@@ -183,8 +213,14 @@ def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
             yield argument
 
 
-def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
-    """Refuse what a run would refuse before it looks at data, so that none is started in vain."""
+def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> None:
+    """Refuse what a run would refuse before it looks at data, so that none is started in vain.
+
+    Args:
+        runs: flags of each run.
+        of_grid: lists of flags that the grid sets, and the extra ones may not.
+        extra: flags of all runs.
+    """
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
     from experiment.flags import flag, parse
@@ -192,7 +228,7 @@ def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
 
     run, built = "all runs", set()
     try:
-        taken = SET_BY_SWEEP.union(*(parse(flags)[1] for flags in arms.values()))
+        taken = SET_BY_SWEEP.union(*(parse(flags)[1] for flags in of_grid))
         for name in sorted(taken & parse(extra)[1]):
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
         for run, flags in runs.items():  # noqa: B007 (the sentence below names it)

@@ -10,12 +10,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from running import DIGITS
 
+from experiment.flags import parse
 from experiment.sweep import main, slurm_job
+from models import build_model
+from prune.masks import prunable_weights, select_layers
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [path.name for path in sorted((ROOT / "scripts").glob("*.sh")) if "experiment.sweep" in path.read_text()]
@@ -136,15 +141,57 @@ def test_a_dry_run_lists_every_run_of_a_grid_once_and_does_nothing(sweep, script
     assert not sweep.output.exists()
 
 
-def test_the_table_of_the_paper_has_864_runs(sweep, monkeypatch):
+def test_the_table_of_the_paper_has_648_runs(sweep, monkeypatch):
     monkeypatch.delenv("SEEDS")
     done = sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"))
-    assert done.stdout.splitlines()[-1] == "864 runs"
+    assert done.stdout.splitlines()[-1] == "648 runs"
     part = sweep(
         "--dry-run", grid=grid_of("reproduce_cifar.sh"), ARCHS="vgg", OPTIMIZERS="sgd samv2", DATASETS="cifar10"
     )
-    assert part.stdout.splitlines()[-1] == "144 runs"
+    assert part.stdout.splitlines()[-1] == "108 runs"
     assert {value("--arch", command) for command in commands(part)} == {"vgg"}
+
+
+def test_the_official_profile_trains_as_the_released_scripts_and_the_default_one_does_not(sweep):
+    grid, settings = grid_of("reproduce_cifar.sh"), {"SPARSITIES": "0.98", "DATASETS": "cifar10", "ARCHS": "resnet"}
+    plain, official = (
+        {
+            Path(value("--output-dir", command)).name: set(command)
+            for command in commands(sweep("--dry-run", grid=grid, **kind))
+        }
+        for kind in (settings, settings | {"PROFILE": "official"})
+    )
+    own = {name: official[name] - plain[name] for name in official}
+    everywhere = set("--batch-size 64 --dense-layers stem shortcut classifier 0.973460".split())
+    arms = {"sgd": {"--weight-decay", "1e-4"}, "sam": set(), "samv2": {"--adaptive", "--sam-rho", "0.05"}}
+    uniform = {"--sparsity-distribution", "uniform"}
+    methods = {name: set() for name in ("lth", "snip", "grasp")} | {"set": uniform, "rigl": uniform}
+    methods["mest"] = uniform | set("--mest-soft --mest-lambda 0 --stop-update 0.8125".split())
+    assert own == {
+        f"{method}-0.98-cifar10-resnet-{arm}-seed0": everywhere | flags - {"0"} | more
+        for method, flags in methods.items()
+        for arm, more in arms.items()
+    }
+
+
+def test_sparsities_of_the_official_profile_are_those_of_the_3x3_convolutions(sweep):
+    settings = {"PROFILE": "official", "METHODS": "rigl", "OPTIMIZERS": "sgd"}
+    listed = commands(sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"), **settings))
+    assert len(listed) == 12
+    for command in listed:
+        args = parse(command[2:])[0]
+        classes = 100 if args.dataset == "cifar100" else 10
+        sizes = {name: weight.numel() for name, weight in networks(args.arch, args.depth, classes, args.width).items()}
+        dense = sum(sizes[name] for name in select_layers(list(sizes), args.dense_layers))
+        total = sum(sizes.values())
+        named = float(Path(value("--output-dir", command)).name.split("-")[1])
+        assert args.sparsity == pytest.approx(named * (total - dense) / total, abs=1e-6)
+
+
+@cache
+def networks(arch, depth, classes, width):
+    with torch.device("meta"):
+        return prunable_weights(build_model(arch, depth, classes, width))
 
 
 def test_runs_have_the_names_and_flags_that_they_have_always_had(sweep):
@@ -242,6 +289,8 @@ def test_a_flag_that_the_sweep_or_one_of_its_arms_sets_is_refused(sweep, flag):
         ("a/b --optmzr sgd\na_b --optmzr sgd --lr 0.2", "two runs of the grid are called 'random-0.9-a_b-seed0'"),
         ("ARCHS = vgg resnet\n{ARCHS=vgg} --arch vgg --optmzr sgd", "ARCHS: no arm of this sweep is for 'resnet'"),
         ("sgd --remark 'open", "a quotation in the grid has no end"),
+        ("sgd --optmzr sgd\n+ {LRS=1} --lr 0.2", "no setting for {LRS}"),
+        ("KIND = a b\nsgd --optmzr sgd\n+ {KIND=b} --lr 0.2", "two arms of the grid are called 'sgd'"),
         ("", "there is nothing to run"),
     ],
 )
@@ -249,6 +298,19 @@ def test_a_grid_that_means_nothing_is_refused(sweep, lines, sentence):
     done = sweep("--dry-run", grid=lines)
     assert refused(done)
     assert sentence in done.stderr
+
+
+def test_flags_of_a_plus_line_go_to_the_runs_that_meet_all_its_conditions(sweep):
+    grid = "KIND = a\nsgd --optmzr sgd\n+ {KIND=b} {METHODS=set|rigl} {SPARSITIES=0.9} --drop-fraction 0.1"
+    settings = {"METHODS": "random set rigl none", "SPARSITIES": "0.8 0.9"}
+    for kind, having in (("a", []), ("b", ["set-0.9-sgd-seed0", "rigl-0.9-sgd-seed0"])):
+        listed = commands(sweep("--dry-run", grid=grid, KIND=kind, **settings))
+        names = [Path(value("--output-dir", command)).name for command in listed if "--drop-fraction" in command]
+        assert names == having
+    assert "KIND: no arm of this sweep is for 'c'" in sweep("--dry-run", grid=grid, KIND="c", **settings).stderr
+    taken = sweep("--dry-run", "--weight-decay", "0", grid=f"{grid}\n+ {{KIND=a}} --weight-decay 1e-4", **settings)
+    assert refused(taken)
+    assert "--weight-decay is set by the sweep" in taken.stderr
 
 
 def test_an_estimate_measures_a_step_of_each_optimizer_and_trains_nothing(sweep):

@@ -1,0 +1,318 @@
+"""The studies: their lists, how a rho is chosen, and what becomes of runs. A script stands in for training, but once."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis.study import main
+from experiment.grid import check_flags
+from experiment.study import ARMS, CELLS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, cpu_study, gpu_study
+
+# It leaves the files of a run whose accuracy on held-out images HELD_OUT has for its rho; null: it diverges.
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+from experiment.flags import parse, plain, resolve
+
+args = plain(resolve(parse(sys.argv[1:])[0]))
+directory = Path(args["output_dir"])
+directory.mkdir(parents=True, exist_ok=True)
+about = {"args": args, "git": os.environ.get("COMMIT"), "device": "cpu", "versions": {"torch": "2"}, "images": "0", "processes": 1}
+(directory / "args.json").write_text(json.dumps(about))
+accuracy = json.loads(os.environ["HELD_OUT"]).get(str(args["sam_rho"]), 50.0)
+if accuracy is None:
+    sys.exit("error: the training loss is nan after epoch 1, step 6: lower --lr or --sam-rho")
+if accuracy < 0:
+    sys.exit("error: there is no space left")
+(directory / "metrics.csv").write_text(f"epoch,val_top1,test_top1\\n1,{accuracy + args['seed'] % 100},10\\n")
+(directory / "result.json").write_text(json.dumps({"test_top1": 10.0, "seconds": 1.0}))
+sys.exit(0)
+"""
+# A run of main_prune_train.py that waits before its fifth step, in its first launch, until it is told to end.
+WAITS = """
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from main_prune_train import main
+from running import before_step
+
+def wait(state):
+    told, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *received: (told.append(1), before(*received)))
+    while not told:
+        time.sleep(0.01)
+
+output = Path(sys.argv[sys.argv.index("--output-dir") + 1])
+if output.exists():
+    sys.exit(main(sys.argv[1:]))
+with before_step(5, wait):
+    sys.exit(main(sys.argv[1:]))
+"""
+TINY = "--depth 8 --width 0.25 --batch-size 256 --eval-every 3".split()
+# Arms whose sharpness is not measured: the stand-in has no network.
+TUNED, FINAL = "digits-noise/tune-random-0.9-late-0.1-*", "digits-noise/random-0.9-late-0.1-seed0"
+NESTEROV = "digits-noise/random-0.9-nesterov-seed0"
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, capfd):
+    """study("--flag", SETTING="value") launches scripts/study.sh's study; returns exit code, output and errors."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    root = tmp_path / "checkout"
+    for name in ("DATA_DIR", "EPOCHS", "JOBS", "GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OUTPUT_DIR", "out")
+    monkeypatch.setenv("HELD_OUT", "{}")
+
+    def launch(*arguments, name="study", program=program, **settings):
+        with monkeypatch.context() as patch:
+            for setting, value in settings.items():
+                patch.setenv(setting, value)
+            capfd.readouterr()
+            try:
+                code = main([name, str(tmp_path), *arguments], root, program)
+            except SystemExit as stopped:
+                code = stopped.code
+            return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    launch.root, launch.output = root, tmp_path / "out"
+    return launch
+
+
+@pytest.fixture
+def checkout(study, monkeypatch):
+    """The root of the study as a git repository, whose commit the stand-in's runs are of."""
+    study.root.mkdir()
+    (study.root / "sam.py").write_text("rho = 0.05")
+    git = ["git", "-C", str(study.root), "-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for command in ("init --quiet", "add sam.py", "commit --quiet --message first"):
+        subprocess.run([*git, *command.split()], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setenv("COMMIT", head.strip())
+    return study.root
+
+
+def rho_of(results):
+    return json.loads((results / "digits-noise" / "rho" / "late-0.1.json").read_text())
+
+
+def commands(done):
+    return [line.split() for line in done.stdout.splitlines() if "main_prune_train.py" in line]
+
+
+def value(flag, command):
+    return command[command.index(flag) + 1]
+
+
+# the lists
+
+
+@pytest.mark.parametrize("listed", [cpu_study, gpu_study])
+def test_a_list_has_every_run_of_its_tasks_once(listed):
+    runs = list(listed())
+    assert len({(run.task, run.name) for run in runs}) == len(runs)
+    for task in {run.task for run in runs} - {"methods"}:
+        finals = {(run.cell, run.arm, run.seed) for run in runs if run.task == task and not run.tuning}
+        cells, arms, seeds = TASKS[task].cells, TASKS[task].arms, TASKS[task].seeds
+        every = {(cell, arm, seed) for cell in cells for arm in arms for seed in seeds}
+        assert every - finals == {each for each in every if each[:2] == ("dense", "unmasked")}
+
+
+def test_a_rho_is_tuned_before_it_counts_and_the_most_telling_runs_come_first():
+    runs = list(cpu_study())
+    tuned = {(run.task, run.arm): place for place, run in enumerate(runs) if run.tuning}
+    for place, run in enumerate(runs):
+        if run.tuned and not run.tuning:
+            assert tuned[run.task, run.arm] < place, run
+    first = [run for run in runs if not run.tuning][: 10 * len(MAIN)]
+    assert {(run.task, run.cell, run.arm) for run in first} == {("digits-noise", "random-0.9", arm) for arm in MAIN}
+    assert [run.seed for run in first] == [seed for seed in range(10) for _ in MAIN]
+
+
+def test_the_gpu_study_has_98_percent_first_and_whole_seeds():
+    runs = list(gpu_study())
+    assert len(runs) == 6 * 5 * len(PAPER_ARMS)
+    cells = list(dict.fromkeys(run.cell for run in runs))
+    assert [cell.split("-")[1] for cell in cells] == ["0.98", "0.98", "0.95", "0.95", "0.9", "0.9"]
+    assert [cell.split("-")[2] for cell in cells[:2]] == ["batch64", "batch128"]
+    for begin in range(0, len(runs), len(PAPER_ARMS)):
+        together = runs[begin : begin + len(PAPER_ARMS)]
+        assert [run.arm for run in together] == list(PAPER_ARMS)
+        assert len({(run.cell, run.seed) for run in together}) == 1
+
+
+@pytest.mark.parametrize("listed", [cpu_study, gpu_study])
+def test_every_command_of_a_list_is_one_that_the_program_takes(listed, trained):
+    place = {"": [], "folder": ["--dataset", "folder", "--data-dir", "x"], "cifar10": ["--dataset", "cifar10"]}
+    runs, seen = {}, set()
+    for run in listed():
+        if run.tuned and run.rho is None:
+            run = replace(run, rho=ARMS[run.arm].rhos[0])
+        kind = (run.task, run.cell, run.arm, run.rho, run.tuning)
+        if kind not in seen:
+            flags = [str(trained.directory / "checkpoint.pt") if word[0] == "{" else word for word in run.flags()]
+            runs[run.name] = [*flags, *place[TASKS[run.task].images]] if run.cell != "oneshot-0.9" else []
+        seen.add(kind)
+    assert len(runs) >= len(PAPER_ARMS) * 6
+    check_flags(runs, [], [])
+
+
+def test_tuning_holds_images_out_and_takes_seeds_that_do_not_count():
+    for run in cpu_study():
+        assert run.tuning == ("--val-split" in replace(run, rho=run.rho or 1.0).flags()) == (run.seed in TUNING_SEEDS)
+        assert not run.tuning or run.cell == next(iter(TASKS[run.task].cells))
+
+
+# choosing rho
+
+
+def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(study):
+    held_out = {"0.05": 60, "0.1": 70, "0.2": 70, "0.3": None, "0.5": 40}
+    done = study("--only", TUNED, FINAL, EPOCHS="1", HELD_OUT=json.dumps(held_out))
+    results = study.output / "results"
+    assert done.returncode == 0, done.stderr
+    assert "digits-noise: 11 runs in" in done.stdout
+    chosen = rho_of(results)
+    assert chosen["rho"] == 0.1  # the smaller one of equals
+    assert chosen["held_out"] == {"0.05": 60.5, "0.1": 70.5, "0.2": 70.5, "0.3": None, "0.5": 40.5}
+    final = json.loads((results / f"{FINAL}.json").read_text())
+    assert final["flags"]["sam_rho"] == 0.1
+    assert "val_split" not in final["flags"]
+    diverged = json.loads((results / "digits-noise/tune-random-0.9-late-0.1-rho0.3-seed100.json").read_text())
+    assert diverged["state"] == "diverged"
+
+    (results / "digits-noise/rho/late-0.1.json").write_text('{"rho": 0.2}')
+    (command,) = commands(study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1"))
+    assert value("--sam-rho", command) == "0.2"  # what is written down, whatever the runs say
+
+
+def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
+    held_out = dict.fromkeys(["0.05", "0.1", "0.2", "0.3", "0.5"])
+    done = study("--only", TUNED, FINAL, EPOCHS="1", HELD_OUT=json.dumps(held_out))
+    assert done.returncode == 0
+    assert rho_of(study.output / "results")["rho"] is None
+    assert "digits-noise: 10 runs in" in done.stdout
+    assert "0 missing" in done.stdout
+
+
+def test_a_run_that_waits_for_a_rho_is_counted_and_not_begun(study):
+    done = study("--dry-run", "--only", TUNED, FINAL)
+    assert done.stdout.splitlines()[-1] == "10 runs, and 1 that wait for a rho to be chosen or for a run before them"
+    assert [value("--sam-rho", command) for command in commands(done)] == ["0.05", "0.1", "0.2", "0.3", "0.5"] * 2
+    assert not study.output.exists()
+
+
+# runs and the ledger
+
+
+def test_runs_of_a_clean_checkout_enter_the_ledger_once(study, checkout):
+    only = ("--only", NESTEROV.replace("seed0", "seed[01]"))
+    done = study(*only)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((checkout / f"results/{NESTEROV}.json").read_text())
+    assert (entry["commit"], entry["flags"]["label_noise"]) == (os.environ["COMMIT"], 0.4)
+    again = study(*only)
+    assert "2 runs, 2 of them in the ledger" in again.stdout
+    assert study("--dry-run", *only).stdout == "0 runs\n"
+
+
+def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
+    (checkout / "sam.py").write_text("rho = 0.1")
+    done = study("--only", NESTEROV)
+    assert done.returncode == 2
+    assert "the ledger takes runs of a git checkout without changes" in done.stderr
+    assert not study.output.exists()
+
+
+@pytest.mark.parametrize(("flags", "epochs"), [((), "1"), (("--lr", "0.2"), "")])
+def test_a_trial_never_enters_the_ledger(study, checkout, flags, epochs):
+    (checkout / "sam.py").write_text("rho = 0.1")  # nor does it need a clean checkout
+    done = study(*flags, "--only", NESTEROV, EPOCHS=epochs)
+    assert done.returncode == 0, done.stderr
+    assert not (checkout / "results").exists()
+    assert (study.output / f"results/{NESTEROV}.json").exists()
+
+
+def test_a_run_that_fails_is_shown_and_is_tried_again(study):
+    only = ("--only", "digits-noise/tune-random-0.9-late-0.1-rho0.*-seed100")
+    done = study(*only, EPOCHS="1", HELD_OUT='{"0.2": -1}')
+    assert done.returncode == 1
+    assert "failed: digits-noise/tune-random-0.9-late-0.1-rho0.2-seed100" in done.stderr
+    assert "error: there is no space left" in done.stderr
+    assert "4 runs in" in done.stdout
+    again = study(*only, EPOCHS="1")
+    assert (again.returncode, "5 runs in" in again.stdout) == (0, True)
+
+
+def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout):
+    only = ("--only", NESTEROV)
+    study(*only)
+    path = checkout / f"results/{NESTEROV}.json"
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"flags": entry["flags"] | {"label_noise": 0.2}}))
+    done = study(*only)
+    assert done.returncode == 2
+    assert "differs from experiment/study.py in label_noise" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        (["--only", "digits/*"], {}, "no run of the study has such a TASK/NAME"),
+        (["--minutes", "0"], {}, "--minutes"),
+        (["--rho", "0.1"], {}, "did you mean --sam-rho?"),
+        (["--dry-run"], {"JOBS": "0"}, "JOBS takes one whole number above 0, not '0'"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(study, arguments, settings, words):
+    done = study(*arguments, **settings)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not study.output.exists()
+
+
+def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study, tmp_path):
+    waits = tmp_path / "waits.py"
+    waits.write_text(WAITS.format(tests=str(Path(__file__).parents[1])))
+    real = Path(__file__).parents[2] / "main_prune_train.py"
+    run = "digits-noise/rigl-0.9-sgd-seed0"
+    flags = (*TINY, "--compile", "off", "--only", run)
+    for _ in range(3):  # on a machine that is busy, time may be over before the run begins
+        cut = study(*flags, "--minutes", "0.05", program=waits, EPOCHS="3")
+        if (study.output / run).exists():
+            break
+    assert cut.returncode == 0, cut.stderr
+    assert "digits-noise: 0 runs in" in cut.stdout
+    assert (study.output / run / "checkpoint.pt").exists()
+    assert study(*flags, program=waits, EPOCHS="3").returncode == 0
+    log = (study.output / "digits-noise/.sweep/rigl-0.9-sgd-seed0.log").read_text()
+    assert "resum" in log or "goes on" in log
+    assert study(*flags, program=real, EPOCHS="3", OUTPUT_DIR="whole").returncode == 0
+    cut_entry, whole_entry = (
+        json.loads((tmp_path / output / f"results/{run}.json").read_text()) for output in ("out", "whole")
+    )
+    assert cut_entry["final"] == whole_entry["final"]
+    assert cut_entry["epochs"] == whole_entry["epochs"]
+
+
+# the scripts
+
+
+def test_the_gpu_script_lists_its_runs_without_a_gpu(tmp_path):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DATA_DIR": "images"}
+    command = ["bash", str(root / "scripts/study_gpu.sh"), "--dry-run", "--device", "cpu", "--epochs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    listed = commands(done)
+    assert len(listed) == len(list(gpu_study()))
+    assert value("--sparsity", listed[0]) == "0.98"
+    assert value("--data-dir", listed[0]) == str(tmp_path / "images")
+    assert CELLS  # the CPU study's cells are not among them
