@@ -48,7 +48,7 @@ NOT_OF_NETWORKS = {
     "sam_every",
     "seed",
 }  # networks that differ in them build alike
-PATHS = ("--data-dir", "--pretrained")
+PATHS = ("--data-dir", "--pretrained", "--config")
 
 Flags = dict[str, list[str]]  # by the name of an arm or of a run
 
@@ -187,6 +187,7 @@ def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain."""
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
+    from experiment.config import parse_and_replay
     from experiment.flags import flag, parse
     from utils.errors import UsageError
 
@@ -196,7 +197,7 @@ def check_flags(runs: Flags, arms: Flags, extra: list[str]) -> None:
         for name in sorted(taken & parse(extra)[1]):
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
         for run, flags in runs.items():  # noqa: B007 (the sentence below names it)
-            args, given = parse(flags)
+            args, given = parse_and_replay(flags)
             check(args, given)
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
             if network not in built:
