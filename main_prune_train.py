@@ -5,13 +5,15 @@ Read on in training/step.py (the step), sam.py (the perturbation) and prune/prun
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from analysis.trained import evaluate_checkpoint, measure_trained, measured_names
 from experiment import build
-from experiment.exit_code import exit_code, smaller_batch
-from experiment.flags import MAY_CHANGE_ON_RESUME, MAY_DIFFER_BETWEEN_PROCESSES, parse, plain
+from experiment.config import as_argv, parse_and_replay
+from experiment.exit_code import exceptions, exit_code, smaller_batch
+from experiment.flags import MAY_CHANGE_ON_RESUME, MAY_DIFFER_BETWEEN_PROCESSES, plain
 from experiment.run_directory import Located, locate_run
 from imagedata.augment import Normalize
 from imagedata.images import Dataset
@@ -20,13 +22,22 @@ from training.checkpoint import CheckpointSchedule, CheckpointWriter
 from training.logger import Logger, run_result
 from training.loop import Run, fit
 from training.optim import OPTIMIZERS, passes_per_step, state_holders
-from utils.device import device_name, keep_freed_memory
+from utils.device import device_name, keep_freed_memory, kernels_restored
 from utils.errors import memory_errors
 from utils.signals import Interruption
 
 
-def train(located: Located, interruption: Interruption) -> None:
-    """Train a network from fresh weights, or go on from the checkpoint of an interrupted run."""
+def train(located: Located, interruption: Interruption, command: list[str]) -> dict:
+    """Train a network from fresh weights, or go on from the checkpoint of an interrupted run.
+
+    Args:
+        located: the run.
+        interruption: notes signals.
+        command: for args.json.
+
+    Returns:
+        What result.json holds.
+    """
     args, directory, checkpoint = located.args, located.directory, located.checkpoint
     schedule = CheckpointSchedule(args.checkpoint_every)
     build.check_on_meta(args, resumed=checkpoint is not None)
@@ -67,14 +78,15 @@ def train(located: Located, interruption: Interruption) -> None:
     if earlier and earlier.keys() >= measured_names(args):
         if group.is_main:
             print(f"finished already with test accuracy {earlier['test_top1']:.2f}%: {directory / 'result.json'}")
-        return
+        return earlier
     flags = {name: value for name, value in plain(args).items() if name not in MAY_DIFFER_BETWEEN_PROCESSES}
     group.check_same({"flags": flags, "data": about, "state": state.state_dict()})
     if group.is_main:
         located.prepare(keep_result=bool(earlier))
     logger = Logger(
         directory,
-        {"args": plain(args), "device": device_name(device), "images": about["fingerprint"], "processes": group.world},
+        {"args": plain(args), "command": command, "device": device_name(device), "images": about["fingerprint"]}
+        | {"processes": group.world},
         state.rows,
         state.global_step,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",
@@ -98,6 +110,7 @@ def train(located: Located, interruption: Interruption) -> None:
     logger.finish(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME})
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
+    return result
 
 
 def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
@@ -115,25 +128,42 @@ def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
     say(f"run directory: {run.logger.directory}" + (f", resumed after step {state.global_step:,}" if resumed else ""))
 
 
-def run_flags(argv: list[str] | None) -> None:
-    """Train, or evaluate, as the flags say."""
-    args, given = parse(argv)
+def run(flags: Mapping[str, object] | Iterable[str]) -> dict:
+    """Train in a program or notebook of your own.
+
+    For instance run({"dataset": "digits", "optmzr": "sgd-sam", "sam_v2": True}). A signal such as Ctrl-C ends the training
+    with a checkpoint, and then does what it would have done without it.
+
+    Args:
+        flags: values by name, True for a switch; or the words of a command line.
+
+    Returns:
+        What result.json holds; with `evaluate` the figures on the test images.
+
+    Raises:
+        UsageError: bad input.
+        TrainingError: a run that cannot go on.
+    """
+    interruption = Interruption()
+    with exceptions(interruption), kernels_restored():
+        return run_flags(as_argv(flags), interruption)
+
+
+def run_flags(argv: list[str] | None, interruption: Interruption) -> dict:
+    """Train, or evaluate, as the flags say, and return the figures."""
+    args, given = parse_and_replay(argv)
     if args.evaluate:
         with memory_errors(smaller_batch(args)):
-            evaluate_checkpoint(args, given)
-        return
-    with (
-        Interruption() as interruption,
-        locate_run(args, given) as located,
-        memory_errors(smaller_batch(located.args)),
-    ):
-        train(located, interruption)
+            return evaluate_checkpoint(args, given)
+    command = sys.argv if argv is None else ["main_prune_train.py", *argv]
+    with interruption, locate_run(args, given) as located, memory_errors(smaller_batch(located.args)):
+        return train(located, interruption, command)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns its exit code, see experiment/exit_code.py."""
     keep_freed_memory()
-    return exit_code(lambda: run_flags(argv))
+    return exit_code(lambda: run_flags(argv, Interruption()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from experiment import build
-from experiment.build import Trained
+from experiment.build import TrainedRun
 from experiment.flags import MAY_CHANGE_ON_RESUME, number, parse, plain
 from training.batch_norm import recalibrated
 from utils.device import pick_device
@@ -57,7 +57,7 @@ def find_checkpoints(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
+def open_checkpoint(path: Path, args: Namespace) -> tuple[TrainedRun, nn.Module]:
     """Open a checkpoint.
 
     Returns:
@@ -77,7 +77,7 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[Trained, nn.Module]:
         return trained, recalibrated(trained.model, trained.training_inputs(device))
 
 
-def study_settings(trained: Trained) -> dict:
+def study_settings(trained: TrainedRun) -> dict:
     """Return what a run has in common with its repetitions by other seeds: flags and images."""
     args = plain(trained.args)
     return {k: v for k, v in args.items() if k not in MAY_CHANGE_ON_RESUME | {"seed", "compile"}} | {

@@ -1,6 +1,5 @@
-"""What the commands of this package share: exit codes, files they write, packages they need, and progress."""
+"""What the commands of this package share: exit codes, files they write, and progress."""
 
-import importlib.util
 import logging
 import math
 import sys
@@ -14,6 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.errors import TrainingError, UsageError, memory_errors
+from utils.packages import require_packages
+
+REQUIREMENTS = "requirements-analysis.txt"
 
 
 def run_command(run: Callable[[Namespace], None], args: Namespace, memory_advice: str | None = None) -> int:
@@ -39,21 +41,10 @@ def run_command(run: Callable[[Namespace], None], args: Namespace, memory_advice
     return 0
 
 
-def require_packages(*names: str) -> None:
-    """Check that packages of requirements-analysis.txt are installed.
-
-    Raises:
-        UsageError: one is missing.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install -r requirements-analysis.txt")
-
-
 @contextmanager
 def matplotlib_imports() -> Iterator[None]:
     """Check that matplotlib is installed, and turn its complaint about a cache directory into a UsageError."""
-    require_packages("matplotlib")
+    require_packages(REQUIREMENTS, "matplotlib")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell about its cache in several lines
     try:
         yield

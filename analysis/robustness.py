@@ -33,7 +33,7 @@ from analysis.labels import run_label
 from analysis.landscape import resolve_compilation
 from analysis.sharpness import Measured, over_seeds
 from analysis.text_table import mean_and_std_text, number_text, text_table
-from experiment.build import Trained
+from experiment.build import TrainedRun
 from experiment.flags import number, plain
 from imagedata.corruptions import CORRUPTIONS, SEVERITIES
 from prune.flops import count_flops
@@ -160,7 +160,7 @@ def run(args: Namespace) -> None:
     print("\n" + "\n".join(map(str, [output, *files])))
 
 
-def check_same_test_images(first: Trained, other: Trained, path: Path) -> None:
+def check_same_test_images(first: TrainedRun, other: TrainedRun, path: Path) -> None:
     """Raise UsageError where two checkpoints do not have the same test images."""
     if any(a != b for a, b in zip_longest(first.dataset.test.identity(), other.dataset.test.identity())):
         raise UsageError(

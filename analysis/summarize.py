@@ -11,8 +11,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from analysis.command import make_writable, matplotlib_imports, require_packages, run_command, writing_to
+from analysis.command import REQUIREMENTS, make_writable, matplotlib_imports, run_command, writing_to
 from utils.files import write_text_atomically
+from utils.packages import require_packages
 
 PICTURES = ("accuracy_over_epochs", "accuracy_against_rho", "accuracy_against_sparsity")
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Namespace) -> None:
     """Write tables and pictures, and print the summary."""
-    require_packages("pandas", "tabulate", "jinja2")
+    require_packages(REQUIREMENTS, "pandas", "tabulate", "jinja2")
     with matplotlib_imports():  # here: --help and the sentence about a missing package need none of them
         from analysis import pivot, plots, tables
         from analysis.figures import SUFFIXES, save_figure

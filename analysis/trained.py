@@ -88,8 +88,8 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     return found
 
 
-def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
-    """Print loss and accuracy of the checkpoint --evaluate on the test images."""
+def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:
+    """Print loss and accuracy of the checkpoint --evaluate on the test images, and return them by their names in result.json."""
     if launched("WORLD_SIZE", 1) > 1:
         raise UsageError("--evaluate takes one process: leave torchrun out")
     device = pick_device(args.device, args.no_cuda)
@@ -104,8 +104,11 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> None:
     execution = resolve_execution(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(trained.model, loader, execution)
     print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   ({len(loader):,} images)")
+    found = {"test_loss": loss, "test_top1": top1}
     if args.recalibrate_bn:
         with usage_errors():
             model = recalibrated(trained.model, trained.training_inputs(device), execution)
         loss, top1 = evaluate(model, loader, execution)
         print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   with batch norm's statistics estimated anew")
+        found |= dict(zip(RECALIBRATED, (loss, top1), strict=True))
+    return found

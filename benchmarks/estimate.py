@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.loop import BATCH, CLASSES, Loop, random_images
 from experiment.checks import check
-from experiment.flags import number, parse, resolve
+from experiment.config import parse_and_replay
+from experiment.flags import number, resolve
 from models import build_model
 from prune import METHODS
 from training.optim import OPTIMIZERS
@@ -76,7 +77,7 @@ def count_epochs(lines: Iterable[str]) -> Counter:
         command = shlex.split(line)
         if "main_prune_train.py" not in command:
             continue
-        args, given = parse(command[command.index("main_prune_train.py") + 1 :])
+        args, given = parse_and_replay(command[command.index("main_prune_train.py") + 1 :])
         check(args, given)
         args = resolve(args)
         if args.batch_size != BATCH:

@@ -14,6 +14,7 @@ import models
 import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
+from experiment.load import network_file, rebuild
 from imagedata.augment import Augmentation, Normalize
 from imagedata.corruptions import CORRUPTIONS, refuse_uncorruptible
 from imagedata.files import ImageFiles
@@ -25,6 +26,7 @@ from models.resnet import pick_stem
 from prune import METHODS, EmptyLayerError, Pruner
 from prune.flops import Flops
 from prune.scores import refuse_layer_normalisation, synflow
+from training import foreign
 from training.batch_norm import refuse_other_batch_norm, refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
 from training.nonfinite import NonFiniteGuard
@@ -34,7 +36,7 @@ from training.step import TrainingStep, build_objective
 from utils import distributed
 from utils.device import pick_device, use_deterministic_kernels
 from utils.distributed import ProcessGroup
-from utils.errors import UsageError, memory_errors
+from utils.errors import DamagedError, UsageError, memory_errors
 from utils.precision import Execution, bf16_on_cpu, refuse_uncompilable, resolve_execution
 
 
@@ -63,7 +65,9 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         if METHODS[args.prune_method].score is synflow:
             refuse_layer_normalisation(model)
     if args.pretrained and not resumed:
-        pretrained(args)
+        checkpoint, weights = pretrained(args)
+        if checkpoint is None and args.dataset in SIZES:
+            foreign.fitting(model, weights, args.pretrained)
     try:
         # How many steps there will be is known only with the data, and so is what to warn of.
         pruner(args, model, [], total_steps=2**62, warn=lambda words: None)
@@ -111,9 +115,13 @@ def training_part(args: Namespace, data: Dataset) -> Dataset:
 
 
 def describe_data(data: Dataset, group: ProcessGroup) -> dict:
-    """Return what a checkpoint tells of its data: classes, fingerprint, mean and deviation by channel, processes."""
+    """Return what a checkpoint tells of its data.
+
+    That is classes, fingerprint, shape of an image, mean and deviation by channel, and processes.
+    """
     statistics = channel_statistics(data.train)
-    return {"classes": data.classes, "fingerprint": fingerprint(data), **statistics, "processes": group.world}
+    about = {"classes": data.classes, "fingerprint": fingerprint(data), "image_shape": list(data.image_shape)}
+    return about | {**statistics, "processes": group.world}
 
 
 def augmentation(args: Namespace, data: Dataset) -> Augmentation:
@@ -185,7 +193,7 @@ def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
     advice = f"--score-images {images // 2}" if images > 1 else "a smaller --width"
     with flag_errors(), memory_errors(f"{advice} (the memory is for choosing the masks)"):
         if args.keep_masks:
-            load_network(pruner.model, pruner.masks, load_checkpoint(args.pretrained))
+            load_network(pruner.model, pruner.masks, load_checkpoint(network_file(args.pretrained)))
         pruner.choose_masks(loader.sample)
 
 
@@ -304,7 +312,7 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
     Raises:
         UsageError: it is of other images, of another number of processes where that counts, or does not fit.
     """
-    check_fits(checkpoint, data)
+    check_fits(checkpoint["data"], data)
     if checkpoint["data"]["fingerprint"] != about["fingerprint"]:
         raise UsageError("the images are not those that the run began with: give it its own --data-dir")
     processes = checkpoint["data"].get("processes", about["processes"])
@@ -338,15 +346,16 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
         with flag_errors():
             load_published_weights(model, args.arch, args.pretrained_weights)
         return
-    checkpoint = pretrained(args)
-    check_fits(checkpoint, data)
+    checkpoint, weights = pretrained(args)
     masks = Pruner(model).masks
-    load_network(model, masks, checkpoint)
+    if checkpoint is None:
+        model.load_state_dict(foreign.fitting(model, weights, args.pretrained))
+    else:
+        check_fits(checkpoint["data"], data)
+        load_network(model, masks, checkpoint)
     sparsity = masks.sparsity()
     if args.keep_masks and not sparsity:
-        raise UsageError(
-            "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network; leave it out"
-        )
+        raise UsageError("--keep-masks has no effect: the file of --pretrained has no masks; leave it out")
     if sparsity and args.prune_method == "none" and not args.keep_masks:
         _warn(
             f"the checkpoint's masks, of sparsity {sparsity:.4f}, are not kept and its zeros train on as weights: --keep-masks "
@@ -354,16 +363,33 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
         )
 
 
-def pretrained(args: Namespace) -> dict:
-    """Read the checkpoint of --pretrained. Raises UsageError where it is of another network."""
-    checkpoint = load_checkpoint(args.pretrained)
+def pretrained(args: Namespace) -> tuple[dict | None, dict[str, Tensor]]:
+    """Read the file of --pretrained.
+
+    Returns:
+        The checkpoint or exported network; or None, and the weights that another program has trained.
+
+    Raises:
+        UsageError: it is neither, or of another network.
+    """
+    path = network_file(args.pretrained)
+    try:
+        checkpoint = load_checkpoint(path)
+    except DamagedError as error:
+        if not path.exists():
+            raise
+        weights = foreign.read_state_dict(path)
+        if weights is None:
+            words = f"{error}; what torch.save(model.state_dict(), FILE) writes is read as well"
+            raise UsageError(words) from error
+        return None, weights
     evaluated_flags(args, {"arch", "depth", "width"}, checkpoint["args"])  # `auto` of a stem is known with the data
-    return checkpoint
+    return checkpoint, {}
 
 
-def check_fits(checkpoint: dict, data: Dataset) -> None:
-    """Raise UsageError for a checkpoint of a network for other data."""
-    classes, channels = checkpoint["data"]["classes"], len(checkpoint["data"]["mean"])
+def check_fits(about: dict, data: Dataset) -> None:
+    """Raise UsageError for a network for other data than `about`, see describe_data."""
+    classes, channels = about["classes"], len(about["mean"])
     if (classes, channels) != (data.classes, data.channels):
         raise UsageError(
             f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
@@ -372,8 +398,8 @@ def check_fits(checkpoint: dict, data: Dataset) -> None:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network with the weights and masks of a checkpoint.
+class TrainedRun:
+    """A trained network together with the images of its run.
 
     Attributes:
         model: the network.
@@ -404,29 +430,27 @@ class Trained:
         return (loader.batch(step).inputs for step in range(loader.steps_per_epoch))
 
 
-def trained(path: Path, args: Namespace, given: set[str], device: torch.device) -> Trained:
-    """Rebuild the network of a checkpoint.
+def trained(path: Path, args: Namespace, given: set[str], device: torch.device) -> TrainedRun:
+    """Load a trained network, and the images of its run.
 
     Args:
-        path: of the checkpoint.
+        path: see `load.load`.
         args, given: flags of this command, see flags.parse.
         device: where the network is to be.
 
     Raises:
-        UsageError: no such checkpoint, flags that contradict it, or data that it does not fit.
+        UsageError: no such network, flags that contradict it, or data that it does not fit.
     """
-    checkpoint = load_checkpoint(path)
-    args = evaluated_flags(args, given, checkpoint["args"])
+    checkpoint = load_checkpoint(network_file(path))
+    args, about = evaluated_flags(args, given, checkpoint["args"]), checkpoint["data"]
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    check_fits(checkpoint, data)
+    check_fits(about, data)
+    loaded = rebuild(checkpoint, device, args.arch, data.image_shape[1:])
     with contextlib.suppress(ValueError):  # of other data than the run's, which may have fewer images
         data = training_part(args, data)
-    model = network(args, data, device)
-    masks = Pruner(model)
-    load_network(model, masks.masks, checkpoint)
-    about = checkpoint["data"]
-    return Trained(
-        model, masks, args, data, Normalize(about["mean"], about["deviation"], device),
-        epochs=len(checkpoint["state"]["rows"]), images=about["fingerprint"],
-        same_images=fingerprint(data) == about["fingerprint"],
+    pruner = Pruner(loaded.model)
+    pruner.masks = loaded.masks
+    return TrainedRun(
+        loaded.model, pruner, args, data, Normalize(about["mean"], about["deviation"], device),
+        epochs=loaded.metrics["epoch"], images=about["fingerprint"], same_images=fingerprint(data) == about["fingerprint"],
     )  # fmt: skip

@@ -16,7 +16,7 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         UsageError: one sentence that names them.
     """
-    useless = _without_effect(args)
+    useless = without_effect(args)
     for name in sorted(given & useless.keys()):
         reason, way = useless[name]
         raise UsageError(f"{flag(name)} has no effect {reason}: {way}, or leave it out")
@@ -31,7 +31,7 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
     Raises:
         UsageError: a flag that changes the mathematics differs.
     """
-    _refuse_to_run_code(given, saved)
+    refuse_to_run_code(given, saved)
     now, saved = plain(args), complete_flags(saved)
     saved |= {name: absolute(saved[name]) for name in PATHS}
     given = given - {name for name in RESOLVED if now[name] == "auto"}
@@ -56,7 +56,7 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     Raises:
         UsageError: another network than the checkpoint's, or a flag that is for training.
     """
-    _refuse_to_run_code(given, saved)
+    refuse_to_run_code(given, saved)
     saved = complete_flags(saved)
     network = ("arch", "depth", "width", "stem")
     allowed = {
@@ -78,12 +78,11 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     return merged
 
 
-def _refuse_to_run_code(given: set[str], saved: dict) -> None:
-    """Raise UsageError where a checkpoint alone would choose which function runs."""
-    if is_own_code(str(saved["arch"])) and "arch" not in given:
-        raise UsageError(
-            f"the checkpoint is of a network of your own: name its function again, as --arch {saved['arch']}, if you trust it"
-        )
+def refuse_to_run_code(given: set[str], saved: dict) -> None:
+    """Raise UsageError where a file alone, a checkpoint or --config, would choose which function runs."""
+    arch = str(saved.get("arch"))
+    if is_own_code(arch) and "arch" not in given:
+        raise UsageError(f"it is of a network of your own: name its function again, as --arch {arch}, if you trust it")
 
 
 def complete_flags(saved: dict) -> dict:
@@ -98,7 +97,7 @@ def may_grow(flags: dict) -> bool:
     return flags["lr_scheduler"] == "constant" and whole and not method.update and not method.tickets
 
 
-def _without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+def without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the flags that the others leave without effect, each with the reason and what would give it one."""
     optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
     reasons: dict[str, tuple[str, str]] = {}

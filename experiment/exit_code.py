@@ -1,14 +1,17 @@
-"""How a command ends: errors become one sentence on stderr and an exit code."""
+"""How a run ends: for a command errors become one sentence on stderr and an exit code, for a caller exceptions."""
 
 import os
+import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from experiment.flags import as_flags
 from prune import EmptyLayerError
 from utils import distributed
 from utils.errors import Preempted, TrainingError, UsageError, run_errors
+from utils.signals import Interruption
 
 
 def exit_code(command: Callable[[], object]) -> int:
@@ -46,6 +49,27 @@ def exit_code(command: Callable[[], object]) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+@contextmanager
+def exceptions(interruption: Interruption) -> Iterator[None]:
+    """Turn what ends a run into exceptions for a caller in this process.
+
+    Raises:
+        UsageError, TrainingError: as they come.
+        Preempted: a signal came that does nothing by itself; any other one is raised again.
+    """
+    try:
+        with run_errors():
+            yield
+    except EmptyLayerError as error:
+        raise TrainingError(as_flags(str(error))) from error
+    except Preempted:
+        if interruption.signal:
+            signal.raise_signal(signal.Signals[interruption.signal])
+        raise
+    finally:
+        distributed.stop()
 
 
 def smaller_batch(args: Namespace) -> str:

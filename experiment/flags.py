@@ -30,17 +30,19 @@ DIRECTIONS = ("previous", "momentum", "ema", "random")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "test_batch_size", "device", "no_cuda", "output_dir", "remark", "resume", "evaluate", "log_interval",
     "summary", "workers", "recalibrate_bn", "sharpness", "robustness", "checkpoint_every", "nonfinite", "eval_every",
+    "config",
 }  # fmt: skip
 
 # Flags that may differ between the processes of a run.
 MAY_DIFFER_BETWEEN_PROCESSES = {
     "data_dir", "output_dir", "device", "no_cuda", "workers", "remark", "resume", "pretrained", "sparsity_config",
+    "config",
 }  # fmt: skip
 
 # Flags whose `auto` is resolved when a run begins. When it is resumed, `auto` means what the run began with.
 RESOLVED = ("precision", "compile", "stem")
 
-PATHS = ("data_dir", "sparsity_config", "pretrained")
+PATHS = ("data_dir", "sparsity_config", "pretrained", "config")
 
 
 # Keywords of Pruner in the sentences by which prune refuses its arguments, and the flags that they are.
@@ -61,7 +63,9 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError."""
         meant = ""
         if found := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
-            meant = near_flag(found[1], list(self._option_string_actions))
+            meant = near_flag(
+                found[1], [f for f, a in self._option_string_actions.items() if a.help != argparse.SUPPRESS]
+            )
         elif found := re.match(r"argument (--[^\s/]+).*?: invalid choice: '(.*?)' \(", message):
             choices = self._option_string_actions[found[1]].choices
             meant = near_value(found[1], found[2], list(choices or ()))
@@ -143,6 +147,10 @@ def build_parser() -> Parser:
     _add_rivals(parser.add_argument_group("CrAM+ and SAFE (with --optmzr sgd-cram, sgd-safe)"))
     _add_sparsity(parser.add_argument_group("sparsity"))
     _add_run(parser.add_argument_group("run"))
+    for action in [action for action in parser._actions if isinstance(action, argparse._StoreTrueAction)]:
+        if action.dest != "no_cuda":
+            turn_off = flag(f"no_{action.dest}")  # for --config, see experiment/config.py
+            parser.add_argument(turn_off, dest=action.dest, action="store_false", default=False, help=argparse.SUPPRESS)
     return parser
 
 
@@ -289,6 +297,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--deterministic", action="store_true", help="only deterministic kernels, which may be slower")
     add("--output-dir", "--save-model", type=directory, metavar="DIR",
         help="directory of the run (runs/<name from the flags>)")
+    add("--config", type=Path, metavar="FILE",
+        help="replay the flags of an args.json, or of a run's directory: flags beside it win, --no-FLAG turns a switch off")
     add("--remark", default="",
         help="a note for args.json, added to the name of the run where --output-dir gives none")
     add("--resume", metavar="PATH",
@@ -318,7 +328,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
     """
     parser = build_parser()
     unset = object()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
+    names = dict.fromkeys(action.dest for action in parser._actions if action.dest != "help")
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
     given = {name for name in names if getattr(args, name) is not unset}
     for name in names:

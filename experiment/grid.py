@@ -50,7 +50,7 @@ NOT_OF_NETWORKS = {
     "sam_every",
     "seed",
 }  # networks that differ in them build alike
-PATHS = ("--data-dir", "--pretrained")
+PATHS = ("--data-dir", "--pretrained", "--config")
 BY_RUN = ("METHODS", "SPARSITIES")  # settings of every sweep that may be conditions for added flags
 
 Flags = dict[str, list[str]]  # by the name of a run
@@ -223,6 +223,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     """
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
+    from experiment.config import parse_and_replay
     from experiment.flags import flag, parse
     from utils.errors import UsageError
 
@@ -232,7 +233,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
         for name in sorted(taken & parse(extra)[1]):
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
         for run, flags in runs.items():  # noqa: B007 (the sentence below names it)
-            args, given = parse(flags)
+            args, given = parse_and_replay(flags)
             check(args, given)
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
             if network not in built:

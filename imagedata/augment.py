@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.distributed import ProcessGroup
 
@@ -30,6 +30,43 @@ class Normalize:
         width = pixels.shape[2]  # whole rows: three times as fast as broadcasting C values
         rows = pixels.flatten(2).float().sub_(self.mean.repeat(width)).mul_(self.scale.repeat(width))
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+class NormalizeImages(nn.Module):
+    """Normalises images [B, C, H, W] to float32, to the bits of what Normalize makes of the same pixels.
+
+    The dtype tells how they are given: uint8 holds levels from 0 to 255, floating point goes from 0 to 1.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: list[float], deviation: list[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("scale", 1 / torch.tensor(deviation).clamp_min(1)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normalised images.
+
+        Raises:
+            ValueError: another dtype or number of channels, or floats that are far outside 0 to 1.
+        """
+        channels = len(self.mean)
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images have to be [B, {channels}, H, W], not {list(images.shape)}")
+        if images.is_floating_point():
+            if images.numel() and not torch.compiler.is_compiling():
+                low, high = (bound.item() for bound in images.aminmax())
+                if low < -1 or high > 2:  # resizing may leave 0 to 1 a little
+                    raise ValueError(
+                        f"floating-point images go from 0 to 1, and these from {low:g} to {high:g}: divide levels by 255 or "
+                        "give them as uint8, and leave normalisation to this module"
+                    )
+            images = images.float() * 255
+        elif images.dtype != torch.uint8:
+            raise ValueError(f"images have to be uint8 or floating point, not {images.dtype}")
+        return (images.float() - self.mean) * self.scale
 
 
 class Plan(NamedTuple):

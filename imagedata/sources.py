@@ -41,6 +41,21 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
     return DATASETS[name](data_dir, image_size)
 
 
+def is_at_hand(name: str, data_dir: Path | None = None) -> bool:
+    """Return whether `load_dataset` downloads nothing; what it finds may still not be readable."""
+    source = DATASETS[name]
+    if not isinstance(source, Downloaded):
+        return True
+    from torchvision import datasets
+
+    try:
+        for chosen in source.splits:
+            getattr(datasets, source.name)(data_dir or Path("data"), **chosen)
+    except (OSError, RuntimeError, EOFError, ValueError):
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Downloaded:
     """A data set of torchvision, which it downloads on first use and verifies by checksum.

@@ -57,10 +57,26 @@ def test_the_readme_is_short():
 
 
 def test_sam_in_your_own_loop_runs_and_perturbs():
-    (example,) = blocks(PAGES["README.md"], "python")
+    (example,) = blocks(section(PAGES["README.md"], "In your own loop"), "python")
     names = {}
     exec(example, names)
     assert all("sam_buffer" in values for values in names["optimizer"].state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("place", [("README.md", "Reading the results"), ("docs/export.md", "Load it")])
+def test_the_lines_that_load_a_trained_network_classify_images(place, trained):
+    (example,) = blocks(section(PAGES[place[0]], place[1]), "python")
+    names = {"images": torch.rand(3, 1, 8, 8)}
+    exec(re.sub('"runs/[^"]*"', repr(str(trained.directory)), example), names)
+    assert names["logits"].shape == (3, 10)
+
+
+def test_the_lines_that_train_from_a_notebook_return_the_result(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(section(PAGES["docs/export.md"], "Train from a notebook"), "python")
+    names = {}
+    exec(example.replace('"epochs": 3', '"epochs": 1, "depth": 8, "width": 0.25'), names)
+    assert names["result"]["epochs"] == 1
 
 
 def test_pruner_in_your_own_loop_keeps_its_sparsity():

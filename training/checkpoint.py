@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from prune.masks import Masks
+from training.exported import is_safetensors, read_exported
 from training.state import TrainState, is_best
 from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
@@ -109,11 +110,13 @@ def load_newest(path: Path) -> tuple[dict, Path]:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint on the CPU. Nothing but tensors and plain values is ever loaded.
+    """Read a checkpoint on the CPU, or an exported network. Nothing but tensors and plain values is ever loaded.
 
     Raises:
         UsageError: there is no such file, it is damaged, or it is of another program.
     """
+    if is_safetensors(path):
+        return read_exported(path)
     try:
         checkpoint = load_whole(path)
     except FileNotFoundError as error:
@@ -141,8 +144,12 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_network(model: nn.Module, masks: Masks, checkpoint: dict) -> None:
     """Load only weights and masks from a checkpoint. Raises UsageError where they do not fit."""
+    state = model.state_dict()  # with the versions of its layers, which an exported file does not have
     try:
-        model.load_state_dict(checkpoint["state"]["model"])
+        if checkpoint["state"]["model"].keys() != state.keys():
+            raise KeyError
+        state.update(checkpoint["state"]["model"])
+        model.load_state_dict(state)
         masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(

@@ -36,7 +36,7 @@ class Logger:
 
     Args:
         directory: of the run; exists.
-        about: what args.json is to hold beside the command, the git revision and versions.
+        about: what args.json is to hold beside the git revision and versions.
         rows: of the epochs that are finished already.
         global_step: steps that are finished already; later events of an earlier process are void.
         loss_label: what the training loss is called where it is shown.
@@ -60,7 +60,7 @@ class Logger:
         self._awaits_first_step = True
         if not writes:
             return
-        known = (about or {}) | {"command": sys.argv, "git": git_revision(), "versions": versions()}
+        known = (about or {}) | {"git": git_revision(), "versions": versions()}
         write_text_atomically(directory / "args.json", json.dumps(known, indent=2) + "\n")
         threading.excepthook = _quiet_writer
         self.writer = SummaryWriter(directory, purge_step=global_step + 1)

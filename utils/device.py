@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,6 +55,19 @@ def use_deterministic_kernels(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
     torch.use_deterministic_algorithms(wanted)
+
+
+@contextlib.contextmanager
+def kernels_restored() -> Iterator[None]:
+    """Put back after the block what `use_deterministic_kernels` sets in torch."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    backend = torch.backends.cudnn
+    benchmark, limit = backend.benchmark, backend.benchmark_limit
+    try:
+        yield
+    finally:
+        backend.benchmark, backend.benchmark_limit = benchmark, limit
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def memory_size() -> int:

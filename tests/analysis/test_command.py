@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 COMMANDS = """
 import sys, tempfile
-from analysis import loss_surface, robustness, sharpness, summarize
-for name in ("pandas", "matplotlib", "tabulate", "jinja2"):
+from analysis import export, loss_surface, robustness, sharpness, summarize
+for name in ("pandas", "matplotlib", "tabulate", "jinja2", "safetensors", "zstandard"):
     sys.modules[name] = None
-for command in (summarize, loss_surface, robustness, sharpness):
+for command in (summarize, loss_surface, robustness, export, sharpness):
     print(command.main(["missing"]), file=sys.stderr)
 del sys.modules["matplotlib"]
 tempfile.tempdir = "/proc/none"
@@ -32,6 +32,7 @@ def test_a_missing_package_or_cache_is_one_sentence_where_it_is_needed():
         "error: pandas, tabulate, jinja2 not installed: pip install -r requirements-analysis.txt", "2",
         "error: matplotlib not installed: pip install -r requirements-analysis.txt", "2",
         "error: matplotlib not installed: pip install -r requirements-analysis.txt", "2",
+        "error: safetensors, zstandard not installed: pip install -r requirements-export.txt", "2",
         "error: there is no checkpoint 'missing'", "2",  # sharpness needs none of them
         "error: matplotlib cannot write to a cache directory: set MPLCONFIGDIR to a directory that can be written to", "2",
     ]  # fmt: skip

@@ -48,7 +48,7 @@ def test_masks_of_a_pretrained_network_are_kept_where_asked_and_their_loss_is_sa
 
     dense = train(f"--epochs 1 --keep-masks --pretrained {lost.directory / 'checkpoint.pt'}", "dense")
     assert (dense.code, dense.err.count("\n")) == (2, 1)
-    assert "--keep-masks has no effect: the checkpoint of --pretrained is of a dense network" in dense.err
+    assert "--keep-masks has no effect: the file of --pretrained has no masks" in dense.err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from running import DIGITS
 
+from experiment.config import parse_and_replay
 from experiment.flags import parse
 from experiment.sweep import main, slurm_job
 from models import build_model
@@ -113,6 +114,26 @@ def refused(done):
     return (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
     )
+
+
+def test_a_sweep_replays_a_file_in_all_its_runs_and_its_own_flags_win(sweep, tmp_path):
+    flags = {
+        "dataset": "digits",
+        "depth": 8,
+        "seed": 7,
+        "epochs": 9,
+        "prune_method": "rigl",
+        "sparsity": 0.5,
+        "sam_rho": 3,
+    }
+    (tmp_path / "args.json").write_text(json.dumps({"args": flags | {"optmzr": "sgd-sam", "drop_fraction": 0.2}}))
+    done = sweep("--config", "args.json", "--dry-run", METHODS="none rigl", RHOS="0.1", EPOCHS="2")
+    assert done.returncode == 0, done.stderr
+    dense, rigl = (parse_and_replay(command[2:])[0] for command in commands(done))
+    assert [(run.depth, run.seed, run.epochs, run.sam_rho) for run in (dense, rigl)] == [(8, 0, 2, 0.1)] * 2
+    assert (dense.sparsity, dense.drop_fraction, rigl.sparsity, rigl.drop_fraction) == (None, None, 0.9, 0.2)
+    (tmp_path / "args.json").write_text(json.dumps({"args": flags | {"epochs": "many"}}))
+    assert refused(sweep("--config=args.json", "--dry-run"))
 
 
 # what is run
