@@ -223,7 +223,7 @@ def telling_flags(args: dict) -> dict:
     plain = vars(parse([])[0])
     args = plain | args  # a flag that came after the run had its default
     kind = {name: args[name] for name in ("arch", "optmzr", "mixup", "prune_method", "adaptive", "mest_soft")}
-    defaults = vars(resolve(Namespace(**plain | kind))) | {name: plain[name] for name in kind} | {"sam_rho": None}
+    defaults = vars(resolve(Namespace(**plain | kind))) | {name: plain[name] for name in kind} | {"sam_rho": None, "stem": "cifar"}
     return {
         name: "/".join(Path(value).parts[-2:]) if name in PATHS and value else value
         for name, value in sorted(args.items())
