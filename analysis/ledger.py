@@ -222,8 +222,11 @@ def telling_flags(args: dict) -> dict:
     """Return the flags that decide a run's figures and differ from their defaults, sorted by name."""
     plain = vars(parse([])[0])
     args = plain | args  # a flag that came after the run had its default
+    if args["stem"] == "auto":  # as it was before there was another one
+        args["stem"] = "cifar"
     kind = {name: args[name] for name in ("arch", "optmzr", "mixup", "prune_method", "adaptive", "mest_soft")}
-    defaults = vars(resolve(Namespace(**plain | kind))) | {name: plain[name] for name in kind} | {"sam_rho": None, "stem": "cifar"}
+    defaults = vars(resolve(Namespace(**plain | kind))) | {name: plain[name] for name in kind}
+    defaults |= {"sam_rho": None, "stem": "cifar"}
     return {
         name: "/".join(Path(value).parts[-2:]) if name in PATHS and value else value
         for name, value in sorted(args.items())

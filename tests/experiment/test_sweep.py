@@ -1,6 +1,7 @@
 """Sweeps. What their runs train does not matter except in one test: elsewhere a script that writes a result stands in."""
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from experiment.config import parse_and_replay
 from experiment.flags import parse
 from experiment.sweep import main, slurm_job
 from models import build_model
-from prune.masks import prunable_weights, select_layers
+from prune.masks import layers_by_position, prunable_weights, select_layers
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [path.name for path in sorted((ROOT / "scripts").glob("*.sh")) if "experiment.sweep" in path.read_text()]
@@ -202,8 +203,9 @@ def test_sparsities_of_the_official_profile_are_those_of_the_3x3_convolutions(sw
     for command in listed:
         args = parse(command[2:])[0]
         classes = 100 if args.dataset == "cifar100" else 10
-        sizes = {name: weight.numel() for name, weight in networks(args.arch, args.depth, classes, args.width).items()}
-        dense = sum(sizes[name] for name in select_layers(list(sizes), args.dense_layers))
+        sizes, positions = networks(args.arch, args.depth, classes, args.width)
+        selected = select_layers(list(sizes), args.dense_layers, positions=positions)
+        dense = sum(sizes[name] for name in set(itertools.chain(*selected.values())))
         total = sum(sizes.values())
         named = float(Path(value("--output-dir", command)).name.split("-")[1])
         assert args.sparsity == pytest.approx(named * (total - dense) / total, abs=1e-6)
@@ -212,7 +214,9 @@ def test_sparsities_of_the_official_profile_are_those_of_the_3x3_convolutions(sw
 @cache
 def networks(arch, depth, classes, width):
     with torch.device("meta"):
-        return prunable_weights(build_model(arch, depth, classes, width))
+        model = build_model(arch, depth, classes, width)
+    sizes = {name: weight.numel() for name, weight in prunable_weights(model).items()}
+    return sizes, layers_by_position(model)
 
 
 def test_runs_have_the_names_and_flags_that_they_have_always_had(sweep):
