@@ -24,7 +24,8 @@ done
 output=$(realpath -m "${OUTPUT_DIR:-runs/imagenet}")
 cd "$here"
 PYTHON=python3
-if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, yaml' 2>/dev/null; then
+wanted='torch torchvision scipy tqdm tensorboard sklearn yaml'
+if ! python3 -c "from importlib.util import find_spec as f; assert all(map(f, '$wanted'.split()))" 2>/dev/null; then
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh requirements.txt
 fi

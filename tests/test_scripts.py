@@ -203,7 +203,7 @@ def test_a_line_on_the_terminal_tells_what_pip_is_at(machine):
 
 def imagenet(tmp_path, *words, **environment):
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "imagenet.sh"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        ["bash", str(ROOT / "scripts" / "imagenet.sh"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment,
     )  # fmt: skip
 

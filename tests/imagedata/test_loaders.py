@@ -161,8 +161,9 @@ def test_cutting_a_batch_compiles_as_one_graph():
     torch.testing.assert_close(compiled(*first), batch(*first))
 
 
-@pytest.mark.parametrize("policy", ["crop-flip", "randaugment", "trivialaugment", "autoaugment"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("policy", "channels"), [("crop-flip", 1), ("randaugment", 3), ("trivialaugment", 1), ("autoaugment", 3)]
+)
 def test_policies_follow_from_seed_epoch_and_index_alone(policy, channels):
     data = images(size=12, channels=channels)
     options = {"policy": policy, "erasing": 0.5, "pad": 1, "flip": True}
