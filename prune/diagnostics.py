@@ -30,7 +30,9 @@ def path_figures(model: nn.Module, masks: Masks, input_shape: tuple[int, ...] | 
         input_shape: of one input; nothing is returned where it is not known, or for a network with layer normalisation,
             whose attention no flow describes.
     """
-    if input_shape is None or any(isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in model.modules()):
+    if input_shape is None or any(
+        isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in model.modules()
+    ):
         return {}
     used = weights_on_paths(model, masks.masks, input_shape)
     total, effective = sum(part.numel() for part in used.values()), sum(int(part.sum()) for part in used.values())
