@@ -23,24 +23,51 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
         alive: masks of its weights by layer; a layer without one is dense.
         input_shape: of one input, without the batch.
     """
+    shadow, _ = _shadow(model, alive)
+    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(shadow(ones).sum(), [ones], allow_unused=True)
+    return slope is not None and bool(slope.any())
+
+
+def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the weights that lie on a path of living weights from the input to the output: bool, by layer.
+
+    By the same flow: a weight of 1 with a slope lies on a path.
+
+    Args:
+        model, alive, input_shape: see `reaches_output`.
+    """
+    shadow, weights = _shadow(model, alive)
+    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device)
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(
+            shadow(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True
+        )
+    return {name: (w.detach() * slope) != 0 for (name, w), slope in zip(weights.items(), slopes, strict=True)}
+
+
+def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return the network that flow runs through, and its weights. It averages where the model takes a largest value."""
     shadow = copy.deepcopy(model).double().eval()
     weights = prunable_weights(shadow)
     with torch.no_grad():
         for name, weight in weights.items():
             mask = alive.get(name)
             weight.fill_(1) if mask is None else weight.copy_(mask)
+            weight.requires_grad_()
     for module in shadow.modules():
         if isinstance(module, NORMS):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
+        elif isinstance(module, nn.MaxPool2d):  # all places have a slope, and not one of them
+            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            module.forward = pool.forward  # type: ignore[method-assign]
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             module.bias = None
             module.register_forward_hook(_scaled)
         elif isinstance(module, nn.MultiheadAttention):  # it uses its layers without calling them
             module.register_forward_hook(lambda module, inputs, output: (_scaled(module, inputs, output[0]), None))
-    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(shadow(ones).sum(), [ones], allow_unused=True)
-    return slope is not None and bool(slope.any())
+    return shadow, weights
 
 
 def _scaled(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from prune import diagnostics
 from prune.budget import Budget, EmptyLayerError, distribute, highest_sparsity
 from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
@@ -112,6 +113,9 @@ class Pruner:
         self._gradients: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}  # of these, where an update goes by an average
         self._memory: dict[str, Tensor] = {}  # what an update leaves for the next one
+        self._first: dict[str, Tensor] = {}  # masks, where they move
+        self._paths: dict[str, float] = {}  # what check_layers has found of them
+        self._overlap = torch.ones(())  # of the masks before and after the last change
         self._input_shape: tuple[int, ...] | None = None
         self._checked = -1  # version of the masks that check_layers has seen
         self._warned: set[str] = set()
@@ -154,6 +158,7 @@ class Pruner:
             alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
             self._targets = {name: int(units.sum()) for name, units in alive.items()}
             self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
+            self._first = {name: mask.clone() for name, mask in self.masks.masks.items()}
         self._remember_weights(-1)
 
     def largest(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -288,7 +293,26 @@ class Pruner:
                     f"{empty_filters:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep "
                     "them, name depthwise among the dense layers"
                 )
+        self._paths = diagnostics.path_figures(self.model, self.masks, self._input_shape) if sparse else {}
+        sentence = diagnostics.collapse(self._paths, self.masks.sparsity())
+        if sentence and "collapse" not in self._warned:
+            self._warned.add("collapse")
+            self.warn(sentence)
         self._checked = self.masks.version
+
+    def figures(self) -> dict[str, float]:
+        """Return what the masks have become, by name: see `diagnostics`. Waits for the device.
+
+        Overlaps, with the masks that training began with and with those before the last change, are there where masks move;
+        the others where some weights are dead and `choose_masks` had a sample.
+        """
+        figures: dict[str, float] = {}
+        if self._first:
+            now = [self.masks.masks[name] for name in self._first]
+            figures["overlap_with_first"] = diagnostics.overlap(self._first.values(), now).item()
+            figures["overlap_with_last"] = self._overlap.item()
+        self.check_layers()
+        return figures | self._paths
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Return the number of epochs, begun ones counted, that later rounds add to one training."""
@@ -335,6 +359,8 @@ class Pruner:
             "postponed": self._postponed,
             "momentum": self._momentum,
             "memory": self._memory,
+            "first": {name: mask.bool() for name, mask in self._first.items()},
+            "overlap": self._overlap,
             "rewound": self._rewound,
             "input_shape": self._input_shape,
         }
@@ -346,6 +372,8 @@ class Pruner:
         self._postponed = state.get("postponed", False)
         self._input_shape = state.get("input_shape")
         self.ever_alive = self._like_weights(state["ever_alive"])
+        self._first = self._like_weights(state.get("first", {}))
+        self._overlap = state.get("overlap", self._overlap)
         self._momentum = self._like_weights(state.get("momentum", {}))
         device = next((weight.device for weight in self.masks.weights.values()), None)
         self._memory = {name: tensor.to(device, copy=True) for name, tensor in state.get("memory", {}).items()}
@@ -493,6 +521,8 @@ class Pruner:
             if remembered:
                 tensors, keeps = zip(*remembered, strict=True)
                 torch._foreach_mul_(list(tensors), list(keeps))
+        if self.method.moves:
+            self._overlap = diagnostics.overlap(before, now)
         if self.ever_alive:
             torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
 

@@ -122,6 +122,7 @@ class Logger:
         self.writer.add_scalar(f"{SPARSITY}/now", row["sparsity"], step)
         if pruner.method.update or pruner.method.tickets:  # else its charts would be flat lines
             self.writer.add_scalar(f"{SPARSITY}/ever_alive", pruner.ever_alive_fraction(), step)
+            self.scalars(SPARSITY, pruner.figures(), step)
             self.scalars(LAYERS, {layer: 1 - value for layer, value in density.items()}, step)
         work = {"images_per_second": row["images_per_second"], "training_flops": state.training_flops}
         self.scalars(WORK, work | {"inference_flops": flops.inference(density)}, step)
@@ -202,6 +203,7 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
         "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),
         "sparsity": last["sparsity"],
         "ever_alive": state.pruner.ever_alive_fraction(),
+        **state.pruner.figures(),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
         "inference_flops": meter.flops.inference(density),
