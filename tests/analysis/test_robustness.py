@@ -14,7 +14,9 @@ from analysis.corrupted import BINS, CorruptedImages, Network, Scores, Settings,
 from analysis.robustness import main
 from imagedata.corruptions import CORRUPTIONS, corrupt
 from imagedata.images import Images
+from imagedata.sources import load_dataset
 from main_prune_train import main as train
+from utils.errors import UsageError
 
 QUICK = "--corruptions contrast shot_noise --severities 5 1 --workers 0"
 NEEDS_PACKAGE = pytest.mark.skipif(
@@ -98,6 +100,17 @@ def test_workers_corrupt_as_this_process_and_a_part_is_the_same_as_among_all():
     assert torch.equal(fog, corrupt("fog", 4, pixels, range(23))[part.numbers])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_stay_in_files_are_corrupted_and_a_broken_one_is_named(workers, image_folder, tmp_path):
+    test = load_dataset("imagefolder", image_folder(tmp_path, seed=0), 8).test
+    images = CorruptedImages(test, Settings(None, ("contrast",), (5,), batch_size=4, workers=workers))
+    pixels = torch.cat([batch.pixels for batch in images.batches()])
+    assert torch.equal(pixels, torch.cat([test.load(), corrupt("contrast", 5, test.load(), range(15))]))
+    (tmp_path / "test" / "2" / "4.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"2/4\.png"):
+        list(images.batches())
+
+
 def test_relative_corruption_error_is_the_papers_and_missing_where_the_baseline_makes_none():
     def results(**errors):
         return {"corrupted": {name: {"1": {"error": a}, "2": {"error": b}} for name, (a, b) in errors.items()}}
@@ -150,8 +163,6 @@ def test_the_command_measures_all_networks_on_the_same_images_and_pairs_seeds(ru
 @pytest.fixture(scope="session")
 def official(trained_runs, tmp_path_factory):
     """Files such as those of CIFAR-10-C, of the test images of the trained runs."""
-    from imagedata.sources import load_dataset
-
     directory = tmp_path_factory.mktemp("official")
     test = load_dataset("folder", trained_runs.images).test
     images = np.concatenate([corrupt("contrast", severity, test.pixels, range(15)) for severity in range(1, 6)])
