@@ -18,7 +18,7 @@ if sys.version_info < (3, 10) or os.path.exists(os.path.join(sys.prefix, "unfini
     sys.exit(1)
 for path in sys.argv[1:]:
     with open(path) as file:
-        for line in map(str.strip, file):
+        for line in (line.partition("#")[0].strip() for line in file):
             if line and not Requirement(line).specifier.contains(version(Requirement(line).name), prereleases=True):
                 sys.exit(1)
 PYTHON
