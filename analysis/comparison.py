@@ -22,7 +22,7 @@ class Compared:
 
     Attributes:
         arm, title: its name and how it is shown.
-        entries: of all its runs; those that diverged are in no figure.
+        runs: entries of all its runs by seed; those that diverged are in no figure.
         differences: test accuracies minus those of SGD with the same seed and images, in points.
         difference: their mean and its 95% interval by Student's t; None without pairs.
         p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
@@ -30,7 +30,7 @@ class Compared:
 
     arm: str
     title: str
-    entries: tuple[Entry, ...]
+    runs: dict[int, Entry]
     differences: tuple[float, ...]
     difference: Interval | None
     p: float
@@ -38,12 +38,12 @@ class Compared:
     @property
     def finished(self) -> list[Entry]:
         """The runs that did not diverge."""
-        return [entry for entry in self.entries if entry["state"] == "finished"]
+        return [entry for entry in self.runs.values() if entry["state"] == "finished"]
 
     @property
     def diverged(self) -> int:
         """How many runs diverged."""
-        return len(self.entries) - len(self.finished)
+        return len(self.runs) - len(self.finished)
 
     @property
     def passes(self) -> float:
@@ -58,7 +58,7 @@ class Compared:
     @property
     def rho(self) -> str:
         """Its rho, and nothing for an arm without one."""
-        rhos = {entry["flags"].get("sam_rho") for entry in self.entries} - {None}
+        rhos = {entry["flags"].get("sam_rho") for entry in self.runs.values()} - {None}
         return ", ".join(f"{rho:g}" for rho in sorted(rhos))
 
     @property
@@ -85,7 +85,7 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
     corrected = dict(zip(differences, holm([paired_p(values) for values in differences.values()]), strict=True))
     return [
         Compared(
-            arm, arms[arm].title, tuple(found.values()), differences[arm],
+            arm, arms[arm].title, found, differences[arm],
             student_interval(differences[arm]) if differences[arm] else None, corrected[arm],
         )
         for arm, found in runs.items()

@@ -14,7 +14,19 @@ from statistics import mean, median, median_low, stdev
 
 from analysis import results_pictures
 from analysis.command import writing_to
-from analysis.comparison import CONTROL, FEWEST, LEVEL, Compared, Entry, cell_title, compare, core_hours, final, masks
+from analysis.comparison import (
+    CONTROL,
+    FEWEST,
+    LEVEL,
+    Compared,
+    Entry,
+    cell_title,
+    compare,
+    core_hours,
+    final,
+    masks,
+    pairs,
+)
 from analysis.labels import accuracy_text, count_text
 from analysis.ledger import Ledger
 from analysis.study import best_rho, tuning_runs
@@ -22,14 +34,15 @@ from analysis.text_table import mean_and_std_text
 from experiment.study import STUDIES, TASKS, TUNING_SEEDS, Run, methods_study
 from utils.errors import UsageError
 from utils.files import write_text_atomically
-from utils.statistics import Interval, detectable_difference
+from utils.statistics import Interval, detectable_difference, student_interval
 
 PAGES = ("README.md", "RESULTS.md", "docs/one-step.md")
 PICTURES = Path("docs/results")
 OPENING = re.compile(r"^<!-- ledger: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- ledger: (\S+) -->\n(?:(?!<!-- ledger).*\n)*?<!-- /ledger -->$", re.MULTILINE)
 COMPARED = tuple(name for name in TASKS if name != "methods")
-HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM"}
+HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
+DIRECT = (("previous", "random"), (CONTROL, "previous"))  # what the gradient's direction buys, and what a second pass
 NOT_RUN = "No run of it is in the ledger yet."
 
 
@@ -242,22 +255,35 @@ def cell_notes(rows: list[Compared]) -> str:
         ]
         arms = f" over {count_text(len(tested), 'arm')}" if len(tested) > 1 else ""
         notes.append(f"At {LEVEL:.0%} after Holm's correction{arms}: {'; '.join(told)}.")
-        spread, pairs = (
+        spread, count = (
             median(stdev(row.differences) for row in tested),
             median_low(len(row.differences) for row in tested),
         )
         notes.append(
-            f"Power: with {pairs} pairs whose differences have a standard deviation of {spread:.2f} points (the arms' median), "
-            f"a true difference of {detectable_difference(spread, pairs):.2f} points is found in 80% of cases at {LEVEL:.0%}, "
+            f"Power: with {count} pairs whose differences have a standard deviation of {spread:.2f} points (the arms' median), "
+            f"a true difference of {detectable_difference(spread, count):.2f} points is found in 80% of cases at {LEVEL:.0%}, "
             "uncorrected."
         )
+    if direct := direct_comparisons({row.arm: row for row in rows}):
+        notes.append(f"In pairs, uncorrected, with 95% intervals: {'; '.join(direct)}.")
     if diverged := sum(row.diverged for row in rows):
         notes.append(
             f"{count_text(diverged, 'run')} diverged, and {'is' if diverged == 1 else 'are'} in no mean and no pair."
         )
-    entries = [entry for row in rows for entry in row.entries]
+    entries = [entry for row in rows for entry in row.runs.values()]
     notes.append(provenance(entries))
     return "\n".join(f"- {note}" for note in notes)
+
+
+def direct_comparisons(rows: dict[str, Compared]) -> list[str]:
+    """Return differences between two arms neither of which is SGD."""
+    told = []
+    for arm, other in DIRECT:
+        if arm in rows and other in rows:
+            differences = pairs(rows[arm].runs, rows[other].runs)
+            if len(differences) >= FEWEST:
+                told.append(f"{rows[arm].title} minus {rows[other].title} {points(student_interval(differences))}")
+    return told
 
 
 def provenance(entries: Iterable[Entry]) -> str:

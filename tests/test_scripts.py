@@ -58,7 +58,7 @@ class Machine:
         self.path.mkdir(parents=True)
         (root / "scripts").mkdir()
         shutil.copy(ROOT / "scripts" / "setup.sh", root / "scripts")
-        (root / "requirements.txt").write_text("torch>=1\n")
+        (root / "requirements.txt").write_text("torch>=1  # any\n")
         for tool in ("bash", "dirname", "rm", "mkdir", "touch", "sed", "grep", "head", "tail", "du", "cut", "cat"):
             (self.path / tool).symlink_to(shutil.which(tool))
 

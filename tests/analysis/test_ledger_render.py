@@ -98,6 +98,7 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
     assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
     assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
+    assert "SAM (two-step) minus one-step SAM **+2.83** (+0.69 to +4.98)." in text  # 3.0, 3.6 and 1.9
     assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
     assert "(90% sparse, random, 3 seeds)" in text
     assert "one-step SAM **+1.17** (-0.73 to +3.06); two-step SAM **+4.00** (+3.75 to +4.25)" in text
