@@ -90,7 +90,12 @@ def refuse_uncorruptible(names: Sequence[str], shape: Sequence[int]) -> None:
 
 def _by_package(name: str, severity: int, image: Array, words: list[int]) -> Array:
     """Corrupt one image by the package, with its random numbers seeded; a grey image stays grey."""
-    import imagecorruptions  # here: two seconds, and not always installed
+    try:
+        import imagecorruptions  # here: two seconds, and not always installed
+    except ImportError as error:  # opencv-python needs libGL, which a machine without a display may lack
+        raise UsageError(
+            f"the package imagecorruptions cannot be loaded ({error}): pip install opencv-python-headless, or libgl1 of the system"
+        ) from error
 
     draw = int(np.random.default_rng(words).integers(2**31))
     options: dict[str, Any] = {"seed": draw} if name in ("impulse_noise", "glass_blur") else {}
