@@ -14,7 +14,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def about(trained: Trained) -> dict[str, dict]:
 
 def safetensors_file(trained: Trained, images: Tensor) -> bytes:
     """Return the content of a safetensors file."""
-    return exported_bytes(trained.model.state_dict(), trained.masks.state_dict(), about(trained))
+    return exported_bytes(trained.model, trained.masks, about(trained))
 
 
 def onnx_file(trained: Trained, images: Tensor) -> bytes:
@@ -275,7 +275,7 @@ def silenced() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,9 +1,9 @@
 """Exported networks: living weights and bitmasks in one safetensors file, with all that is needed to use them.
 
-A sparse `layer.weight` is two tensors: `layer.weight.values` holds the living weights in row-major order and
-`layer.weight.bitmask` a bit for each weight, the lowest bit of each byte first. All other tensors are whole; in a whole
-weight that has a mask the zeros are dead. The metadata are texts in JSON: `masks` has the shape of each mask by layer,
-args, data and metrics are what a checkpoint has.
+A sparse `NAME` is two tensors: `NAME.values` holds the living weights in row-major order and `NAME.bitmask` a bit for each
+weight, the lowest bit of each byte first. All other tensors are whole; in a whole weight that has a mask the zeros are
+dead. The metadata are texts in JSON: `masks` has name and shape of each weight that has a mask, by layer; args, data and
+metrics are what a checkpoint has.
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prune.masks import Masks
 from utils.errors import DamagedError, UsageError
 from utils.packages import require_packages
 
@@ -31,19 +32,21 @@ def is_safetensors(path: Path) -> bool:
         return False
 
 
-def exported_bytes(state: dict[str, Tensor], masks: dict[str, Tensor], about: dict[str, dict]) -> bytes:
+def exported_bytes(model: nn.Module, masks: Masks, about: dict[str, dict]) -> bytes:
     """Return the content of an exported file.
 
     Args:
-        state: the network's state_dict; dead weights are zero.
-        masks: boolean, by layer.
+        model: the network; dead weights are zero.
+        masks: over its weights.
         about: args, data and metrics, as `read_exported` returns them.
     """
     from safetensors.torch import save
 
-    tensors = pack(state, masks)
-    shapes = {layer: list(mask.shape) for layer, mask in masks.items()}
-    metadata = {name: json.dumps(value) for name, value in (about | {"masks": shapes}).items()}
+    names = {weight: name for name, weight in model.named_parameters()}
+    weights = {layer: names[masks.weights[layer]] for layer in masks.masks}
+    tensors = pack(model.state_dict(), {weights[layer]: mask for layer, mask in masks.state_dict().items()})
+    found = {layer: {"weight": name, "shape": list(masks.masks[layer].shape)} for layer, name in weights.items()}
+    metadata = {name: json.dumps(value) for name, value in (about | {"masks": found}).items()}
     return save(tensors, {"format": FORMAT} | metadata)
 
 
@@ -67,7 +70,9 @@ def read_exported(path: Path) -> dict:
         about = {name: json.loads(metadata[name]) for name in READ}
         if not all(isinstance(value, dict) for value in about.values()):
             raise ValueError
-        state, masks = unpack(tensors, about["masks"])
+        weights = {layer: found["weight"] for layer, found in about["masks"].items()}
+        state, alive = unpack(tensors, {found["weight"]: found["shape"] for found in about["masks"].values()})
+        masks = {layer: alive[name] for layer, name in weights.items()}
     except OSError as error:
         raise UsageError(f"cannot read '{path}' ({error.strerror or error})") from error
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
@@ -83,12 +88,12 @@ def pack(state: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor
 
     Args:
         state: the network's state_dict; dead weights are zero.
-        masks: boolean, by layer.
+        masks: boolean, by the names of their weights.
     """
     # Cloned, since layers may share a weight and safetensors takes none that do.
     tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    for layer, mask in masks.items():
-        name, alive = f"{layer}.weight", mask.cpu().contiguous()
+    for name, mask in masks.items():
+        alive = mask.cpu().contiguous()
         weight = tensors[name]
         bits = torch.from_numpy(np.packbits(alive.numpy(), axis=None, bitorder="little"))
         values = weight[alive]
@@ -104,23 +109,22 @@ def unpack(tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> tuple[di
 
     Args:
         tensors: of the file.
-        shapes: of the masks, by layer.
+        shapes: of the masks, by the names of their weights.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError or RuntimeError: these are not what it returned.
     """
     state, masks = dict(tensors), {}
-    for layer, shape in shapes.items():
-        name = f"{layer}.weight"
+    for name, shape in shapes.items():
         if name in state:
-            masks[layer] = state[name] != 0
+            masks[name] = state[name] != 0
             continue
         values, bits = state.pop(f"{name}.values"), state.pop(f"{name}.bitmask")
         count = math.prod(shape)
         if bits.shape != (-(-count // 8),):
             raise ValueError(name)
         unpacked = np.unpackbits(bits.numpy(), count=count, bitorder="little")
-        masks[layer] = alive = torch.from_numpy(unpacked).bool().view(shape)
+        masks[name] = alive = torch.from_numpy(unpacked).bool().view(shape)
         if values.shape != (int(alive.sum()),):
             raise ValueError(name)
         state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter(alive, values)

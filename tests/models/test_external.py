@@ -10,9 +10,14 @@ import torchvision
 from running import before_step, interrupt, same
 from torch import nn
 
+from analysis import export
+from experiment import build
+from experiment.flags import parse
+from experiment.load import load
 from models import build_model
 from models.external import NetworkError, load_published_weights
 from prune import Pruner
+from utils.errors import UsageError
 
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
 
@@ -175,9 +180,71 @@ def test_a_network_of_ones_own_with_dropout_resumes_bit_for_bit(train, own):
 def test_a_checkpoint_alone_does_not_choose_which_function_runs(train, own, tmp_path):
     run = train(f"--dataset digits --batch-size 512 --epochs 1 --arch {own}:build", short=False)
     assert run.code == 0, run.err
+    assert load(run.directory, arch=f"{own}:build").model[0].weight.shape == (4, 1, 3, 3)
+    code = own.read_text()
     own.write_text("import os\nos.mkdir('it-ran')\n")
-    for flag in ("--evaluate", "--resume"):
-        bad = train(f"{flag} {run.directory}/checkpoint.pt", None, short=False)
+    for flags in (
+        f"--evaluate {run.directory}",
+        f"--resume {run.directory}/checkpoint.pt",
+        f"--config {run.directory}",
+    ):
+        bad = train(flags, None, short=False)
         assert (bad.code, bad.err.count("\n")) == (2, 1)
         assert f"name its function again, as --arch {own}:build, if you trust it" in bad.err
     assert not (tmp_path / "it-ran").exists()
+    with pytest.raises(UsageError, match="name its function again"):
+        load(run.directory)
+    assert not (tmp_path / "it-ran").exists()
+    own.write_text(code)
+    again = train(f"--config {run.directory} --arch {own}:build", "again", short=False)
+    assert again.code == 0, again.err
+    same(again.checkpoint()["state"], run.checkpoint()["state"])
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx", "pt2"])
+def test_a_network_of_ones_own_is_exported_where_its_function_is_named(train, own, tmp_path, capsys, format):
+    for package in {"safetensors": ["safetensors", "zstandard"], "onnx": ["onnxscript", "onnxruntime"]}.get(format, []):
+        pytest.importorskip(package)
+    flags = "--dataset digits --batch-size 512 --epochs 1 --prune-method random --sparsity 0.9"
+    run = train(f"{flags} --arch {own}:build", short=False)
+    assert run.code == 0, run.err
+    command = [str(run.directory), "--format", format, "--output", str(tmp_path / "network")]
+    assert export.main(command) == 2
+    assert "name its function again" in capsys.readouterr().err
+    assert export.main([*command, "--arch", f"{own}:build"]) == 0
+    if format == "safetensors":
+        both = [load(path, arch=f"{own}:build") for path in (run.directory, tmp_path / "network")]
+        same(*(dict(trained.model.state_dict()) for trained in both))
+        same(*(trained.masks.state_dict() for trained in both))
+
+
+def test_a_network_that_torch_cannot_export_is_refused_with_a_sentence(train, own, tmp_path, capsys):
+    own.write_text(
+        textwrap.dedent("""
+            from torch import nn
+
+            class Branching(nn.Linear):
+                def forward(self, x):
+                    return super().forward(x.flatten(1)) * (2 if not x.is_meta and x.sum() > 0 else 1)
+
+            def build(num_classes, in_channels, image_size):
+                return Branching(in_channels * image_size[0] * image_size[1], num_classes)
+        """)
+    )
+    run = train(f"--dataset digits --batch-size 512 --epochs 1 --arch {own}:build", short=False)
+    assert run.code == 0, run.err
+    command = [str(run.directory), "--format", "pt2", "--output", str(tmp_path / "x.pt2"), "--arch", f"{own}:build"]
+    assert export.main(command) == 1
+    assert "as pt2 (" in (said := capsys.readouterr().err)
+    assert (said.count("\n"), (tmp_path / "x.pt2").exists()) == (1, False)
+
+
+def test_a_file_of_torchvisions_weights_is_read(train, tmp_path):
+    torch.manual_seed(3)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=10).state_dict(), tmp_path / "squeezenet.pth")
+    flags = "--dataset cifar10 --arch torchvision:squeezenet1_1"
+    args = parse(f"{flags} --pretrained {tmp_path / 'squeezenet.pth'}".split())[0]
+    build.check_on_meta(args)
+    args.arch = "torchvision:squeezenet1_0"
+    with pytest.raises(UsageError, match="features.0.weight is 64x3x3x3 there and 96x3x7x7 here"):
+        build.check_on_meta(args)

@@ -18,10 +18,10 @@ ABOUT = {"args": {"arch": "resnet"}, "data": {"classes": ["a", "ß"], "mean": [0
 
 
 def sparse(model, sparsity, pattern="unstructured", **options):
-    """Return state_dict and masks of a network with random masks."""
+    """Return a network and random masks of it."""
     pruner = Pruner(model, "random", sparsity, pattern=pattern, warn=lambda words: None, **options)
     pruner.choose_masks()
-    return model.state_dict(), pruner.masks.state_dict()
+    return model, pruner.masks
 
 
 def assert_same(state, masks, other_state, other_masks):
@@ -38,28 +38,41 @@ def assert_same(state, masks, other_state, other_masks):
 )
 def test_an_exported_network_comes_back_bit_for_bit(tmp_path, sparsity, pattern):
     model = build_model("resnet", 8, 10, 0.5).to(memory_format=torch.channels_last)
-    state, masks = sparse(model, sparsity, pattern, **({"distribution": "uniform"} if pattern != "2:4" else {}))
+    _, masks = sparse(model, sparsity, pattern, **({"distribution": "uniform"} if pattern != "2:4" else {}))
     path = tmp_path / "network.safetensors"
-    path.write_bytes(exported_bytes(state, masks, ABOUT))
+    path.write_bytes(exported_bytes(model, masks, ABOUT))
     found = load_checkpoint(path)
-    assert_same(state, masks, found["state"]["model"], found["state"]["pruner"]["masks"])
+    assert_same(model.state_dict(), masks.state_dict(), found["state"]["model"], found["state"]["pruner"]["masks"])
     assert (found["args"], found["data"], found["state"]["rows"]) == (ABOUT["args"], ABOUT["data"], [{"epoch": 3}])
 
 
 def test_living_zeros_and_dense_layers_come_back_with_their_masks():
     state = {"a.weight": torch.randn(3, 5), "b.weight": torch.randn(64, 4), "c.weight": torch.randn(6)}
-    masks = {"a": torch.arange(15).view(3, 5) % 4 != 0, "b": torch.ones(64, 4, dtype=torch.bool)}
-    state["a.weight"] *= masks["a"]
+    masks = {"a.weight": torch.arange(15).view(3, 5) % 4 != 0, "b.weight": torch.ones(64, 4, dtype=torch.bool)}
+    state["a.weight"] *= masks["a.weight"]
     state["a.weight"][0, 1] = state["b.weight"][0, 0] = 0.0
     tensors = pack(state, masks)
     assert tensors.keys() == {
         "a.weight.values", "a.weight.bitmask", "b.weight.values", "b.weight.bitmask", "c.weight"
     }  # fmt: skip
-    assert_same(state, masks, *unpack(tensors, {"a": [3, 5], "b": [64, 4]}))
+    assert_same(state, masks, *unpack(tensors, {"a.weight": [3, 5], "b.weight": [64, 4]}))
     state["b.weight"][0, 0] = 1.0  # its zeros tell its mask again, and a bitmask would make it larger
     tensors = pack(state, masks)
     assert tensors.keys() == {"a.weight.values", "a.weight.bitmask", "b.weight", "c.weight"}
-    assert_same(state, masks, *unpack(tensors, {"a": [3, 5], "b": [64, 4]}))
+    assert_same(state, masks, *unpack(tensors, {"a.weight": [3, 5], "b.weight": [64, 4]}))
+
+
+def test_weights_that_layers_share_and_projections_of_attention_come_back(tmp_path):
+    torch.manual_seed(0)
+    attention, shared = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+    model = nn.Sequential(attention, shared, nn.Linear(8, 8))
+    model[2].weight = shared.weight
+    _, masks = sparse(model, 0.5)
+    assert {"0.in_proj", "0.out_proj", "1"} == masks.masks.keys()
+    path = tmp_path / "network.safetensors"
+    path.write_bytes(exported_bytes(model, masks, ABOUT))
+    found = load_checkpoint(path)["state"]
+    assert_same(model.state_dict(), masks.state_dict(), found["model"], found["pruner"]["masks"])
 
 
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
@@ -94,10 +107,11 @@ def test_a_truncated_exported_network_is_refused(exported):
         ("0.weight.bitmask", lambda bits: bits.float()),
         ("0.weight.bitmask", lambda bits: bits | 255),
         ("0.weight.values", None),
-        ("masks", '{"0": [64]}'),
-        ("masks", '{"0": [-32, 64]}'),
-        ("masks", '{"0": "wide"}'),
-        ("masks", '{"other": [32, 64]}'),
+        ("masks", '{"0": {"weight": "0.weight", "shape": [64]}}'),
+        ("masks", '{"0": {"weight": "0.weight", "shape": [-32, 64]}}'),
+        ("masks", '{"0": {"weight": "0.weight", "shape": "wide"}}'),
+        ("masks", '{"0": {"weight": "other", "shape": [32, 64]}}'),
+        ("masks", '{"0": [32, 64]}'),
         ("masks", "[1]"),
         ("masks", "{"),
         ("args", "[]"),
