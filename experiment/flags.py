@@ -269,7 +269,8 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
         else:
             add(flag(option.name), type=option_type(option), metavar=option.metavar,
                 help=f"{methods}: {option.help} ({option.default_shown})")
-    add("--pretrained", type=Path, metavar="CKPT", help="start from the weights of this checkpoint; oneshot needs it")
+    add("--pretrained", type=Path, metavar="CKPT",
+        help="start from the weights of a checkpoint, a run, an exported file or a state_dict that fits; oneshot needs some")
     add("--pretrained-weights", metavar="WEIGHTS",
         help="start from weights that torchvision publishes for its network, such as DEFAULT")
     add("--keep-masks", action="store_true",
