@@ -88,18 +88,27 @@ CIFAR_PART = "--image-size 16 --train-images 1000 --epochs 100 --batch-size 64 -
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
-STATIC, MOVING = ("random", "magnitude", "snip", "grasp", "synflow"), ("set", "rigl", "mest", "gmp")
+STATIC = ("random", "magnitude", "snip", "iter-snip", "force", "grasp", "synflow")
+MOVING = ("set", "rigl", "mest", "dsr", "snfs", "gmp", "granet", "acdc")
 PER_METHOD = {
     "dense": "--prune-method none",
     **{f"{method}-0.9": f"--prune-method {method} --sparsity 0.9" for method in STATIC},
     **{f"{method}-0.9": f"--prune-method {method} --sparsity 0.9 --update-interval 20" for method in MOVING},
     "mest-soft-0.9": "--prune-method mest --sparsity 0.9 --update-interval 20 --mest-soft",
     "lth-0.9": "--prune-method lth --sparsity 0.9 --lth-rounds 3 --lth-rewind 20",
+    "lth-keep-0.9": "--prune-method lth --sparsity 0.9 --lth-rounds 3 --lth-rewind 20 --lth-keep-weights",
+    "lamp-0.9": "--prune-method lamp --sparsity 0.9 --lth-rounds 3 --lth-rewind 20",
     "oneshot-0.9": "--prune-method oneshot --sparsity 0.9 --pretrained {dense-previous-seed0}",
+    "final-0.9": "--prune-method final --sparsity 0.9 --recalibrate-bn",
     **{f"{method}-0.98": f"--prune-method {method} --sparsity 0.98" for method in ("random", "snip")},
     **{f"{method}-0.98": f"--prune-method {method} --sparsity 0.98 --update-interval 20" for method in ("rigl", "gmp")},
 }
-METHOD_ARMS = {"previous": Arm("one-step SAM", f"{ONE_STEP} --sam-rho 0.05"), "sgd": ARMS["sgd"]}
+METHOD_ARMS = {
+    "previous": Arm("one-step SAM", f"{ONE_STEP} --sam-rho 0.05"),
+    "sgd":      ARMS["sgd"],
+    "cram":     Arm("CrAM+", "--optmzr sgd-cram"),
+    "safe":     Arm("SAFE", "--optmzr sgd-safe"),
+}
 
 # The paper's own network at its own length. It took rho = 0.05, and weight decay 1e-4 for SGD and 5e-4 for SAM. RigL stands
 # for its methods. Nothing is tuned here: 0.3 is what the digits with label noise chose for one-step SAM, the other rhos are
@@ -212,7 +221,8 @@ def cpu_study() -> Iterator[Run]:
 def methods_study() -> Iterator[Run]:
     """Yield the runs that try every method."""
     yield from finals("methods", tuple(PER_METHOD), ("previous",))
-    yield from finals("methods", ("random-0.9", "snip-0.9", "rigl-0.9", "gmp-0.9"), ("sgd",))
+    yield from finals("methods", tuple(cell for cell in PER_METHOD if not cell.endswith("-0.98")), ("sgd",))
+    yield from finals("methods", ("final-0.9",), ("cram", "safe"))
 
 
 def gpu_study() -> Iterator[Run]:
