@@ -357,7 +357,7 @@ def held_out_text(values: dict[str, float | None], rho: float, trials: list[Run]
 
 
 def methods_table(entries: dict[str, Entry]) -> str:
-    """Return the table of all methods: a row for each, at both sparsities."""
+    """Return the table of all methods: a row for each, at both sparsities, and one for each of SAM's rivals."""
     runs = {(run.cell, run.arm): entries[run.name] for run in methods_study() if run.name in entries}
     if not runs:
         return "Not run at today's defaults."
@@ -367,20 +367,28 @@ def methods_table(entries: dict[str, Entry]) -> str:
         "reached at 98%", "test accuracy (%)",
     ]  # fmt: skip
     rows = []
-    for cell in TASKS["methods"].cells:
-        if masks("methods", cell)[1] == 0.98 or not any((cell, arm) in runs for arm in TASKS["methods"].arms):
+    for cell, arm in runs:
+        if arm == "sgd" or masks("methods", cell)[1] == 0.98:
             continue
-        first, sgd = runs.get((cell, "previous")), runs.get((cell, "sgd"))
-        second = runs.get((cell.replace("-0.9", "-0.98"), "previous")) if cell != "dense" else None
-        flops = ratio_text(first["final"], dense) if first and first["state"] == "finished" and dense else ""
+        first, beside, title = runs[cell, arm], runs.get((cell, "sgd")), method_title(cell)
+        second = None if cell == "dense" else runs.get((cell.replace("-0.9", "-0.98"), arm))
+        if arm != "previous":  # a rival of SAM's
+            beside, title = None, f"{title}, {TASKS['methods'].arms[arm].title}"
+        flops = ratio_text(first["final"], dense) if first["state"] == "finished" and dense else ""
         rows.append([
-            method_title(cell), figure(first, "sparsity", 4), figure(first, "test_top1", 2), figure(sgd, "test_top1", 2),
+            title, figure(first, "sparsity", 4), accuracy_of(first), accuracy_of(beside),
             figure(first, "inference_flops", 1, 1e-6), flops, figure(first, "ever_alive", 3),
-            figure(second, "sparsity", 4), figure(second, "test_top1", 2),
+            figure(second, "sparsity", 4), accuracy_of(second),
         ])  # fmt: skip
     return "\n\n".join(
         [f"Every run: `{TASKS['methods'].flags}`.", markdown([head, *rows]), f"- {provenance(runs.values())}"]
     )
+
+
+def accuracy_of(entry: Entry | None) -> str:
+    """Return the test accuracy of a run, and after a semicolon that with batch norm's statistics estimated anew."""
+    again = entry["final"].get("test_top1_recalibrated_bn") if entry and entry["state"] == "finished" else None
+    return figure(entry, "test_top1", 2) + (f"; {again:.2f}" if again is not None else "")
 
 
 def figure(entry: Entry | None, name: str, decimals: int, unit: float = 1.0) -> str:

@@ -237,8 +237,8 @@ def test_a_run_that_the_study_does_not_list_is_told_of(checkout, capsys):
 def test_every_method_has_a_row_with_both_sparsities(checkout):
     figures = {"passes_per_step": 1.0, "inference_flops": 14.52e6, "ever_alive": 0.1}
 
-    def add(cell, arm, accuracy, flops, sparsity):
-        final = figures | {"test_top1": accuracy, "training_flops": flops, "sparsity": sparsity}
+    def add(cell, arm, accuracy, flops, sparsity, **more):
+        final = figures | {"test_top1": accuracy, "training_flops": flops, "sparsity": sparsity} | more
         checkout.add(Run("methods", cell, arm, 0), accuracy, final=final)
 
     add("dense", "previous", 41.0, 1000.0, 0.0)
@@ -246,6 +246,8 @@ def test_every_method_has_a_row_with_both_sparsities(checkout):
     add("random-0.9", "sgd", 42.5, 174.0, 0.9)
     add("random-0.98", "previous", 36.8, 50.0, 0.98)
     add("mest-soft-0.9", "previous", 37.0, 194.0, 0.9)
+    add("final-0.9", "sgd", 11.0, 1000.0, 0.9, test_top1_recalibrated_bn=21.0)
+    add("final-0.9", "cram", 30.0, 2000.0, 0.9, test_top1_recalibrated_bn=40.0)
     checkout.add(Run("methods", "oneshot-0.9", "previous", 0), None)
     checkout.render()
     rows = checkout.rows()
@@ -253,4 +255,5 @@ def test_every_method_has_a_row_with_both_sparsities(checkout):
     assert rows["`random`"] == ["0.9000", "39.00", "42.50", "14.5", "0.174", "0.100", "0.9800", "36.80"]
     assert rows["`mest --mest-soft`"][4] == "0.194"
     assert rows["`oneshot` (from the run of `none`)"][:2] == ["diverged", "diverged"]
+    assert rows["`final --recalibrate-bn`, CrAM+"][1:5] == ["30.00; 40.00", "", "14.5", "2.000"]
     assert "`snip`" not in rows
