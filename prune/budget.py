@@ -25,19 +25,32 @@ def erk(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
     """Give each layer a density in proportion to the sum of its weight's dimensions over their product.
 
     This is Erdos-Renyi-Kernel: Evci et al., "Rigging the Lottery", ICML 2020, section 3 (1 - s proportional to (n_in +
-    n_out + w + h) / (n_in n_out w h); for linear layers the Erdos-Renyi rule of Mocanu et al. 2018). Layers that would
-    exceed density 1 become dense, and the factor of the others is solved again until none does.
+    n_out + w + h) / (n_in n_out w h); for linear layers the Erdos-Renyi rule of Mocanu et al. 2018).
+    """
+    return _in_proportion({name: sum(shape) for name, shape in shapes.items()}, shapes, budget)
+
+
+def balanced(shapes: dict[str, Shape], budget: float) -> dict[str, float]:
+    """Give every layer the same number of weights: Gadhikar et al., "Why Random Pruning Is All We Need", ICML 2023."""
+    return _in_proportion(dict.fromkeys(shapes, 1), shapes, budget)
+
+
+def _in_proportion(parts: dict[str, int], shapes: dict[str, Shape], budget: float) -> dict[str, float]:
+    """Share the budget out in proportion to the layers' parts.
+
+    Layers that would get more weights than they have become dense, and the factor of the others is solved again until none
+    does.
     """
     dense: set[str] = set()
     while True:
-        rest = {name: shape for name, shape in shapes.items() if name not in dense}
+        rest = [name for name in shapes if name not in dense]
         left = budget - sum(math.prod(shapes[name]) for name in dense)
-        factor = left / sum(sum(shape) for shape in rest.values()) if rest else 0.0
-        full = {name for name, shape in rest.items() if factor * sum(shape) > math.prod(shape)}
+        factor = left / sum(parts[name] for name in rest) if rest else 0.0
+        full = {name for name in rest if factor * parts[name] > math.prod(shapes[name])}
         if not full:
             break
         dense |= full
-    return {name: math.prod(shape) if name in dense else factor * sum(shape) for name, shape in shapes.items()}
+    return {name: math.prod(shapes[name]) if name in dense else factor * parts[name] for name in shapes}
 
 
 def global_(shapes: dict[str, Shape], budget: float) -> None:
@@ -47,6 +60,7 @@ def global_(shapes: dict[str, Shape], budget: float) -> None:
 DISTRIBUTIONS: dict[str, Callable[[dict[str, Shape], float], dict[str, float] | None]] = {
     "uniform": uniform,
     "erk": erk,
+    "balanced": balanced,
     "global": global_,
 }
 

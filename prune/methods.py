@@ -137,7 +137,7 @@ class Method:
 
     paper: str
     score: Score | None = None
-    distributions: tuple[str, ...] = ("erk", "uniform")
+    distributions: tuple[str, ...] = ("erk", "uniform", "balanced")
     update: Update | None = None
     tickets: Score | None = None
     pretrained: bool = False
@@ -160,7 +160,7 @@ class Method:
         return self.update is not None and self.update.moves
 
 
-ANY = ("global", "erk", "uniform")
+ANY = ("global", "erk", "uniform", "balanced")
 TIMING = (UPDATE_INTERVAL, STOP_UPDATE)
 MOVING = (*TIMING, DROP_FRACTION)
 
@@ -168,7 +168,7 @@ METHODS = {
     "none": Method("dense training", distributions=("global",)),
     # at initialisation
     "random": Method("Liu et al. 2022", scores.random),
-    "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "global")),
+    "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "balanced", "global")),
     "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES,)),
     "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True, options=(SCORE_IMAGES,)),
     "iter-snip": Method("de Jorge et al. 2021", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
@@ -196,16 +196,16 @@ METHODS = {
     ),
     # dynamic, across layers
     "dsr": Method(
-        "Mostafa and Wang 2019", scores.random, ("uniform", "erk"), update=ThresholdReallocation(), options=MOVING,
+        "Mostafa and Wang 2019", scores.random, ("uniform", "erk", "balanced"), update=ThresholdReallocation(), options=MOVING,
         own_defaults=lambda given: {"drop_fraction": 0.14},
     ),
     "snfs": Method(
-        "Dettmers and Zettlemoyer 2019", scores.random, ("uniform", "erk"), update=MomentumRedistribution(cosine, 0.9),
+        "Dettmers and Zettlemoyer 2019", scores.random, ("uniform", "erk", "balanced"), update=MomentumRedistribution(cosine, 0.9),
         options=MOVING, own_defaults=lambda given: {"update_interval": "1e", "drop_fraction": 0.5},
     ),
     # dense to sparse
     "gmp": Method(
-        "Zhu and Gupta 2018", None, ("uniform", "erk", "global"), update=MagnitudePruning(cubic), options=TIMING
+        "Zhu and Gupta 2018", None, ("uniform", "erk", "balanced", "global"), update=MagnitudePruning(cubic), options=TIMING
     ),
     "granet": Method(
         "Liu et al. 2021", scores.random, ANY, update=PruneAndRegrow(cosine), options=(*MOVING, GRANET_START, GRANET_UNTIL),

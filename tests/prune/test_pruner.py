@@ -27,7 +27,7 @@ def pruned(model: nn.Module, seed: int = 0, **kwargs) -> Pruner:
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude"])
-@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+@pytest.mark.parametrize("distribution", ["erk", "uniform", "balanced"])
 @pytest.mark.parametrize("asked", [0.0, 0.5, 0.9, 0.95, 0.98, 0.123456])
 def test_the_asked_sparsity_is_reached_exactly(method, distribution, asked):
     model = resnet()
@@ -63,6 +63,20 @@ def test_erk_follows_its_formula_to_within_a_weight(asked):
         low, high = (middle, high) if kept(middle) < (1 - asked) * 270_896 else (low, middle)
     for name, w in layers(model).items():
         assert abs(int(w.count_nonzero()) - min(1, low * raw[name]) * w.numel()) < 1.01, name
+
+
+@pytest.mark.parametrize("asked", [0.5, 0.9, 0.98])
+def test_balanced_gives_every_layer_the_same_number_of_weights_or_all(asked):
+    model = resnet()
+    pruned(model, method="random", sparsity=asked, distribution="balanced")
+    sizes = [w.numel() for w in layers(model).values()]
+    low, high = 0.0, float(max(sizes))  # weights of a layer that is not dense, by bisection on the total
+    for _ in range(200):
+        middle = (low + high) / 2
+        kept = sum(min(size, middle) for size in sizes)
+        low, high = (middle, high) if kept < (1 - asked) * 270_896 else (low, middle)
+    for name, w in layers(model).items():
+        assert abs(int(w.count_nonzero()) - min(w.numel(), low)) < 1.01, name
 
 
 def test_magnitude_keeps_the_largest_weights_of_each_layer():
@@ -159,7 +173,9 @@ def test_stem_and_classifier_are_the_first_convolution_and_the_last_layer():
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "kernel", "channel", "4x1", "2:4"])
-@pytest.mark.parametrize("method", ["random uniform", "random erk", "snip global", "rigl erk", "gmp uniform"])
+@pytest.mark.parametrize(
+    "method", ["random uniform", "random erk", "random balanced", "snip global", "rigl erk", "gmp uniform"]
+)
 def test_grouped_convolutions_and_attention_are_pruned_by_every_pattern(method, pattern):
     torch.manual_seed(0)
     (name, distribution), model = method.split(), Grouped()
