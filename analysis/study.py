@@ -323,7 +323,6 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
     began = time.monotonic()
     name, directory, *arguments = argv
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         study, args = prepare(name, directory, arguments, root, program)
         study.choose_rhos()

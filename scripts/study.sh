@@ -6,4 +6,5 @@ flags=("$@")
 set -- requirements.txt
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$0")/setup.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each run; torch reads it as it is imported
 exec "$PYTHON" -m analysis.study study "$OLDPWD" ${flags[@]+"${flags[@]}"}

@@ -45,6 +45,7 @@ if service "$@"; then
         unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
     fi
 fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each run; torch reads it as it is imported
 "$PYTHON" -m analysis.study study_gpu "$from" "$@" &
 study=$! signalled=yes code=0
 trap 'signalled=yes; kill -TERM "$study" 2>/dev/null || true' INT TERM HUP

@@ -108,6 +108,14 @@ def commands(done):
     return [line.split() for line in done.stdout.splitlines() if "main_prune_train.py" in line]
 
 
+def script(name, directory, *arguments, **settings):
+    """Run a script from a directory, without a number of threads in the environment."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
+    environment.pop("OMP_NUM_THREADS", None)
+    command = ["bash", str(Path(__file__).parents[2] / f"scripts/{name}.sh"), *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
+
+
 def value(flag, command):
     return command[command.index(flag) + 1]
 
@@ -282,7 +290,6 @@ def test_bad_input_is_refused_in_a_sentence(study, arguments, settings, words):
 def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study, tmp_path):
     waits = tmp_path / "waits.py"
     waits.write_text(WAITS.format(tests=str(Path(__file__).parents[1])))
-    real = Path(__file__).parents[2] / "main_prune_train.py"
     run = "digits-noise/rigl-0.9-sgd-seed0"
     flags = (*TINY, "--compile", "off", "--only", run)
     for _ in range(3):  # on a machine that is busy, time may be over before the run begins
@@ -295,22 +302,18 @@ def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study
     assert study(*flags, program=waits, EPOCHS="3").returncode == 0
     log = (study.output / "digits-noise/.sweep/rigl-0.9-sgd-seed0.log").read_text()
     assert ", resumed after step 6" in log
-    assert study(*flags, program=real, EPOCHS="3", OUTPUT_DIR="whole").returncode == 0
+    whole = script("study", tmp_path, *flags, EPOCHS="3", OUTPUT_DIR="whole")
+    assert whole.returncode == 0, whole.stderr
     cut_entry, whole_entry = (
         json.loads((tmp_path / output / f"results/{run}.json").read_text()) for output in ("out", "whole")
     )
     assert cut_entry["final"] == whole_entry["final"]
     assert cut_entry["epochs"] == whole_entry["epochs"]
-
-
-# the scripts
+    assert "1 threads" in whole_entry["device"]
 
 
 def test_the_gpu_script_lists_its_runs_without_a_gpu(tmp_path):
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DATA_DIR": "images"}
-    command = ["bash", str(root / "scripts/study_gpu.sh"), "--dry-run", "--device", "cpu", "--epochs", "2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = script("study_gpu", tmp_path, "--dry-run", "--device", "cpu", "--epochs", "2", DATA_DIR="images")
     assert done.returncode == 0, done.stderr
     listed = commands(done)
     assert len(listed) == len(list(gpu_study()))
