@@ -15,6 +15,7 @@ from statistics import mean, median, median_low, stdev
 from analysis import results_pictures
 from analysis.command import writing_to
 from analysis.comparison import (
+    BASE,
     CONTROL,
     FEWEST,
     LEVEL,
@@ -155,7 +156,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
-    """Return a sentence for each task: what one and two steps changed in its first cell."""
+    """Return what one and two steps changed in the first cell of each task: accuracy and, where measured, sharpness."""
     lines = []
     for task in COMPARED:
         cell = next(iter(TASKS[task].cells))
@@ -167,6 +168,11 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
         lines.append(
             f"- **{TASKS[task].title}** ({where}), minus SGD in points of test accuracy, with 95% intervals: {'; '.join(parts)}."
         )
+        measured = {row.arm: mean(row.eigenvalues) for row in comparisons[task, cell] if row.eigenvalues}
+        if told := [
+            f"{title} {measured[arm]:.3g}" for arm, title in ({BASE: "SGD"} | HEADLINE).items() if arm in measured
+        ]:
+            lines.append(f"- **Sharpness** there, the largest eigenvalue of the Hessian at the end: {'; '.join(told)}.")
     return "\n".join(lines) or "No comparison is in the ledger yet."
 
 
