@@ -19,6 +19,10 @@ from running import DIGITS, FINISHED
 
 from main_prune_train import main
 
+# Before anything compiles. torch.compile pretends that there is a GPU; autograd, where it begins after that, starts a thread
+# for it, and then refuses to work in forked processes. What this program forks in earnest comes before either.
+torch.zeros((), requires_grad=True).backward()
+
 # A shell that launches tests in the background has them, and all that they launch, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
