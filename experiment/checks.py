@@ -152,6 +152,9 @@ def without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
             )
     else:
         reasons["sam_direction"] = "on two-step SAM, which perturbs along the gradient of its own batch", "add --sam-v2"
+    if optimizer.sam and args.adaptive:
+        zeros = "with --adaptive, which leaves weights of 0 where they are"
+        reasons.setdefault("sam_unmasked", (zeros, "leave --adaptive out"))
     if args.rho_schedule == "lr" and args.lr_scheduler == "constant" and not args.warmup_epochs:
         reasons["rho_schedule"] = "with a constant learning rate", "take --lr-scheduler cosine or --rho-schedule sqrt"
     if is_external(args.arch):

@@ -236,7 +236,8 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--sam-local", action="store_true",
         help="two-step SAM in several processes: each perturbs along the gradient of its own images (m-sharpness)")
     add("--sam-unmasked", action="store_true",
-        help="perturb pruned weights too, as the code of S2-SAM does; training FLOPs are counted as if it did not")
+        help="perturb pruned weights too, as the code of S2-SAM does, but not with --adaptive; training FLOPs are counted as "
+             "if it did not")
 
 
 def _add_rivals(group: argparse._ArgumentGroup) -> None:

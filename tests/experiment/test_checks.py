@@ -89,6 +89,10 @@ import pytest
         ("--sam-local --optmzr sgd-sam", "--sam-local has no effect in one process"),
         ("--sam-unmasked --optmzr sgd-sam", "--sam-unmasked has no effect with --prune-method none"),
         ("--sam-unmasked --prune-method random --sparsity 0.9", "--sam-unmasked has no effect with --optmzr sgd"),
+        (
+            "--sam-unmasked --adaptive --optmzr sgd-sam --prune-method random --sparsity 0.9",
+            "--sam-unmasked has no effect with --adaptive, which leaves weights of 0 where they are",
+        ),
         ("--sam-unmasked --clip-grad 1 --optmzr sgd-sam --prune-method random --sparsity 0.9", "leave one of them out"),
         ("--sam-local --sync-bn --optmzr sgd-sam", "contradict each other"),
         ("--sam-direction ema", "--sam-direction has no effect with --optmzr sgd: add --optmzr sgd-sam"),
