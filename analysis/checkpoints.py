@@ -1,6 +1,7 @@
 """Trained networks for the commands that look at them: how the command line names them, and how they are opened."""
 
 import argparse
+import os
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,10 @@ from torch import nn
 
 from experiment import build
 from experiment.build import TrainedRun
-from experiment.flags import MAY_CHANGE_ON_RESUME, number, parse, plain
+from experiment.flags import MAY_CHANGE_ON_RESUME, architecture, number, parse, plain
+from models.external import is_own_code
 from training.batch_norm import recalibrated
+from training.checkpoint import load_checkpoint
 from utils.device import pick_device
 from utils.errors import UsageError, usage_errors
 
@@ -27,6 +30,10 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where the images are now (where the run had them)"
     )
+    parser.add_argument(
+        "--arch", type=architecture, nargs="+", default=(), metavar="FILE.py:FUNCTION",
+        help="networks of your own again: a checkpoint alone never runs code",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="where to compute (%(default)s)")
     parser.add_argument(
         "--batch-size",
@@ -64,17 +71,30 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[TrainedRun, nn.Module]
         What it holds, and its network, with batch norm's statistics as the arguments ask.
 
     Raises:
-        UsageError: there is no such checkpoint, or the images are not those of its run.
+        UsageError: there is no such checkpoint, the images are not those of its run, or it is of a network of your own that
+            --arch does not name.
     """
     device = pick_device(args.device)
     argv = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
-    trained = build.trained(path, *parse(argv), device)
+    checkpoint = load_checkpoint(path)
+    arch = named_again(str(checkpoint["args"].get("arch")), args.arch)
+    trained = build.trained(checkpoint, *parse([*argv, *(["--arch", arch] if arch else [])]), device)
     if not trained.same_images:
         raise UsageError(f"the images are not those that '{path}' was trained on: give their directory with --data-dir")
     if not args.recalibrate_bn:
         return trained, trained.model
     with usage_errors():
         return trained, recalibrated(trained.model, trained.training_inputs(device))
+
+
+def named_again(saved: str, archs: Iterable[str]) -> str | None:
+    """Return which of the named functions a checkpoint's network is of: its own, or that of a file that has moved."""
+
+    def without_directory(arch: str) -> str:
+        return os.path.basename(arch) if is_own_code(arch) else arch
+
+    matching = [arch for arch in archs if is_own_code(saved) and without_directory(arch) == without_directory(saved)]
+    return saved if saved in matching else next(iter(matching), None)
 
 
 def study_settings(trained: TrainedRun) -> dict:

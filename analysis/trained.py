@@ -8,11 +8,13 @@ from torch import nn
 from analysis import corrupted, hessian
 from analysis.command import throttled
 from experiment import build
+from experiment.load import network_file
 from imagedata.augment import Normalize
 from imagedata.files import ImageFiles
 from imagedata.images import Dataset
 from imagedata.loaders import EvalLoader, pick_workers
 from training.batch_norm import recalibrated
+from training.checkpoint import load_checkpoint
 from training.loop import Run, evaluate
 from utils.device import device_name, pick_device, use_deterministic_kernels
 from utils.distributed import launched
@@ -94,7 +96,7 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:
         raise UsageError("--evaluate takes one process: leave torchrun out")
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
-    trained = build.trained(args.evaluate, args, given, device)
+    trained = build.trained(load_checkpoint(network_file(args.evaluate)), args, given, device)
     args = trained.args
     print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
     print(trained.pruner.describe())

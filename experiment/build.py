@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -430,18 +429,17 @@ class TrainedRun:
         return (loader.batch(step).inputs for step in range(loader.steps_per_epoch))
 
 
-def trained(path: Path, args: Namespace, given: set[str], device: torch.device) -> TrainedRun:
-    """Load a trained network, and the images of its run.
+def trained(checkpoint: dict, args: Namespace, given: set[str], device: torch.device) -> TrainedRun:
+    """Return a trained network, and the images of its run.
 
     Args:
-        path: see `load.load`.
+        checkpoint: what load_checkpoint returned.
         args, given: flags of this command, see flags.parse.
         device: where the network is to be.
 
     Raises:
-        UsageError: no such network, flags that contradict it, or data that it does not fit.
+        UsageError: flags that contradict the network, or data that it does not fit.
     """
-    checkpoint = load_checkpoint(network_file(path))
     args, about = evaluated_flags(args, given, checkpoint["args"]), checkpoint["data"]
     data = load_dataset(args.dataset, args.data_dir, args.image_size)
     check_fits(about, data)
