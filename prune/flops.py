@@ -7,6 +7,7 @@ the hardware made use of every zero (Evci et al. 2020, appendix H).
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,11 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     transformers use the weights of their layers without calling them.
     """
     shadow = copy.deepcopy(model).to("meta").train()
-    images = torch.zeros(2, *image_shape, device="meta")  # batch norm in training wants more than one value
+    for module in shadow.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # Its scale stands for it: without data batch norm takes longer than all the rest, and is not counted.
+            module.forward = partial(_scaled, module.weight)  # type: ignore[method-assign]
+    images = torch.zeros(2, *image_shape, device="meta")
     with _Counter(shadow, images) as counter:
         shadow(images)
     # A layer's forward pass, weight gradient and input gradient take as many operations each. A layer that sees the images
@@ -120,6 +125,10 @@ class _Counter(TorchDispatchMode):
             else:
                 self.other += operations
         return out
+
+
+def _scaled(weight: Tensor | None, inputs: Tensor) -> Tensor:
+    return inputs if weight is None else inputs * weight.view(-1, *[1] * (inputs.ndim - 2))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,6 +1,7 @@
 """One command line for the tests, run in this process."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import sklearn.datasets
 import torch
 from running import DIGITS, FINISHED
 
@@ -22,6 +24,8 @@ from main_prune_train import main
 # Before anything compiles. torch.compile pretends that there is a GPU; autograd, where it begins after that, starts a thread
 # for it, and then refuses to work in forked processes. What this program forks in earnest comes before either.
 torch.zeros((), requires_grad=True).backward()
+
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # parsing text: a tenth of a short run
 
 # A shell that launches tests in the background has them, and all that they launch, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

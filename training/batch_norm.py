@@ -67,6 +67,8 @@ def batch_norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]
 def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], smallest_batch: int) -> None:
     """Raise ValueError where a batch of so many images [C, H, W] leaves batch norm one value per channel."""
     shadow = copy.deepcopy(model).to("meta").train()
+    for layer in batch_norm_layers(shadow):
+        layer.forward = _same_if_several  # type: ignore[method-assign]  # without data batch norm itself is slow
     try:
         shadow(torch.zeros(smallest_batch, *image_shape, device="meta"))
     except ValueError as error:
@@ -74,6 +76,12 @@ def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], sm
             f"{smallest_batch} image of this size cannot be batch-normalised, and a step comes down to that: "
             "change --batch-size or --accumulate, or take larger images"
         ) from error
+
+
+def _same_if_several(inputs: Tensor) -> Tensor:
+    if inputs.numel() == inputs.shape[1]:
+        raise ValueError("one value per channel has no variance")
+    return inputs
 
 
 def refuse_without_batch_norm(model: nn.Module, flag: str = "--recalibrate-bn") -> None:
