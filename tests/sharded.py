@@ -1,9 +1,9 @@
-"""Run by two processes of test_sam_sharded.py: SAM on sharded parameters against SAM in one process."""
+"""Run in two processes by test_sam_sharded.py: SAM on sharded parameters against SAM in one process."""
 
 import copy
 import json
-import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -130,9 +130,10 @@ def zero():
     optimizer.step()
 
 
-def main():
+def main(store: Path, rank: int) -> None:
+    """Write figures and sentences to STORE.json, from the first of two processes."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     results = {
         "one-step": train(shard),
         "two-step": train(shard, v2=False),
@@ -150,10 +151,6 @@ def main():
     for original in (True, False):
         model = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
         results[f"FSDP1 {original}"] = sentence(lambda m=model: SAM(m.parameters(), torch.optim.SGD, lr=0.1))
-    if dist.get_rank() == 0:
-        print(json.dumps(results))
+    if rank == 0:
+        store.with_suffix(".json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,27 +1,26 @@
 """SAM on parameters that two processes share: FSDP2, tensor parallel, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+import torch
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What tests/sharded.py has measured."""
+    import sharded  # here: a second and a half
+
     store = tmp_path_factory.mktemp("sharded") / "store"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "sharded.py"), str(store)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    processes = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1] + outputs[1][1]
-    return json.loads(outputs[0][0].splitlines()[-1])
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # a fork spares the imports
+    processes = [context.Process(target=sharded.main, args=(store, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return json.loads(store.with_suffix(".json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], sm
     """Raise ValueError where a batch of so many images [C, H, W] leaves batch norm one value per channel."""
     shadow = copy.deepcopy(model).to("meta").train()
     for layer in batch_norm_layers(shadow):
-        layer.forward = _same_if_several  # type: ignore[method-assign]  # without data batch norm itself is slow
+        layer.forward = _same_if_several  # type: ignore[method-assign, assignment]  # itself slow on meta
     try:
         shadow(torch.zeros(smallest_batch, *image_shape, device="meta"))
     except ValueError as error:

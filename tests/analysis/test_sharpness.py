@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -9,6 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from analysis.sharpness import Measured, main, over_seeds
 from main_prune_train import main as train
 
+# Batch norm and few operations: what takes the time of a product with the Hessian is how many there are.
+SMALL = """
+from torch import nn
+
+
+def build(num_classes, in_channels, image_size):
+    body = nn.Sequential(nn.Conv2d(in_channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    return body.append(nn.Linear(72, num_classes))
+"""
 QUICK = "--images 100 --top 1 --trace-samples 2 --rhos 0.1 --adaptive-rhos --steps 2"
 
 
@@ -18,19 +28,25 @@ def result_of(directory):
 
 @pytest.fixture(scope="module")
 def looked_at(trained_runs, tmp_path_factory):
-    """A run that is measured at its end, and the same run measured by a later command."""
+    """Two runs of other seeds, the first of which is measured at its end, and by a later command too; and its --arch."""
     root = tmp_path_factory.mktemp("looked-at")
+    (root / "small.py").write_text(SMALL)
+    arch = f"--arch {root / 'small.py'}:build"
+    flags = trained_runs.flags.replace("--depth 8 --width 0.0625", arch)
+    assert "--depth" not in flags
+    for seed in (0, 1):
+        assert train(f"{flags} --seed {seed} --output-dir {root / 'runs' / f'seed{seed}'}".split()) == 0
     at_once, later = root / "at-once", root / "later"
-    assert train(f"{trained_runs.flags} --seed 0 --sharpness --output-dir {at_once}".split()) == 0
-    shutil.copytree(trained_runs.checkpoint(0).parent, later)
-    resume = f"{trained_runs.flags} --seed 0 --output-dir {later} --resume auto"
+    assert train(f"{flags} --seed 0 --sharpness --output-dir {at_once}".split()) == 0
+    shutil.copytree(root / "runs" / "seed0", later)
+    resume = f"{flags} --seed 0 --output-dir {later} --resume auto"
     assert train(f"{resume} --sharpness".split()) == 0
-    return at_once, later, resume
+    return SimpleNamespace(runs=root / "runs", at_once=at_once, later=later, resume=resume, arch=arch)
 
 
-def test_the_flag_measures_the_same_at_a_runs_end_and_later(trained_runs, looked_at, capsys):
-    at_once, later, resume = looked_at
-    plain = result_of(trained_runs.checkpoint(0).parent)
+def test_the_flag_measures_the_same_at_a_runs_end_and_later(looked_at, capsys):
+    at_once, later, resume = looked_at.at_once, looked_at.later, looked_at.resume
+    plain = result_of(looked_at.runs / "seed0")
     first, second = result_of(at_once), result_of(later)
     assert "sharpness" not in plain
     assert first["sharpness"] == second["sharpness"]
@@ -43,7 +59,7 @@ def test_the_flag_measures_the_same_at_a_runs_end_and_later(trained_runs, looked
 
 
 def test_the_flags_figures_hold_what_mathematics_demands(looked_at):
-    figures = result_of(looked_at[0])["sharpness"]
+    figures = result_of(looked_at.at_once)["sharpness"]
     assert (figures["train"]["images"], figures["test"]["images"]) == (30, 15)  # all there are
     for split in ("train", "test"):
         living, everything = figures[split]["living"], figures[split]["all"]
@@ -54,19 +70,19 @@ def test_the_flags_figures_hold_what_mathematics_demands(looked_at):
             assert len(space["eigenvalues"]) == 5
             assert all(value["residual"] < 0.01 for value in space["eigenvalues"])
             assert all(rise["one_step"] <= rise["lower_bound"] for rise in space["sam"])
-    events = EventAccumulator(str(looked_at[0])).Reload()
+    events = EventAccumulator(str(looked_at.at_once)).Reload()
     (scalar,) = events.Scalars("sharpness/train/living/eigenvalue_1")
     assert scalar.value == pytest.approx(figures["train"]["living"]["eigenvalues"][0]["value"], rel=1e-6)
     assert events.Scalars("sharpness/test/all/sam_adaptive_rho0.5_lower_bound")
 
 
-def test_the_command_measures_as_the_flag_and_averages_seeds(trained_runs, looked_at, tmp_path, capsys):
-    runs = shutil.copytree(trained_runs.root, tmp_path / "runs")
+def test_the_command_measures_as_the_flag_and_averages_seeds(looked_at, tmp_path, capsys):
+    runs = shutil.copytree(looked_at.runs, tmp_path / "runs")
     before = (runs / "seed0" / "checkpoint.pt").read_bytes()
-    assert main([str(runs), *"--splits train --spaces living".split()]) == 0
+    assert main([str(runs), *f"--splits train --spaces living {looked_at.arch}".split()]) == 0
     assert (runs / "seed0" / "checkpoint.pt").read_bytes() == before
     first, second = json.loads((runs / "seed0" / "sharpness.json").read_text())  # beside the first checkpoint
-    kept = result_of(looked_at[0])["sharpness"]["train"]
+    kept = result_of(looked_at.at_once)["sharpness"]["train"]
     assert first["train"] == {name: figure for name, figure in kept.items() if name != "all"}
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith(f"seed 0, epoch 1: {runs / 'seed0' / 'checkpoint.pt'}")
