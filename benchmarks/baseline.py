@@ -124,17 +124,18 @@ class UsualLoop:
             correct += (logits.argmax(1) == labels).sum().item()
 
 
-def serve(pipe: Connection, device_text: str, batch_size: int, count: int) -> None:
+def serve(pipe: Connection, device_text: str, batch_size: int, count: int, depth: int) -> None:
     """Run steps when asked, with data or without, in a process of its own that nothing of this project has tuned.
 
     Args:
         count: random images to train on, made here: sent, they would have to fit the machine's shared memory.
+        depth: layers of the ResNet.
     """
     images = random_images(count)
     device = torch.device(device_text)
     torch.manual_seed(0)
     loops = {
-        with_data: UsualLoop(build_model("resnet", 20, 10), device, batch_size, images if with_data else None)
+        with_data: UsualLoop(build_model("resnet", depth, 10), device, batch_size, images if with_data else None)
         for with_data in (True, False)
     }
     with contextlib.suppress(EOFError):  # nobody asks any more

@@ -49,13 +49,19 @@ STEP_FLOPS, STEPS = 3e10, 62_560  # what `auto` is resolved for: ResNet-20, 160 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how to measure; `scratch` is a directory to write to."""
+    """Where and how to measure a ResNet of so many layers; `scratch` is a directory to write to."""
 
     device: torch.device
     execution: Execution
     steps: int
     turns: int
     scratch: Path
+    depth: int = 20
+
+    @property
+    def network(self) -> tuple[str, int, float]:
+        """Its architecture, depth and width."""
+        return "resnet", self.depth, 1.0
 
     def repeats(self, most: int) -> int:
         """Return how often to measure something short: less often with fewer turns than by default."""
@@ -63,11 +69,11 @@ class Setting:
 
 
 @contextmanager
-def usual_loop(device: torch.device, images: int) -> Iterator[Callable[[bool, int], None]]:
+def usual_loop(device: torch.device, images: int, depth: int = 20) -> Iterator[Callable[[bool, int], None]]:
     """Start the usual loop in a process of its own; yield a function that runs it with data or without, for some steps."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, str(device), BATCH, images))
+    process = context.Process(target=serve, args=(there, str(device), BATCH, images, depth))
     process.start()
     there.close()  # so that reading here ends if the process does
 
@@ -92,11 +98,14 @@ def whole_steps(report: Report, setting: Setting) -> None:
         "SAM.v2": {},
         "SAM.v2 masked": {"method": "random"},
     }
-    loops = {name: Loop(device, setting.execution, images, setting.scratch / name, **arm) for name, arm in arms.items()}
+    loops = {
+        name: Loop(device, setting.execution, images, setting.scratch / name, network=setting.network, **arm)
+        for name, arm in arms.items()
+    }
     tasks: dict[str, Callable[[], object]] = {name: loop.run for name, loop in loops.items()}
     tasks["logging every step"] = partial(loops["SAM.v2"].run, 1)
     tasks["evaluation"] = loops["SAM.v2"].evaluate
-    with usual_loop(device, len(images)) as run_usual:
+    with usual_loop(device, len(images), setting.depth) as run_usual:
         usual = {"usual": partial(run_usual, True, steps), "usual, no data": partial(run_usual, False, steps)}
         try:
             seconds = measure(setting.turns, {**tasks, **usual}, device)
@@ -155,7 +164,7 @@ def executions(report: Report, setting: Setting) -> None:
         tasks: dict[str, Callable[[], object]] = {}
         for choice in choices:
             if choice.precision == precision:
-                loop = Loop(setting.device, choice, images, setting.scratch / str(choice))
+                loop = Loop(setting.device, choice, images, setting.scratch / str(choice), network=setting.network)
                 tasks[str(choice)] = partial(loop.run, sys.maxsize)  # not logged: such steps are too few to be graphed
         measured = measure(turns, tasks, setting.device)
         for name, samples in measured.items():
@@ -195,7 +204,7 @@ def mask_updates(report: Report, setting: Setting, images: Images, step: float) 
     """Measure masking alone, and what a change of the masks takes beyond that with each method that makes one."""
     calls: dict[str, Callable[[], object]] = {}
     for name in ("random", *DYNAMIC):
-        loop = Loop(setting.device, Execution(), images, setting.scratch / name, method=name)
+        loop = Loop(setting.device, Execution(), images, setting.scratch / name, method=name, network=setting.network)
         for p in loop.model.parameters():
             p.grad = torch.randn_like(p)
         due = MASK_INTERVAL - 1
@@ -226,18 +235,18 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
         return lambda: [step() for _ in range(repeats)]
 
     def parameters() -> list[Tensor]:
-        model = build_model("resnet", 20, CLASSES).to(device).to(memory_format=torch.channels_last)
+        model = build_model("resnet", setting.depth, CLASSES).to(device).to(memory_format=torch.channels_last)
         for p in model.parameters():
             p.grad = 1e-3 * torch.randn_like(p)
         return list(model.parameters())
 
     default, fused = (torch.optim.SGD(parameters(), **options, fused=f) for f in (None, True))
-    model = build_model("resnet", 20, CLASSES).to(device).to(memory_format=torch.channels_last)
+    model = build_model("resnet", setting.depth, CLASSES).to(device).to(memory_format=torch.channels_last)
     ours = build_optimizer("sgd-sam", model, **options, rho=0.05, v2=True)
     assert isinstance(ours, SAM)
     for p in model.parameters():
         p.grad = 1e-3 * torch.randn_like(p)
-    usual = UsualLoop(build_model("resnet", 20, CLASSES), device, BATCH, None).optimizer
+    usual = UsualLoop(build_model("resnet", setting.depth, CLASSES), device, BATCH, None).optimizer
     for p in usual.param_groups[0]["params"]:
         p.grad = 1e-3 * torch.randn_like(p)
 
@@ -363,6 +372,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(%(default)s)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="(%(default)s)")
+    parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet, 6n + 2 (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
     parser.add_argument("--turns", type=int, default=TURNS, help="of each whole training loop (%(default)s)")
     parser.add_argument("--steps", type=int, help="of a training loop in each turn (20 on the CPU, 400 on CUDA)")
@@ -376,6 +386,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.turns < 1 or (args.steps is not None and args.steps < 1):
         parser.error("--turns and --steps have to be whole numbers above 0")
+    if args.depth < 8 or args.depth % 6 != 2:
+        parser.error("--depth has to be 8, 14, 20 or another 6n + 2")
     if not args.output.parent.is_dir():  # known now, not when everything is measured
         parser.error(f"--output: there is no directory '{args.output.parent}'")
     try:
@@ -389,9 +401,9 @@ def main(argv: list[str] | None = None) -> int:
     report = Report()
     about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),
              "execution": str(execution), "versions": versions(), "git": git_revision()}  # fmt: skip
-    print(f"ResNet-20, batch {BATCH}, {device_name(device)}, {execution}, torch {torch.__version__}\n")
+    print(f"ResNet-{args.depth}, batch {BATCH}, {device_name(device)}, {execution}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(device, execution, steps, args.turns, Path(scratch))
+        setting = Setting(device, execution, steps, args.turns, Path(scratch), args.depth)
         for name in args.parts:
             PARTS[name](report, setting)
             gc.collect()
