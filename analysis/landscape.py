@@ -113,8 +113,8 @@ def living_weights(model: nn.Module, masks: Masks) -> Tensor:
         model: the network, or a copy of it.
         masks: of that network; layers are matched by name.
     """
-    weights = prunable_weights(model)
-    alive = {id(weights[name]): mask.bool() for name, mask in masks.masks.items()}
+    parameters = dict(model.named_parameters()) | prunable_weights(model)
+    alive = {id(parameters[name]): mask.bool() for name, mask in (masks.masks | masks.other_masks).items()}
     return torch.cat([alive.get(id(p), torch.ones_like(p, dtype=torch.bool)).flatten() for p in model.parameters()])
 
 

@@ -6,9 +6,11 @@ A distribution is a function of (shapes, budget) that returns each layer's part 
 
 import difflib
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
 
-from prune.patterns import Counts, NofM, Pattern, Shape, Units
+from prune.patterns import Channels, Counts, NofM, Pattern, Shape, Units
 
 
 class EmptyLayerError(ValueError):
@@ -111,6 +113,56 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     return {(layer,): count for layer, count in counts.items()}
 
 
+def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], sparsity: float) -> Counts:
+    """Return how many channels each group keeps so that this sparsity is reached to within half a channel's weights.
+
+    With a density that rises from 0 each group gains its channels one by one, when its own density, `uniform` or in
+    proportion to that of `erk`, comes to them. So many of these steps are taken as lead nearest to the sparsity; a higher
+    one never keeps more channels of any group. Each group keeps at least one.
+
+    Args:
+        name: a key of DISTRIBUTIONS.
+        pattern: the groups.
+        shapes: shape of each prunable weight by layer.
+        sparsity: fraction of all these weights that is to be zero.
+
+    Returns:
+        {(group,): channels}, or {all groups: weights} if `global`.
+
+    Raises:
+        ValueError: the sparsity cannot be reached.
+    """
+    total, size = sum(map(math.prod, shapes.values())), {name: group.size for name, group in pattern.groups.items()}
+    whole = total - pattern.weights(size)  # weights that no channel takes along
+    budget = round((1 - sparsity) * total) - whole
+    least = pattern.weights(dict.fromkeys(size, 1))
+    if budget < least:
+        highest = math.floor(1e4 * (1 - (whole + least) / total)) / 1e4
+        outside = len(shapes) - len(pattern.layers)
+        of_these = f", and {outside} of {len(shapes)} layers all of theirs" if outside else ""
+        raise ValueError(
+            f"sparsity {sparsity:g} is too high for channels: each group of them keeps one{of_these}; at most {highest:g} is "
+            "possible, or take another pattern"
+        )
+    if name == "global" and len(size) > 1:
+        return {tuple(size): budget}
+    ratio = {group: pattern.erk_ratio(group) if name == "erk" else 1.0 for group in size}
+    gains = sorted(
+        ((kept + 0.5) / (count * ratio[group]), group) for group, count in size.items() for kept in range(1, count)
+    )
+
+    def kept(steps: int) -> dict[str, int]:
+        return dict.fromkeys(size, 1) | {g: 1 + n for g, n in Counter(group for _, group in gains[:steps]).items()}
+
+    def left(steps: int) -> int:
+        return pattern.weights(kept(steps))
+
+    steps = bisect_left(range(len(gains)), budget, key=left)
+    if steps and budget - left(steps - 1) < left(steps) - budget:
+        steps -= 1
+    return {(group,): count for group, count in kept(steps).items()}
+
+
 def highest_sparsity(works: Callable[[float], bool], below: float) -> float:
     """Return the highest sparsity below one that does not work, to four digits; 0 where none works."""
     low, high = 0, int(1e4 * below)
@@ -125,7 +177,7 @@ class Budget:
 
     Args:
         shapes: shape of each prunable weight by layer.
-        pattern: an N:M pattern fixes the sparsity of every layer.
+        pattern: an N:M pattern fixes the sparsity of every layer; one of channels counts them, not weights.
         sparsity: fraction of all prunable weights that is zero in the end; None where `by_layer` or the pattern says it.
         distribution: a key of DISTRIBUTIONS; None for `default`.
         default: the distribution where none is named.
@@ -151,8 +203,10 @@ class Budget:
         by_layer: dict[str, float] | None = None,
         dense_layers: Iterable[str] = (),
     ):
-        self._shapes = shapes
+        self._shapes, self._pattern = shapes, pattern
         self.dense = set(dense_layers)
+        if isinstance(pattern, Channels):
+            self._refuse_without_channels(pattern, by_layer)
         self._by_layer = self._fixed_layers(by_layer, pattern)
         self.distribution = None if self._by_layer is not None else distribution or default
         if self._by_layer is None:
@@ -169,10 +223,19 @@ class Budget:
                 self._refuse_emptied_layers(pattern)
         self.counts(self.sparsity)  # an impossible sparsity is known before anything is scored
 
-    def counts(self, sparsity: float) -> Counts:
-        """Return how many weights each group of layers outside `dense` keeps at a sparsity."""
-        if self.distribution is not None:
-            return distribute(self.distribution, self._shapes, sparsity, self.dense)
+    def counts(self, sparsity: float, distribution: str | None = None) -> Counts:
+        """Return how many weights each group of layers outside `dense` keeps at a sparsity, or channels each of theirs.
+
+        Args:
+            sparsity: see the class.
+            distribution: another one than the budget's.
+        """
+        distribution = distribution or self.distribution
+        if isinstance(self._pattern, Channels):
+            assert distribution is not None
+            return distribute_channels(distribution, self._pattern, self._shapes, sparsity)
+        if distribution is not None:
+            return distribute(distribution, self._shapes, sparsity, self.dense)
         assert self._by_layer is not None
         fraction = sparsity / self.sparsity if self.sparsity else 0.0  # of the way there, for schedules
         return {
@@ -213,13 +276,25 @@ class Budget:
         """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""
         assert self._by_layer is not None
         for (name,), count in self.counts(self.sparsity).items():
-            unit = pattern.smallest_unit(self._shapes[name])
+            unit = pattern.smallest_unit(name)
             if 2 * count < unit:  # see patterns.top
                 what = "a weight" if unit == 1 else f"a unit of {unit} weights"
                 raise EmptyLayerError(
                     f"sparsity {self._by_layer[name]:g} leaves layer '{name}' without {what}: give it a lower one, or take a "
                     "finer pattern"
                 )
+
+    def _refuse_without_channels(self, pattern: Channels, by_layer: dict[str, float] | None) -> None:
+        """Raise ValueError where no channel can go, or where layers are to lose them one by one; leave layers without dense."""
+        if by_layer is not None:
+            raise ValueError(
+                "a channel is part of several layers, which lose it together: give sparsity in place of layer_sparsity, or "
+                "take another pattern"
+            )
+        if not pattern.groups:
+            why = ", or leave dense_layers out" if self.dense else ""
+            raise ValueError(f"no channel can be taken out of this network: take another pattern{why}")
+        self.dense = self._shapes.keys() - set(pattern.layers)
 
 
 def _refuse_all_dense(dense: bool) -> None:

@@ -89,34 +89,51 @@ class Masks:
 
     A layer without a mask is dense. Masks are floating point so that one multi-tensor multiplication applies them all,
     and stay at their addresses once made.
+
+    Args:
+        weights: the prunable ones, by layer: sparsity is theirs.
+        others: further parameters by name, of which parts may go with a channel: biases and normalisation.
+
+    Attributes:
+        masks: of prunable weights, by layer.
+        other_masks: of other parameters, by name.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter]):
-        self.weights = weights
+    def __init__(self, weights: dict[str, nn.Parameter], others: Mapping[str, nn.Parameter] | None = None):
+        self.weights, self.others = weights, dict(others or {})
         self.masks: dict[str, Tensor] = {}
+        self.other_masks: dict[str, Tensor] = {}
         self.version = 0  # of the masks: grows whenever they change
 
     @torch.no_grad()
-    def set(self, alive: dict[str, Tensor]) -> None:
-        """Set masks from boolean tensors in the weights' shapes, by layer, and zero the weights that die."""
+    def set(self, alive: Mapping[str, Tensor]) -> None:
+        """Set masks from boolean tensors in the weights' shapes, by layer or parameter, and zero the weights that die."""
         for name, tensor in alive.items():
-            if name not in self.masks:
-                self.masks[name] = torch.ones_like(self.weights[name], requires_grad=False)
-            self.masks[name].copy_(tensor)
+            masks = self.masks if name in self.weights else self.other_masks
+            if name not in masks:
+                masks[name] = torch.ones_like(self.parameter(name), requires_grad=False)
+            masks[name].copy_(tensor)
         self.version += 1
         self.apply_to_weights()
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the weight of a layer, or another parameter."""
+        return self.weights[name] if name in self.weights else self.others[name]
+
+    def pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each parameter that has a mask, with its mask."""
+        return [(self.parameter(name), mask) for name, mask in (self.masks | self.other_masks).items()]
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Zero the dead weights."""
-        if self.masks:
-            torch._foreach_mul_([self.weights[name] for name in self.masks], list(self.masks.values()))
+        if pairs := self.pairs():
+            torch._foreach_mul_([p for p, _ in pairs], [mask for _, mask in pairs])
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the gradients of dead weights; weights may have none."""
-        found = [(self.weights[name].grad, mask) for name, mask in self.masks.items()]
-        pairs = [(grad, mask) for grad, mask in found if grad is not None]
+        pairs = [(p.grad, mask) for p, mask in self.pairs() if p.grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
@@ -150,7 +167,7 @@ class Masks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the masks as boolean tensors."""
-        return {name: mask.bool() for name, mask in self.masks.items()}
+        return {name: mask.bool() for name, mask in (self.masks | self.other_masks).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Set the masks that `state_dict` returned."""

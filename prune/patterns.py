@@ -1,20 +1,26 @@
 """Which weights live and die together.
 
-A pattern sees scores of weights and chooses masks. Most cut a layer into units, whose weights share one fate, and keep
-the units with the highest scores; N:M keeps the best N of every M weights instead. A unit's score is the root of the mean
-square of its weights' where these are magnitudes, so that units of a size rank by their L2 norm, and else the mean.
+A pattern sees scores of weights and chooses masks. Most cut each layer into units, whose weights share one fate, and keep
+the units with the highest scores; channels are units of several layers; N:M keeps the best N of every M weights instead. A
+unit's score is the root of the mean square of its weights' where these are magnitudes, so that units of a size rank by
+their L2 norm, and else the mean.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from prune.channels import Group, channel_groups
+from prune.masks import prunable_weights
 
 Shape = tuple[int, ...]
 Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers that competes for them
+Number = TypeVar("Number", int, Tensor)
 
 
 class Units:
@@ -24,41 +30,43 @@ class Units:
         name: as `find_pattern` knows it.
         number: a function from a weight's shape [out, in, ...] to the number of each weight's unit, int64 in that shape,
             counted from 0; None if each weight is a unit of its own.
+        shapes: of each layer's weight.
     """
 
     density: float | None = None  # any
 
-    def __init__(self, name: str, number: Callable[[Shape], Tensor] | None = None):
-        self.name, self._number = name, number
+    def __init__(self, name: str, number: Callable[[Shape], Tensor] | None, shapes: Mapping[str, Shape]):
+        self.name, self._number, self._shapes = name, number, shapes
         self._units: dict[tuple[Shape, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def pool(self, values: Tensor, square: bool = False) -> Tensor:
-        """Return the mean value of each unit, or the root of its mean square: [units]."""
+    def pool(self, values: Mapping[str, Tensor], square: bool = False) -> dict[str, Tensor]:
+        """Return the mean value of each unit, or the root of its mean square: [units] by layer."""
         if self._number is None:
-            return values.flatten()
-        number, sizes = self._units_of(tuple(values.shape), values.device)
-        sums = torch.zeros(len(sizes), dtype=values.dtype, device=values.device)
-        values = values.flatten()
-        means = sums.index_add_(0, number, values.square() if square else values) / sizes
-        return means.sqrt_() if square else means
+            return {name: value.flatten() for name, value in values.items()}
+        pooled = {}
+        for name, value in values.items():
+            number, sizes = self._units_of(name, value.device)
+            sums, flat = torch.zeros(len(sizes), dtype=value.dtype, device=value.device), value.flatten()
+            means = sums.index_add_(0, number, flat.square() if square else flat) / sizes
+            pooled[name] = means.sqrt_() if square else means
+        return pooled
 
-    def sizes(self, values: Tensor) -> Tensor:
-        """Return the number of weights of each unit: int64 [units]."""
-        if self._number is None:
-            return torch.ones((), dtype=torch.int64, device=values.device).expand(values.numel())
-        return self._units_of(tuple(values.shape), values.device)[1]
+    pool_growth = pool  # all weights of a unit have a gradient, whether they live or not
 
-    def smallest_unit(self, shape: Shape) -> int:
+    def spread(self, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks by layer, whose units live where `alive`, bool [units] by layer, says so."""
+        masks = {}
+        for name, units in alive.items():
+            if self._number is not None:
+                units = units.index_select(0, self._units_of(name, units.device)[0])
+            masks[name] = units.view(self._shapes[name])
+        return masks
+
+    def smallest_unit(self, layer: str) -> int:
         """Return the size of the smallest unit of a layer."""
-        return 1 if self._number is None else int(torch.bincount(self._number(shape).flatten()).min())
+        return 1 if self._number is None else int(torch.bincount(self._number(self._shapes[layer]).flatten()).min())
 
-    def spread(self, alive: Tensor, shape: Shape) -> Tensor:
-        """Return the mask of a weight's shape whose units live where `alive`, bool [units], says so."""
-        if self._number is None:
-            return alive.view(shape)
-        return alive.index_select(0, self._units_of(shape, alive.device)[0]).view(shape)
-
-    def keep(self, scores: dict[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+    def keep(self, scores: Mapping[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
         """Return boolean masks of the highest scores: the number of weights in `counts`, to within half a unit a group.
 
         Args:
@@ -66,21 +74,157 @@ class Units:
             counts: see Counts.
             square: see `pool`.
         """
-        masks = {}
+        pooled, alive = self.pool(scores, square), dict[str, Tensor]()
         for layers, count in counts.items():
-            pooled = [self.pool(scores[layer], square) for layer in layers]
-            alive = top(torch.cat(pooled), torch.cat([self.sizes(scores[layer]) for layer in layers]), count)
-            for layer, part in zip(layers, alive.split(list(map(len, pooled))), strict=True):
-                masks[layer] = self.spread(part, tuple(scores[layer].shape))
-        return masks
+            parts = [pooled[layer] for layer in layers]
+            chosen = top(torch.cat(parts), torch.cat([self.sizes(layer, parts[0].device) for layer in layers]), count)
+            alive.update(zip(layers, chosen.split(list(map(len, parts))), strict=True))
+        return self.spread(alive)
 
-    def _units_of(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    def sizes(self, layer: str, device: torch.device) -> Tensor:
+        """Return the number of weights of each unit: int64 [units]."""
+        if self._number is None:
+            return torch.ones((), dtype=torch.int64, device=device).expand(math.prod(self._shapes[layer]))
+        return self._units_of(layer, device)[1]
+
+    def _units_of(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return each weight's unit, int32 [weights], and each unit's size, int64 [units]; made once for each shape."""
+        shape = self._shapes[layer]
         if (shape, device) not in self._units:
             assert self._number is not None
             number = self._number(shape).flatten()
             self._units[shape, device] = number.int().to(device), torch.bincount(number).to(device)
         return self._units[shape, device]
+
+
+class Channels:
+    """Channels with everything that writes and reads them: what a network can be rid of, see prune/channels.py.
+
+    Its masks cover the filters of a channel, their biases, the scale and shift of its batch norm, and the slices of the
+    next layers' weights. A channel without them is 0 after its batch norm, and nothing reads it.
+
+    Args:
+        groups: of the network.
+        shapes: of each layer's weight.
+        parameters: names of the network's other parameters.
+
+    Attributes:
+        groups: by name.
+        layers: names of the layers that lose weights.
+        written: names of the layers and other parameters that compute the channels of a group.
+    """
+
+    name, density = "channel", None
+
+    def __init__(self, groups: Collection[Group], shapes: Mapping[str, Shape], parameters: Collection[str]):
+        self.groups = {group.name: group for group in groups}
+        self._writers = {layer: group for group in groups for layer in group.writers}
+        self._readers = {layer: group for group in groups for layer in group.readers}
+        self.layers = [layer for layer in shapes if layer in self._writers or layer in self._readers]
+        self._shapes = {layer: shapes[layer] for layer in self.layers}
+        self._followers = {
+            name: group
+            for group in groups
+            for name in [f"{n}.{kind}" for n in group.norms for kind in ("weight", "bias")]
+            + [f"{n}.bias" for n in group.writers]
+            if name in parameters
+        }
+        self.written = [*self._followers, *self._writers]
+
+    def weights(self, kept: Mapping[str, Number]) -> Number:
+        """Return the number of weights that are left in `layers` where groups keep so many channels."""
+        total: Any = 0
+        for layer, (outputs, inputs, *kernel) in self._shapes.items():
+            rows: Any = outputs
+            columns: Any = inputs
+            if layer in self._writers:
+                rows = kept[self._writers[layer].name]
+            if layer in self._readers:
+                group = self._readers[layer]
+                columns = kept[group.name] * (inputs // group.size)
+            total = total + rows * columns * math.prod(kernel)
+        return total
+
+    def erk_ratio(self, group: str) -> float:
+        """Return what Erdos-Renyi-Kernel makes a density proportional to, for the layers of a group taken together."""
+        shapes = [self._shapes[layer] for layer in (*self.groups[group].writers, *self.groups[group].readers)]
+        return sum(map(sum, shapes)) / sum(map(math.prod, shapes))
+
+    def pool(self, values: Mapping[str, Tensor], square: bool = False) -> dict[str, Tensor]:
+        """Return the mean value of each channel's weights, or the root of its mean square: [channels] by group."""
+        return {name: self._pool(group, values, square, group.writers) for name, group in self.groups.items()}
+
+    def pool_growth(self, values: Mapping[str, Tensor], square: bool = False) -> dict[str, Tensor]:
+        """Return the same of the weights that read a channel: what computes one that nothing reads has no gradient."""
+        return {name: self._pool(group, values, square, ()) for name, group in self.groups.items()}
+
+    def spread(self, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks of layers by name, and of other parameters by theirs, where `alive` says which channels live."""
+        masks = {name: alive[group.name] for name, group in self._followers.items()}
+        for layer, shape in self._shapes.items():
+            sides = [self._rows(layer, alive)] if layer in self._writers else []
+            sides += [self._columns(layer, alive)] if layer in self._readers else []
+            masks[layer] = (sides[0] & sides[-1]).expand(shape)
+        return masks
+
+    def computing(self, channels: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks of what computes channels from the others that live, and not of what reads them."""
+        masks = {name: channels[group.name] for name, group in self._followers.items()}
+        others = {name: alive[name] & ~channels[name] for name in alive}
+        for layer in self._writers:
+            rows = self._rows(layer, channels)
+            rows = rows & self._columns(layer, others) if layer in self._readers else rows
+            masks[layer] = rows.expand(self._shapes[layer])
+        return masks
+
+    def keep(self, scores: Mapping[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+        """Return masks of the highest scores, see `spread`.
+
+        Args:
+            scores: of each weight, by layer.
+            counts: the number of channels of each group or, where all groups compete, the number of weights of all layers,
+                which is kept to within half a channel.
+            square: see `pool`.
+        """
+        pooled, alive = self.pool(scores, square), dict[str, Tensor]()
+        for names, count in counts.items():
+            parts = [pooled[name] for name in names]
+            if len(names) > 1:  # no group loses its best channel
+                parts = [part.index_fill(0, part.argmax(), torch.inf) for part in parts]
+            order = torch.cat(parts).sort(descending=True, stable=True).indices
+            if names == tuple(self.groups) and len(names) > 1:
+                first = self._nearest(order, count)
+            else:
+                first = torch.arange(len(order), device=order.device) < count
+            chosen = torch.zeros_like(order, dtype=torch.bool).index_copy_(0, order, first)
+            alive.update(zip(names, chosen.split(list(map(len, parts))), strict=True))
+        return self.spread(alive)
+
+    def _nearest(self, order: Tensor, weights: int) -> Tensor:
+        """Return which of the channels in an order, bool, leave the number of weights that is nearest to this one."""
+        sizes = [group.size for group in self.groups.values()]
+        owner = torch.repeat_interleave(torch.tensor(sizes)).to(order.device)[order]
+        kept = (owner[:, None] == torch.arange(len(sizes), device=order.device)).cumsum(0)
+        left = self.weights(dict(zip(self.groups, kept.unbind(1), strict=True)))
+        return torch.arange(len(order), device=order.device) <= (left - weights).abs().argmin()
+
+    def _pool(self, group: Group, values: Mapping[str, Tensor], square: bool, writers: Collection[str]) -> Tensor:
+        parts = [values[layer].flatten(1) for layer in writers]
+        parts += [values[layer].unflatten(1, (group.size, -1)).movedim(1, 0).flatten(1) for layer in group.readers]
+        total = sum((part.square() if square else part).sum(1) for part in parts)
+        assert isinstance(total, Tensor)
+        means = total / sum(part.shape[1] for part in parts)
+        return means.sqrt_() if square else means
+
+    def _rows(self, layer: str, channels: Mapping[str, Tensor]) -> Tensor:
+        """Return the filters of a layer that write channels, in a shape that is expanded to the weight's."""
+        return channels[self._writers[layer].name].view(-1, *[1] * (len(self._shapes[layer]) - 1))
+
+    def _columns(self, layer: str, channels: Mapping[str, Tensor]) -> Tensor:
+        """Return the slices of a layer's weight that read channels, in a shape that is expanded to the weight's."""
+        shape, group = self._shapes[layer], self._readers[layer]
+        columns = channels[group.name].repeat_interleave(shape[1] // group.size)
+        return columns.view(1, -1, *[1] * (len(shape) - 2))
 
 
 class NofM:
@@ -93,7 +237,7 @@ class NofM:
     def __init__(self, n: int, m: int):
         self.name, self.n, self.m, self.density = f"{n}:{m}", n, m, n / m
 
-    def keep(self, scores: dict[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+    def keep(self, scores: Mapping[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
         """Return masks as Units.keep does; the counts, one for each layer, say how far down to n a schedule has come."""
         masks: dict[str, Tensor] = {}
         for (layer,), count in counts.items():
@@ -116,7 +260,7 @@ class NofM:
         return torch.cat(parts, -1).movedim(-1, 1)
 
 
-Pattern = Units | NofM
+Pattern = Units | Channels | NofM
 
 
 def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
@@ -131,31 +275,36 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
-def find_pattern(name: str) -> Pattern:
-    """Return the pattern of a name.
+def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pattern:
+    """Return the pattern of a name for a network.
 
-    The names are `unstructured`, `channel` (filters), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
+    The names are `unstructured`, `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
     (such as 2:4). A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix
     [out, in * kh * kw]; blocks at the edges are smaller where the sizes do not divide.
 
+    Args:
+        name: see above.
+        model: the network.
+        whole: layers that lose no channel.
+
     Raises:
-        ValueError: no such pattern.
+        ValueError: no such pattern, or a network whose channels cannot be followed.
     """
+    shapes = {layer: tuple(weight.shape) for layer, weight in prunable_weights(model).items()}
+    if name == "channel":
+        return Channels(channel_groups(model, whole), shapes, dict(model.named_parameters()))
     if name in UNITS:
-        return Units(name, UNITS[name])
+        return Units(name, UNITS[name], shapes)
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
         height, width = map(int, match.groups())
         if height and width:
-            return Units(name, partial(_block, height=height, width=width))
+            return Units(name, partial(_block, height=height, width=width), shapes)
     if match := re.fullmatch(r"(\d+):(\d+)", name):
         n, m = map(int, match.groups())
         if 0 < n < m:
             return NofM(n, m)
-    raise ValueError(f"unknown pattern '{name}': choose {', '.join(UNITS)}, blocks such as 4x1, or N:M such as 2:4")
-
-
-def _channel(shape: Shape) -> Tensor:
-    return torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    names = "unstructured, kernel, channel"
+    raise ValueError(f"unknown pattern '{name}': choose {names}, blocks such as 4x1, or N:M such as 2:4")
 
 
 def _kernel(shape: Shape) -> Tensor:
@@ -168,7 +317,7 @@ def _block(shape: Shape, height: int, width: int) -> Tensor:
     return (row * -(-columns // width) + torch.arange(columns) // width).view(shape)
 
 
-UNITS: dict[str, Callable[[Shape], Tensor] | None] = {"unstructured": None, "kernel": _kernel, "channel": _channel}
+UNITS: dict[str, Callable[[Shape], Tensor] | None] = {"unstructured": None, "kernel": _kernel}
 
 
 def _top_of_last(scores: Tensor, n: int) -> Tensor:

@@ -4,16 +4,18 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from prune import diagnostics
-from prune.budget import Budget, EmptyLayerError, distribute, highest_sparsity
+from prune.budget import Budget, EmptyLayerError, highest_sparsity
 from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
-from prune.patterns import Counts, NofM, Units, find_pattern
+from prune.patterns import Channels, Counts, NofM, find_pattern
+from prune.regrowth import LastValues
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, magnitude
 from prune.updates import MaskChange, UpdateInputs
@@ -76,8 +78,14 @@ class Pruner:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
         self.warn = warn
-        self.pattern = find_pattern(pattern)
-        self.masks = Masks(prunable_weights(model))
+        weights = prunable_weights(model)
+        prunable = {id(weight) for weight in weights.values()}
+        self.masks = Masks(weights, {name: p for name, p in model.named_parameters() if id(p) not in prunable})
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self._depthwise = depthwise_layers(model) & shapes.keys()
+        self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
+        dense = {name for matches in self.dense_layers.values() for name in matches}
+        self.pattern = find_pattern(pattern, model, dense)
         complete = self._complete(method, options)
         interval = complete.pop("update_interval", None)
         self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
@@ -92,22 +100,22 @@ class Pruner:
             sparsity = 0.0
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):
             raise ValueError(f"pruning method '{method}' needs a sparsity")
-        shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        self._depthwise = depthwise_layers(model) & shapes.keys()
-        self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
-        dense = {name for matches in self.dense_layers.values() for name in matches}
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
-        if layer_sparsity is not None and self.method.update is not None and self.method.update.reallocates:
-            raise ValueError(
-                f"'{method}' moves weights from layer to layer: leave layer_sparsity out, or take set or rigl"
-            )
+        if self.method.update is not None and self.method.update.reallocates:
+            moves = f"'{method}' moves weights from layer to layer"
+            if layer_sparsity is not None:
+                raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
+            if isinstance(self.pattern, Channels):
+                raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
-        self._targets: dict[str, int] = {}  # living units of each layer, where masks move at a constant budget
+        self._targets: dict[str, int] = {}  # living units of each layer or group, where masks move at a constant budget
+        self._last_values: LastValues | None = None  # of channels, where they come and go
+        self._awake = False  # dead channels have their last values, for the gradients of what would read them
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -134,9 +142,11 @@ class Pruner:
         if sample is not None:
             inputs, _ = sample(1)
             self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
+        if self.method.update and isinstance(self.pattern, Channels):
+            self._last_values = LastValues(self.model, self.masks, self.pattern)
         rounds = int(self.options.get("score_rounds", 1)) if self.method.score else 0
         scores: dict[str, Tensor] = {}
-        initial = {name: weight.detach().clone() for name, weight in self.masks.weights.items()}
+        initial = {name: p.detach().clone() for name, p in (self.masks.weights | self.masks.others).items()}
         for number in range(1, rounds + 1):
             # Each round keeps the same fraction of what the last one kept (SynFlow, algorithm 1; exponential decay in FORCE);
             # with one it is the target.
@@ -147,24 +157,26 @@ class Pruner:
             scored.initial = initial
             scores = score(scored)
             with torch.no_grad():  # what was pruned in an earlier round may live again
-                torch._foreach_copy_(list(self.masks.weights.values()), list(initial.values()))
+                torch._foreach_copy_([self.masks.parameter(name) for name in initial], list(initial.values()))
             self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in NORMS))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
         self.check_layers(scores if rounds == 1 else None)
         if self.method.moves:
-            assert isinstance(self.pattern, Units)
-            alive = {name: self.pattern.pool(mask) > 0 for name, mask in self.masks.masks.items()}
-            self._targets = {name: int(units.sum()) for name, units in alive.items()}
+            assert not isinstance(self.pattern, NofM)
+            alive = self.pattern.pool(self.masks.masks)
+            self._targets = {name: int((units > 0).sum()) for name, units in alive.items()}
             self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
             self._first = {name: mask.clone() for name, mask in self.masks.masks.items()}
         self._remember_weights(-1)
+        self._wake(0)
 
     def largest(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return boolean masks of the largest weights at a sparsity, of the layers that are not dense; nothing changes."""
         scores = {name: weight.detach().abs() for name, weight in weights.items()}
-        return self.pattern.keep(scores, self.budget.counts(sparsity), square=True)
+        masks = self.pattern.keep(scores, self.budget.counts(sparsity), square=True)
+        return {name: mask for name, mask in masks.items() if name in weights}
 
     def mask_gradients(self, step: int | None = None) -> None:
         """Zero the gradients of dead weights.
@@ -216,6 +228,7 @@ class Pruner:
             self._change_masks(self.method.update(inputs))
             self._settled = inputs.fraction >= 1
         self._remember_weights(step)
+        self._wake(step + 1)
 
     def next_round(self, step: int) -> int:
         """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.
@@ -287,7 +300,7 @@ class Pruner:
             self._warned.update(new)
         if self._settled or not self.method.update:
             empty_filters, filters = self.masks.empty_filters(self._depthwise)
-            if empty_filters > self._lost_filters:
+            if empty_filters > self._lost_filters and not isinstance(self.pattern, Channels):
                 self._lost_filters = empty_filters
                 self.warn(
                     f"{empty_filters:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep "
@@ -344,6 +357,9 @@ class Pruner:
                 line += (
                     f" ({'; '.join(f'{pattern}: {_listed(names)}' for pattern, names in self.dense_layers.items())})"
                 )
+        if isinstance(self.pattern, Channels) and self.masks.masks:
+            units = torch.cat(list(self.pattern.pool(self.masks.masks).values()))
+            return f"{line}; {int((units == 0).sum()):,} of {len(units):,} channels are gone"
         empty, filters = self.masks.empty_filters(self.masks.weights)
         if empty:
             line += f"; {empty:,} of {filters:,} filters have no weight"
@@ -363,6 +379,8 @@ class Pruner:
             "overlap": self._overlap,
             "rewound": self._rewound,
             "input_shape": self._input_shape,
+            "last_values": self._last_values.state_dict() if self._last_values else {},
+            "awake": self._awake,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -378,6 +396,13 @@ class Pruner:
         device = next((weight.device for weight in self.masks.weights.values()), None)
         self._memory = {name: tensor.to(device, copy=True) for name, tensor in state.get("memory", {}).items()}
         self._rewound = dict(state["rewound"])
+        if state.get("last_values"):
+            assert isinstance(self.pattern, Channels)
+            self._last_values = LastValues(self.model, self.masks, self.pattern)
+            self._last_values.load_state_dict(state["last_values"])
+            self._awake = state["awake"]
+            if self._awake:
+                self._wake_channels()
 
     def _like_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return copies in the dtype, layout and device of the weights."""
@@ -451,10 +476,8 @@ class Pruner:
         if "granet_start" not in self.options:
             return self.budget.counts(wanted)
         start, distribution = min(self.options["granet_start"], self.budget.sparsity), self.budget.distribution
-        if distribution != "global":
-            return self.budget.counts(start)
-        shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        return distribute("erk", shapes, start, self.budget.dense)  # random scores do not compare across layers
+        # Random scores do not compare across layers.
+        return self.budget.counts(start, "erk" if distribution == "global" else distribution)
 
     @torch.no_grad()
     def _smooth_gradients(self, step: int) -> None:
@@ -497,20 +520,29 @@ class Pruner:
     @torch.no_grad()
     def _change_masks(self, change: MaskChange) -> None:
         """Put new masks in place and zero what optimizers remember of weights that died or came alive."""
-        weights = [self.masks.weights[name] for name in change.masks]
-        before = torch._foreach_mul([self.masks.masks[name] for name in change.masks], 1)
+        weights = [self.masks.parameter(name) for name in change.masks]
+        masks = [dict(self.masks.pairs())[weight] for weight in weights]
+        if self._last_values:
+            self._last_values.remember()
+            channels = self._last_values.alive()
+        before = torch._foreach_mul(masks, 1)
         died: list[Tensor] = []
         if change.survivors:
             self.masks.set(change.survivors)
-            died = list(torch._foreach_sub(before, [self.masks.masks[name] for name in change.masks]))
+            died = list(torch._foreach_sub(before, masks))
+            channels = self._last_values.alive() if self._last_values else {}
         self.masks.set(change.masks)
-        now = [self.masks.masks[name] for name in change.masks]
-        changed = torch._foreach_sub(now, before)  # 1 where a weight came alive, -1 where it died
+        if self._last_values:
+            grown = {name: now & ~channels[name] for name, now in self._last_values.alive().items()}
+            self._last_values.restore(grown)
+        changed = torch._foreach_sub(masks, before)  # 1 where a weight came alive, -1 where it died
         torch._foreach_abs_(changed)
         if died:  # some of these are alive again
             torch._foreach_maximum_(changed, died)
         unchanged = torch._foreach_neg(changed)
         torch._foreach_add_(unchanged, 1)
+        if self._awake:  # weight decay of channels that were awake for this step
+            torch._foreach_mul_(unchanged, masks)
         for optimizer in self.optimizers:
             remembered = [
                 (tensor, keep)
@@ -522,9 +554,24 @@ class Pruner:
                 tensors, keeps = zip(*remembered, strict=True)
                 torch._foreach_mul_(list(tensors), list(keeps))
         if self.method.moves:
-            self._overlap = diagnostics.overlap(before, now)
+            counted = [name in self.masks.weights for name in change.masks]
+            self._overlap = diagnostics.overlap(compress(before, counted), compress(masks, counted))
         if self.ever_alive:
-            torch._foreach_maximum_([self.ever_alive[name] for name in change.masks], now)
+            torch._foreach_maximum_(list(self.ever_alive.values()), [self.masks.masks[n] for n in self.ever_alive])
+
+    def _wake(self, step: int) -> None:
+        """Give dead channels their last values for one step, if they grow by its gradients.
+
+        What reads them stays 0, so that the network computes the same; its gradient is that of weights at 0, as rigged lottery
+        wants it, and would be 0 beside channels that are 0. `mask_weights` puts them to sleep again.
+        """
+        self._awake = self._last_values is not None and self.grows_by_gradient(step)
+        if self._awake:
+            self._wake_channels()
+
+    def _wake_channels(self) -> None:
+        assert self._last_values is not None
+        self._last_values.restore({name: ~alive for name, alive in self._last_values.alive().items()})
 
     @property
     def _rewinds_weights(self) -> bool:

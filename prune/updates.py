@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prune.patterns import Counts, Pattern, Shape, Units
+from prune.patterns import Channels, Counts, NofM, Pattern, Units
 from prune.schedules import constant, cubic
 from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, gradient, magnitude, random
 
@@ -21,7 +21,7 @@ class UpdateInputs:
         pattern: which weights live and die together.
         fraction: of the way to the last change, from 0 to 1.
         number: of the change, counted from 1.
-        targets: number of living units of each layer, where masks move; constant in `DropAndGrow`, and else at first.
+        targets: number of living units of each layer or group of channels, where masks move; constant in `DropAndGrow`, and else at first.
         sparsity: the final one.
         counts: number of weights that each group of layers keeps, as a function of the sparsity.
         memory: what an update leaves there for the next one, saved with the masks.
@@ -94,7 +94,7 @@ class DropAndGrow:
             kept.append(layer.target if soft else layer.target - move)
             grown.append(min(move, layer.units - kept[-1]))
         chosen = layers.top(layers.scores(self.drop, now), ~layers.alive(now.masks), kept)
-        after = chosen | layers.top(layers.scores(self.grow, now), chosen, grown)
+        after = chosen | layers.top(layers.scores(self.grow, now, growing=True), chosen, grown)
         return MaskChange(layers.spread(after), layers.spread(chosen) if self.regrown_from_zero else None)
 
 
@@ -142,7 +142,7 @@ class PruneAndRegrow:
         count = layers.sums(alive)
         drop = (options["drop_fraction"] * self.decay(now.fraction) * count).ceil()
         chosen = layers.top(layers.scores(magnitude, now), ~alive, count - drop)
-        after = chosen | layers.top(layers.scores(gradient, now), chosen, drop)
+        after = chosen | layers.top(layers.scores(gradient, now, growing=True), chosen, drop)
         return MaskChange(layers.spread(after), pruned)
 
 
@@ -234,17 +234,15 @@ def share_out(total: Tensor, room: Tensor, base: Tensor, slope: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer at a change of masks.
+    """One layer, or group of channels, at a change of masks.
 
     Attributes:
-        name: of the layer.
-        shape: of its weight.
+        name: of the layer or group.
         units: how many it is cut into.
         target: how many of them live, where the budget of each layer is constant.
     """
 
     name: str
-    shape: Shape
     units: int
     target: int
 
@@ -257,36 +255,35 @@ class FlatLayers:
         pattern: that cuts them into units.
     """
 
-    def __init__(self, layers: list[Layer], pattern: Units):
+    def __init__(self, layers: list[Layer], pattern: Units | Channels):
         self._layers, self._pattern = layers, pattern
         self._sizes = [layer.units for layer in layers]
 
     @classmethod
     def of(cls, now: UpdateInputs) -> "FlatLayers":
         """Return the layers that an update looks at."""
-        assert isinstance(now.pattern, Units)
-        layers = []
-        for name, target in now.targets.items():
-            mask = now.masks[name]
-            layers.append(Layer(name, tuple(mask.shape), len(now.pattern.sizes(mask)), target))
-        return cls(layers, now.pattern)
+        assert not isinstance(now.pattern, NofM)
+        units = now.pattern.pool(now.masks)
+        return cls([Layer(name, len(units[name]), target) for name, target in now.targets.items()], now.pattern)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self._layers)
 
-    def scores(self, score: Score, now: UpdateInputs) -> Tensor:
-        """Return the score of each unit: [units]."""
-        scores, square = score(now.scored), score in NORMS
-        return torch.cat([self._pattern.pool(scores[layer.name], square=square) for layer in self])
+    def scores(self, score: Score, now: UpdateInputs, growing: bool = False) -> Tensor:
+        """Return the score of each unit, to be dropped or grown by: [units]."""
+        pool = self._pattern.pool_growth if growing else self._pattern.pool
+        units = pool(score(now.scored), square=score in NORMS)
+        return torch.cat([units[layer.name] for layer in self])
 
     def alive(self, masks: dict[str, Tensor]) -> Tensor:
         """Return whether each unit lives: bool [units]."""
-        return torch.cat([self._pattern.pool(masks[layer.name]) for layer in self]) != 0
+        units = self._pattern.pool(masks)
+        return torch.cat([units[layer.name] for layer in self]) != 0
 
     def spread(self, units: Tensor) -> dict[str, Tensor]:
         """Return the masks of the layers whose units live where `units`, bool [units], says so."""
         parts = zip(self, units.split(self._sizes), strict=True)
-        return {layer.name: self._pattern.spread(part, layer.shape) for layer, part in parts}
+        return self._pattern.spread({layer.name: part for layer, part in parts})
 
     def sums(self, units: Tensor) -> Tensor:
         """Return the sum over each layer's units: float64 [layers]."""
@@ -330,4 +327,5 @@ class FlatLayers:
 
     def _unit_sizes(self, device: torch.device) -> Tensor:
         """Return the number of weights of each unit: int64 [units]."""
-        return torch.cat([self._pattern.sizes(torch.empty(layer.shape, device=device)) for layer in self])
+        assert isinstance(self._pattern, Units)
+        return torch.cat([self._pattern.sizes(layer.name, device) for layer in self])

@@ -172,7 +172,7 @@ def test_stem_and_classifier_are_the_first_convolution_and_the_last_layer():
     assert linear.budget.dense == {"0"}
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "kernel", "channel", "4x1", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "kernel", "1x9999", "4x1", "2:4"])
 @pytest.mark.parametrize(
     "method", ["random uniform", "random erk", "random balanced", "snip global", "rigl erk", "gmp uniform"]
 )
@@ -196,7 +196,7 @@ def test_grouped_convolutions_and_attention_are_pruned_by_every_pattern(method, 
         kept = dict.fromkeys(pruner.masks.masks, 0.5) | {"depthwise": 1, "first": 2 / 3}
         assert pruner.masks.density() == pytest.approx(kept)
     else:
-        unit = {"unstructured": 1, "4x1": 4, "kernel": 9, "channel": 144}[pattern]
+        unit = {"unstructured": 1, "4x1": 4, "kernel": 9, "1x9999": 144}[pattern]
         assert abs(pruner.masks.sparsity() - 0.5) * total <= 6 * unit / 2
     assert (pruner.masks.weights["attention.in_proj"] == 0).sum() > 0
 
@@ -296,7 +296,11 @@ def test_a_shared_weight_counts_once():
         ({"method": "random", "sparsity": 0.99999}, "at most 0.9999 is possible"),
         ({"method": "random", "sparsity": 0.995, "distribution": "erk", "dense_layers": ["stage3.*"]}, "at most 0.2"),
         ({"method": "random", "sparsity": 0.9995, "distribution": "uniform"}, "without a weight"),
-        ({"method": "random", "sparsity": 0.98, "distribution": "uniform", "pattern": "channel"}, "without a weight"),
+        ({"method": "random", "sparsity": 0.98, "distribution": "uniform", "pattern": "1x9999"}, "without a weight"),
+        (
+            {"method": "random", "sparsity": 0.9999, "pattern": "channel"},
+            "too high for channels: each group of them keeps",
+        ),
         ({"method": "random", "sparsity": 0.9, "dense_layers": ["steam"]}, "matches 'steam'"),
         ({"method": "random", "sparsity": 0.0, "dense_layers": ["*"]}, "every layer is to stay dense"),
     ],

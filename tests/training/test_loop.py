@@ -52,7 +52,7 @@ def test_a_good_checkpoint_stays_when_a_later_epoch_goes_wrong(train):
 
 
 def test_a_layer_that_empties_during_training_ends_it_with_a_sentence(train):
-    flags = "--epochs 1 --prune-method gmp --sparsity 0.999 --sparsity-distribution global --sparsity-pattern channel"
+    flags = "--epochs 1 --prune-method gmp --sparsity 0.999 --sparsity-distribution global --sparsity-pattern 1x9999"
     failed = train(f"{flags} --width 0.5 --update-interval 2")
     assert failed.code == 1
     assert re.fullmatch(r"error: this sparsity leaves layer '.*' without a weight: .*\n", failed.err)

@@ -146,7 +146,11 @@ class Waits(TorchDispatchMode):
 
 METHOD_PATTERNS = [(name, "unstructured") for name, method in METHODS.items() if not method.pretrained]
 METHOD_PATTERNS += [
-    (name, pattern) for name, method in METHODS.items() if method.update for pattern in ("channel", "2x1")
+    (name, pattern)
+    for name, method in METHODS.items()
+    if method.update
+    for pattern in ("channel", "2x1")
+    if not (pattern == "channel" and method.update.reallocates)
 ]
 
 

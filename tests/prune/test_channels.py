@@ -1,0 +1,443 @@
+"""Groups of channels: which there are, how many of them go, and what comes back."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import build_model
+from prune import Pruner
+from prune.channels import channel_groups
+
+FAMILIES = {
+    "resnet": ("resnet", 20, 1),
+    "bottleneck": ("resnet", 50, 0.25),
+    "wideresnet": ("wideresnet", 16, 1),
+    "vgg": ("vgg", 16, 0.25),
+    "mobilenet": ("mobilenet", 28, 0.25),
+    "vit": ("vit", 2, 1 / 3),
+}
+
+
+def network(family, seed=0):
+    arch, depth, width = FAMILIES[family]
+    torch.manual_seed(seed)
+    return build_model(arch, depth, 10, width)
+
+
+def members(group):
+    return group.writers, group.readers, group.norms
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("resnet", [16] * 4 + [32] * 4 + [64] * 4),  # each stage: what blocks add to, and the inside of three blocks
+        ("bottleneck", [16] * 7 + [64] + [32] * 8 + [128] + [64] * 12 + [256] + [128] * 6 + [512]),
+        ("wideresnet", [16] * 3 + [32] * 3 + [64] * 3),
+        ("vgg", [16] * 2 + [32] * 2 + [64] * 3 + [128] * 6),
+        ("mobilenet", [8, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 256, 256]),
+        ("vit", [256, 256]),  # hidden channels: attention's heads and what layer normalisation mixes stay
+    ],
+)
+def test_each_family_has_its_groups_of_channels(family, sizes):
+    assert sorted(group.size for group in channel_groups(network(family))) == sorted(sizes)
+
+
+def test_a_residual_path_is_one_group_of_all_that_writes_and_reads_it():
+    groups = {group.name: members(group) for group in channel_groups(network("resnet"))}
+    blocks = ["stage1.0", "stage1.1", "stage1.2"]
+    assert groups["stem.0"] == (
+        ("stem.0", *(f"{block}.conv2" for block in blocks)),
+        (*(f"{block}.conv1" for block in blocks), "stage2.0.conv1", "stage2.0.shortcut.0"),
+        ("stem.1", *(f"{block}.bn2" for block in blocks)),
+    )
+    assert groups["stage1.0.conv1"] == (("stage1.0.conv1",), ("stage1.0.conv2",), ("stage1.0.bn1",))
+
+
+def test_a_depthwise_convolution_goes_with_the_channels_that_it_filters():
+    groups = {group.name: members(group) for group in channel_groups(network("mobilenet"))}
+    assert groups["stem.0"][0] == ("stem.0", "blocks.0.depthwise.0")
+    assert groups["stem.0"][1] == ("blocks.0.pointwise.0",)
+
+
+def test_dense_stem_shortcuts_and_classifier_leave_the_inner_channels_alone():
+    pruner = Pruner(
+        network("resnet"), "random", 0.7, pattern="channel", dense_layers=["stem", "shortcut", "classifier"]
+    )
+    assert {name.split(".")[-1] for name in pruner.pattern.groups} == {"conv1"}
+
+
+class Net(nn.Module):
+    """Two convolutions with something between them, which `between` says."""
+
+    def __init__(self, between, inputs=8, **layers):
+        super().__init__()
+        self.first, self.second, self.between = nn.Conv2d(3, 8, 3), nn.Conv2d(inputs, 4, 1), between
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.second(self.between(self, self.first(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("between", "layers"),
+    [
+        (lambda net, x: x.softmax(1), {}),
+        (lambda net, x: net.norm(x), {"norm": nn.GroupNorm(2, 8)}),
+        (lambda net, x: net.mix(x), {"mix": nn.Conv2d(8, 8, 3, groups=2)}),
+        (lambda net, x: net.wide(x), {"wide": nn.Conv2d(8, 8, 3, groups=8), "inputs": 8}),
+        (lambda net, x: torch.cat([x, x], 1), {"inputs": 16}),
+        (lambda net, x: x + x.shape[1], {}),
+        (lambda net, x: x + net.constant, {"constant": nn.Parameter(torch.ones(8, 1, 1))}),
+        (lambda net, x: x.flip(1), {}),
+        (lambda net, x: x.transpose(2, 3), {}),
+        (lambda net, x: net.twice(net.twice(x)), {"twice": nn.Conv2d(8, 8, 1)}),
+        (lambda net, x: x * net.gate(x.mean((2, 3))).sigmoid()[..., None, None], {"gate": nn.Linear(8, 8)}),
+    ],
+    ids=[
+        "softmax",
+        "group norm",
+        "groups",
+        "depthwise",
+        "cat",
+        "count",
+        "constant",
+        "flip",
+        "transpose",
+        "twice",
+        "gate",
+    ],
+)
+def test_what_may_mix_channels_keeps_them(between, layers):
+    groups = channel_groups(Net(between, **layers))
+    assert len(groups) == ("wide" in layers)
+    for group in groups:
+        assert "wide" in group.writers
+
+
+def test_a_shared_weight_keeps_its_channels():
+    model = Net(lambda net, x: net.third(x), third=nn.Conv2d(8, 8, 1), fourth=nn.Conv2d(8, 8, 1))
+    assert len(channel_groups(model)) == 2
+    model.third.weight = model.fourth.weight
+    assert channel_groups(model) == []
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1),
+        lambda x: torch.flatten(F.max_pool2d(x, 3), 1),
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x: F.relu(x).mean((2, 3)),
+        nn.Sequential(nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+    ],
+)
+def test_channels_are_followed_through_flattened_maps(flat):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.flat = nn.Conv2d(3, 5, 1), flat
+            with torch.no_grad():
+                inputs = flat(self.conv(torch.ones(1, 3, 6, 6))).shape[1]
+            self.classifier = nn.Linear(inputs, 4)
+
+        def forward(self, x):
+            return self.classifier(self.flat(self.conv(x)))
+
+    (group,) = channel_groups(Flat())
+    assert members(group) == (("conv",), ("classifier",), ())
+
+
+def test_a_network_that_cannot_be_traced_is_refused():
+    model = Net(lambda net, x: x if x.sum() > 0 else -x)
+    with pytest.raises(ValueError, match="torch.fx cannot trace it .*take another pattern"):
+        Pruner(model, "random", 0.5, pattern="channel")
+
+
+METHODS_AT_ONCE = [("random", "erk"), ("random", "uniform"), ("magnitude", "global"), ("synflow", "global")]
+
+
+@pytest.mark.parametrize(("method", "distribution"), METHODS_AT_ONCE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sparsity_is_reached_to_within_a_channel(family, method, distribution):
+    if method == "synflow" and family != "wideresnet":
+        pytest.skip("it has no meaning in a ViT, and its hundred rounds take their time elsewhere")
+    model = network(family)
+    asked = 0.5 if family == "vit" else 0.7
+    pruner = Pruner(model, method, asked, distribution, pattern="channel")
+    pruner.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
+    alive = pruner.masks.alive()
+    unit = 0  # the most that goes with a channel
+    for group in pruner.pattern.groups.values():
+        shapes = {name: pruner.masks.weights[name].shape for name in (*group.writers, *group.readers)}
+        unit = max(unit, sum(shape.numel() // group.size for shape in shapes.values()))
+    total = sum(w.numel() for w in pruner.masks.weights.values())
+    assert abs(total - sum(alive.values()) - asked * total) <= unit
+    assert min(alive.values()) > 0
+
+
+def test_uniform_gives_every_group_the_same_share_of_its_channels():
+    model = network("vgg")
+    pruner = Pruner(model, "random", 0.7, "uniform", pattern="channel")
+    kept = {names[0]: count for names, count in pruner.budget.counts(0.7).items()}
+    shares = [kept[name] / group.size for name, group in pruner.pattern.groups.items()]
+    assert max(abs(share - 0.3**0.5) for share in shares) < 0.5 / 16 + 0.01
+
+
+def test_erk_follows_its_formula_for_the_layers_of_a_group_together():
+    pruner = Pruner(network("vgg"), "random", 0.9, "erk", pattern="channel")
+    kept = {names[0]: count for names, count in pruner.budget.counts(0.9).items()}
+    ratios = []
+    for name, group in pruner.pattern.groups.items():
+        shapes = [pruner.masks.weights[layer].shape for layer in (*group.writers, *group.readers)]
+        raw = sum(map(sum, shapes)) / sum(shape.numel() for shape in shapes)
+        if 1 < kept[name] < group.size:
+            ratios.append((kept[name] / group.size / raw, 0.5 / group.size / raw))
+    assert len(ratios) > 5
+    assert max(value - slack for value, slack in ratios) <= min(value + slack for value, slack in ratios)
+
+
+def test_a_higher_sparsity_never_keeps_more_channels_of_a_group():
+    pruner = Pruner(network("resnet"), "random", 0.5, "erk", pattern="channel")
+    counts = [pruner.budget.counts(sparsity / 100) for sparsity in range(99)]
+    for name in pruner.pattern.groups:
+        kept = [count[name,] for count in counts]
+        assert kept == sorted(kept, reverse=True)
+    assert counts[0] == {(name,): group.size for name, group in pruner.pattern.groups.items()}
+
+
+@pytest.mark.parametrize(("family", "sparsity"), [("vit", 0.7), ("vgg", 0.9999)])
+def test_a_sparsity_that_channels_cannot_reach_is_refused_with_one_that_they_can(family, sparsity):
+    with pytest.raises(ValueError, match=r"at most [\d.]+ is possible, or take another pattern") as error:
+        Pruner(network(family), "random", sparsity, pattern="channel")
+    assert ("layers all of theirs" in str(error.value)) == (family == "vit")
+    highest = float(str(error.value).split("at most ")[1].split()[0])
+    assert abs(Pruner(network(family), "random", highest, pattern="channel").budget.sparsity - highest) < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dead_channel_is_zero_after_its_batch_norm_and_nothing_reads_it(family, training):
+    model = network(family)
+    for p in model.parameters():
+        if p.ndim == 1:
+            nn.init.uniform_(p, 0.3, 1)
+    pruner = Pruner(model, "random", 0.5, "uniform", pattern="channel")
+    pruner.choose_masks()
+    seen, modules = {}, dict(model.named_modules())
+    alive = {name: share > 0 for name, share in pruner.pattern.pool(pruner.masks.masks).items()}
+    for group in pruner.pattern.groups.values():
+        for name in group.norms or group.writers:
+            modules[name].register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+    model.train(training)(torch.randn(4, 3, 32, 32))
+    for group in pruner.pattern.groups.values():
+        dead = ~alive[group.name]
+        assert dead.any()
+        assert alive[group.name].any()
+        for name in group.norms or group.writers:
+            output = seen[name].movedim(-1, 1) if family == "vit" else seen[name]
+            assert not output[:, dead].any()
+            assert output[:, ~dead].any()
+        for name in group.readers:
+            assert not modules[name].weight.unflatten(1, (group.size, -1))[:, dead].any()
+
+
+def train(model, pruner, optimizer, steps, start=0, look=lambda: None):
+    g = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(16, 3, 8, 8, generator=g, dtype=torch.float64), torch.arange(16) % 10
+    for step in range(start, steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        pruner.mask_gradients(step)
+        optimizer.step()
+        pruner.mask_weights()
+        look()
+        pruner.update_masks(step)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return build_model("resnet", 8, 10).double()
+
+
+def moving(method, **options):
+    model = small_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    pruner = Pruner(
+        model, method, 0.7, pattern="channel", total_steps=20, optimizers=[optimizer], update_interval=3, **options
+    )
+    pruner.choose_masks()
+    return model, pruner, optimizer
+
+
+def alive_channels(pruner):
+    return {name: share > 0 for name, share in pruner.pattern.pool(pruner.masks.masks).items()}
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "mest"])
+def test_moving_channels_keep_their_number_and_forget_the_optimizer_s_memory(method):
+    model, pruner, optimizer = moving(method)
+    weights, before, moved = pruner.masks.alive(), alive_channels(pruner), 0
+    for step in range(20):
+        train(model, pruner, optimizer, step + 1, step)
+        now = alive_channels(pruner)
+        assert pruner.masks.alive() == weights
+        grown = {name: now[name] & ~before[name] for name in now}
+        moved += sum(int(channels.sum()) for channels in grown.values())
+        for name, group in pruner.pattern.groups.items():
+            changed = now[name] != before[name]
+            for layer in group.norms:
+                scale = dict(model.named_modules())[layer].weight
+                assert not optimizer.state[scale]["momentum_buffer"][changed].any()
+            for layer in group.writers:
+                weight = pruner.masks.weights[layer]
+                assert not optimizer.state[weight]["momentum_buffer"][changed].any()
+                assert weight[grown[name]].flatten(1).any(1).all()
+            for layer in group.readers:
+                assert not pruner.masks.weights[layer][:, grown[name]].any()
+        before = now
+    assert moved > 4
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_channels_that_grow_change_nothing_that_the_network_computes(method):
+    model, pruner, optimizer = moving(method)
+    inputs = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    checked = 0
+    for step in range(12):
+        before = alive_channels(pruner)
+        train(model, pruner, optimizer, step + 1, step)
+        grown = {name: now & ~before[name] for name, now in alive_channels(pruner).items()}
+        if any(map(torch.any, grown.values())):
+            checked += 1
+            without = copy.deepcopy(model)  # of the new masks, without the new channels
+            twin = Pruner(without, "random", 0.7, pattern="channel")
+            twin.masks.set(twin.pattern.spread({n: now & ~grown[n] for n, now in alive_channels(pruner).items()}))
+            for training in (False, True):
+                torch.testing.assert_close(
+                    model.train(training)(inputs), without.train(training)(inputs), rtol=1e-12, atol=1e-12
+                )
+    assert checked > 2
+
+
+def test_a_channel_comes_back_with_the_values_that_it_died_with():
+    model, pruner, optimizer = moving("set", drop_fraction=0.6)
+    modules = dict(model.named_modules())
+    last = {name: p.detach().clone() for name, p in small_network().named_parameters()}  # as they were drawn
+    statistics, returned = {}, 0
+    for step in range(15):
+        before = alive_channels(pruner)
+        look = functools.partial(last_alive, model, before, pruner, last, statistics)
+        train(model, pruner, optimizer, step + 1, step, look)
+        now = alive_channels(pruner)
+        for name, group in pruner.pattern.groups.items():
+            back = now[name] & ~before[name]
+            returned += int(back.sum())
+            for norm in group.norms:
+                assert torch.equal(modules[norm].weight[back], last[f"{norm}.weight"][back])
+                for channel in back.nonzero().flatten().tolist():
+                    expected = statistics.get((norm, channel), 0.0)
+                    assert modules[norm].running_mean[channel] == expected
+            for layer in group.writers:
+                weight = pruner.masks.weights[layer]
+                mask = pruner.masks.masks[layer].bool() & (weight != 0)
+                rows = back.view(-1, 1, 1, 1) & mask
+                assert torch.equal(weight[rows], last[f"{layer}.weight"][rows])
+    assert returned > 10
+
+
+def last_alive(model, alive, pruner, last, statistics):
+    """Note the values of living weights after a step and before the change of masks."""
+    modules = dict(model.named_modules())
+    for name, group in pruner.pattern.groups.items():
+        for norm in group.norms:
+            last[f"{norm}.weight"][alive[name]] = modules[norm].weight.detach()[alive[name]]
+            for channel in alive[name].nonzero().flatten().tolist():
+                statistics[norm, channel] = float(modules[norm].running_mean[channel])
+        for layer in group.writers:
+            mask = pruner.masks.masks[layer].bool()
+            last[f"{layer}.weight"][mask] = pruner.masks.weights[layer].detach()[mask]
+
+
+def test_rigl_grows_the_channels_whose_readers_have_the_largest_gradient():
+    model, pruner, optimizer = moving("rigl", drop_fraction=0.8)
+    train(model, pruner, optimizer, 2)
+    before = alive_channels(pruner)
+    g = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(16, 3, 8, 8, generator=g, dtype=torch.float64), torch.arange(16) % 10
+    # The gradient of what reads dead channels, in a network in which these have the values that they were drawn with.
+    twin, fresh = copy.deepcopy(model), small_network()
+    modules, drawn = dict(twin.named_modules()), dict(fresh.named_modules())
+    for name, group in pruner.pattern.groups.items():
+        dead = ~before[name]
+        with torch.no_grad():
+            for layer in (*group.writers, *group.norms):
+                modules[layer].weight[dead] = drawn[layer].weight[dead]
+    for group in pruner.pattern.groups.values():
+        for layer in group.readers:
+            with torch.no_grad():
+                modules[layer].weight[:, ~before[group.name]] = 0
+    F.cross_entropy(twin.train()(inputs), labels).backward()
+    train(model, pruner, optimizer, 3, 2)
+    grew = 0
+    for name, group in pruner.pattern.groups.items():
+        squares = sum(modules[layer].weight.grad.movedim(1, 0).flatten(1).square().sum(1) for layer in group.readers)
+        came = alive_channels(pruner)[name] & ~before[name]
+        stayed_dead = ~alive_channels(pruner)[name] & ~before[name]
+        if came.any() and stayed_dead.any():
+            grew += 1
+            assert squares[came].min() >= squares[stayed_dead].max() * (1 - 1e-9)
+            assert squares[came].min() > 0
+    assert grew > 1
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "mest", "granet", "acdc"])
+def test_channels_resume_bit_for_bit(method):
+    runs = []
+    for resumed_at in (None, 4, 5):  # 5: rigl's dead channels are awake
+        model, pruner, optimizer = moving(method)
+        if resumed_at:
+            train(model, pruner, optimizer, resumed_at)
+            saved = copy.deepcopy((model.state_dict(), pruner.state_dict(), optimizer.state_dict()))
+            model, pruner, optimizer = moving(method)
+            for part, state in zip((model, pruner, optimizer), saved, strict=True):
+                part.load_state_dict(state)
+        train(model, pruner, optimizer, 20, start=resumed_at or 0)
+        runs.append(model.state_dict())
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], tensor) for name, tensor in other.items())
+
+
+def test_acdc_brings_channels_back_alive():
+    model, pruner, optimizer = moving("acdc")
+    seen = []
+    for step in range(20):
+        train(model, pruner, optimizer, step + 1, step)
+        seen.append(pruner.masks.sparsity())
+        if len(seen) > 1 and seen[-1] < seen[-2]:  # all channels live again
+            group = pruner.pattern.groups["stage2.0.conv1"]
+            assert all(pruner.masks.weights[layer].flatten(1).any(1).all() for layer in group.writers)
+            train(model, pruner, optimizer, step + 3, step + 1)
+            assert all(pruner.masks.weights[layer].movedim(1, 0).flatten(1).any(1).all() for layer in group.readers)
+            break
+    assert seen[-1] == 0 < max(seen)
+
+
+def test_gmp_takes_channels_out_by_its_schedule_and_brings_none_back():
+    model, pruner, optimizer = moving("gmp")
+    before, shares = alive_channels(pruner), []
+    for step in range(20):
+        train(model, pruner, optimizer, step + 1, step)
+        now = alive_channels(pruner)
+        assert not any((now[name] & ~before[name]).any() for name in now)
+        before = now
+        shares.append(pruner.masks.sparsity())
+    assert shares[0] == 0
+    assert shares[14] == shares[-1] == pytest.approx(0.7, abs=0.01)
+    assert pruner.describe().endswith("channels are gone")
