@@ -157,8 +157,8 @@ class _Walk:
         else:
             written, groups = _Value(_Found(module.out_channels, [name]), "maps"), module.groups
             written.found.whole = module.transposed
-        if source is None:
-            pass  # it reads the images
+        if source is None:  # it reads the images, or channels that are not followed
+            written.found.whole |= groups > 1
         elif groups == 1 and _reads(module, source):
             source.found.readers.append(name)
             source.found.whole |= written.found.whole
