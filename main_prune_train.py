@@ -17,6 +17,7 @@ from experiment.flags import MAY_CHANGE_ON_RESUME, MAY_DIFFER_BETWEEN_PROCESSES,
 from experiment.run_directory import Located, locate_run
 from imagedata.augment import Normalize
 from imagedata.images import Dataset
+from prune.compact import compacted_size
 from prune.flops import FlopsMeter, count_flops, summary_table
 from training.checkpoint import CheckpointSchedule, CheckpointWriter
 from training.logger import Logger, run_result
@@ -106,6 +107,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
 
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
+    result |= compacted_size(pruner.model, pruner.masks, data.image_shape)
     result |= measure_trained(run, args, data, normalize, earlier)
     logger.finish(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME})
     file = directory / "result.json"
@@ -124,6 +126,8 @@ def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
     )
     if args.summary:
         say(summary_table(run.meter.flops, state.pruner.masks))
+        left = compacted_size(state.pruner.model, state.pruner.masks, data.image_shape)
+        say("without dead channels: {parameters_compacted:,} parameters, {flops_compacted:,} FLOPs".format(**left))
     say(state.pruner.describe())
     say(f"run directory: {run.logger.directory}" + (f", resumed after step {state.global_step:,}" if resumed else ""))
 

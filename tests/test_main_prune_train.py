@@ -309,6 +309,30 @@ def test_the_sparsity_of_each_layer_comes_from_a_file(train, tmp_path):
     assert "the nearest name is 'stage" in bad.err
 
 
+def test_a_result_tells_the_size_without_dead_channels(train, trained):
+    flags = "--epochs 1 --prune-method random --sparsity 0.7 --sparsity-distribution uniform --sparsity-pattern channel --summary"
+    run = train(flags)
+    assert run.code == 0, run.err
+    result = run.json("result.json")
+    # A channel takes its weights in the layers on both sides along, and its batch norm. The classifier's biases stay.
+    living = sum(p.numel() for name, p in alive_parameters(run.checkpoint()))
+    assert result["parameters_compacted"] == living < 0.4 * result["parameters"]
+    assert result["flops_compacted"] == pytest.approx(result["inference_flops"])
+    assert f"without dead channels: {living:,} parameters, {result['flops_compacted']:,} FLOPs" in run.out
+    unstructured = trained.json("result.json")
+    assert unstructured["parameters_compacted"] == unstructured["parameters"]
+    assert unstructured["flops_compacted"] > 2 * unstructured["inference_flops"]
+
+
+def alive_parameters(checkpoint):
+    """Return the living entries of each parameter of a checkpoint, by name."""
+    state, masks = checkpoint["state"]["model"], checkpoint["state"]["pruner"]["masks"]
+    for name, tensor in state.items():
+        if not name.endswith(("running_mean", "running_var")):
+            mask = masks.get(name, masks.get(name.removesuffix(".weight")))
+            yield name, tensor if mask is None else tensor[mask]
+
+
 def test_part_of_the_images_and_wrong_labels_are_recorded_and_resumed(train):
     flags = "--epochs 2 --train-images 300 --label-noise 0.4 --val-split 100"
     run = train(flags)

@@ -1,0 +1,132 @@
+"""The network that is left when dead channels are taken out: smaller, and the same function.
+
+What goes is every channel of which all masks are 0: its filters and biases, its batch norm, and what reads it. Other zeros
+stay where they are, since kernels for dense tensors multiply by them as by any number.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from prune.channels import Group, channel_groups
+from prune.flops import count_flops
+from prune.masks import Masks
+
+
+def compact(model: nn.Module, masks: Masks) -> nn.Module:
+    """Return a copy of a masked network without its dead channels; in train and in eval mode it computes the same.
+
+    A group without a living channel keeps one dead channel, so that every layer has a weight. A network whose channels
+    cannot be followed is copied whole.
+
+    Args:
+        model: the network, its dead weights zero.
+        masks: of that network.
+    """
+    small = copy.deepcopy(model)
+    try:
+        groups = channel_groups(small)
+    except ValueError:
+        return small
+    modules = dict(small.named_modules())
+    for group in groups:
+        alive = _alive(group, masks, modules)
+        kept = alive.nonzero().flatten() if alive.any() else alive.new_zeros(1, dtype=torch.int64)
+        if len(kept) == group.size:
+            continue
+        for name in group.writers:
+            _keep_outputs(modules[name], kept)
+        for name in group.readers:
+            _keep_inputs(modules[name], kept, group.size)
+        for name in group.norms:
+            modules[name].num_features = len(kept)
+            for kind in ("weight", "bias", "running_mean", "running_var"):
+                _take(modules[name], kind, 0, kept)
+    return small
+
+
+def expand(state: Mapping[str, Tensor], model: nn.Module, masks: Masks) -> None:
+    """Put the weights of a compacted network into the network that it came from, whose dead weights become zero.
+
+    Args:
+        state: the compacted network's state_dict.
+        model: the whole network, which changes.
+        masks: by which it was compacted.
+
+    Raises:
+        KeyError, RuntimeError: the state is of another network.
+    """
+    places = copy.deepcopy(model).to("cpu", torch.float64)  # exact up to 2^53
+    for tensor in places.state_dict().values():
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+    places = compact(places, masks)
+    whole = model.state_dict()
+    for name, place in places.state_dict().items():
+        flat = whole[name].flatten()
+        flat[place.flatten().long().to(flat.device)] = state[name].flatten().to(flat)
+        whole[name].copy_(flat.view(whole[name].shape))
+    masks.apply_to_weights()
+
+
+def compacted_size(model: nn.Module, masks: Masks, image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Return the parameters of the compacted network and the operations of its forward pass on one image, for a result."""
+    small = compact(model, masks)
+    flops = count_flops(small, image_shape)
+    return {
+        "parameters_compacted": sum(p.numel() for p in small.parameters()),
+        "flops_compacted": int(flops.inference(dict.fromkeys(flops.forward, 1.0))),
+    }
+
+
+def _alive(group: Group, masks: Masks, modules: dict[str, nn.Module]) -> Tensor:
+    """Return which channels have a part without a mask of 0: bool [channels], on the CPU."""
+    found = [_of_channels(masks.masks.get(name), group.size, 0) for name in group.writers]
+    found += [_of_channels(masks.masks.get(name), group.size, 1) for name in group.readers]
+    found += [
+        _of_channels(masks.other_masks.get(f"{name}.{kind}"), group.size, 0)
+        for name in (*group.norms, *group.writers)
+        for kind in ("weight", "bias")
+        if (name in group.norms or kind == "bias") and getattr(modules[name], kind, None) is not None
+    ]
+    return torch.stack(found).any(0)
+
+
+def _of_channels(mask: Tensor | None, channels: int, dim: int) -> Tensor:
+    """Return which channels have a 1 in a mask, along one of its dimensions."""
+    if mask is None:
+        return torch.ones(channels, dtype=torch.bool)
+    return mask.unflatten(dim, (channels, -1)).movedim(dim, 0).flatten(1).bool().any(1).cpu()
+
+
+def _keep_outputs(layer: nn.Module, kept: Tensor) -> None:
+    if isinstance(layer, nn.Linear):
+        layer.out_features = len(kept)
+    else:
+        if layer.groups == layer.out_channels:  # depthwise
+            layer.in_channels = layer.groups = len(kept)  # type: ignore[assignment]
+        layer.out_channels = len(kept)  # type: ignore[assignment]
+    _take(layer, "weight", 0, kept)
+    _take(layer, "bias", 0, kept)
+
+
+def _keep_inputs(layer: nn.Module, kept: Tensor, channels: int) -> None:
+    if isinstance(layer, nn.Linear):
+        each = layer.in_features // channels  # pixels of each channel's map
+        kept = (kept[:, None] * each + torch.arange(each)).flatten()
+        layer.in_features = len(kept)
+    else:
+        layer.in_channels = len(kept)  # type: ignore[assignment]
+    _take(layer, "weight", 1, kept)
+
+
+def _take(module: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+    """Replace a parameter or buffer, if there is one, by the part of it that is kept."""
+    tensor = getattr(module, name, None)
+    if tensor is None:
+        return
+    part = tensor.detach().index_select(dim, kept.to(tensor.device))
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        part = part.contiguous(memory_format=torch.channels_last)
+    setattr(module, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part)
