@@ -57,21 +57,24 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
     if (args.pretrained or args.pretrained_weights) and not checkpoint:
         build.load_weights(model, args, data)
 
+    # masks
+    pruner = build.pruner(args, model, [], total_steps)
+    if args.compact:  # masks that never change are chosen now, and what they leave is trained
+        model = build.compacted(args, pruner, data, normalize, checkpoint)
+
     # optimizer
     optimizer = build.optimizer(args, model, total_steps)
-
-    # masks
-    pruner = build.pruner(args, model, state_holders(optimizer), total_steps)
+    pruner.optimizers = state_holders(optimizer)
 
     # step
-    flops, passes = count_flops(model, data.image_shape), passes_per_step(optimizer)
+    flops, passes = count_flops(pruner.model, data.image_shape), passes_per_step(optimizer)
     execution = build.execution(args, model, data, flops, passes, total_steps, group)
     loader, evaluators = build.loaders(args, data, normalize, device, execution, group)
     state = build.state(args, model, optimizer, pruner)
     step = build.step(args, state, execution, steps_per_epoch, group)
     if checkpoint:
         build.restore(state, checkpoint, args, data, about)
-    else:
+    elif not args.compact:
         build.choose_masks(args, pruner, loader)
 
     # directory: nothing is written before everything is known, and the same in all processes

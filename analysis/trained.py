@@ -3,7 +3,6 @@
 from argparse import Namespace
 
 import torch
-from torch import nn
 
 from analysis import corrupted, hessian
 from analysis.command import throttled
@@ -43,7 +42,7 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     Raises:
         Preempted: a signal came.
     """
-    model: nn.Module = run.state.model
+    model = run.state.pruner.whole(run.state.model)
     device, group, say = run.loader.device, run.group, run.logger.say
     found = {name: earlier[name] for name in (*RECALIBRATED, *MEASURED) if name in earlier}
     if measured_names(args) and group.any(run.interruption.signal is not None, device):

@@ -196,6 +196,34 @@ def choose_masks(args: Namespace, pruner: Pruner, loader: TrainLoader) -> None:
         pruner.choose_masks(loader.sample)
 
 
+def compacted(
+    args: Namespace, pruner: Pruner, data: Dataset, normalize: Normalize, checkpoint: dict | None
+) -> nn.Module:
+    """Return the network without dead channels that --compact trains, having chosen the masks.
+
+    Args:
+        args: the flags.
+        pruner: of the whole network.
+        data: what it trains on.
+        normalize: with the figures of `data`.
+        checkpoint: that the run goes on from, whose masks are taken.
+
+    Raises:
+        UsageError: no channel can be taken out.
+    """
+    if checkpoint:
+        load_network(pruner.model, pruner.masks, checkpoint)
+    else:
+        device, classes = next(pruner.model.parameters()).device, len(data.classes)
+        choose_masks(
+            args, pruner, TrainLoader(data.train, augmentation(args, data), classes, normalize, device, 0, Execution())
+        )
+    model = pruner.compact()
+    if sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in pruner.model.parameters()):
+        raise UsageError("--compact has no effect: these masks leave no channel dead; leave it out")
+    return model
+
+
 def execution(
     args: Namespace, model: nn.Module, data: Dataset, flops: Flops, passes: int, steps: int, group: ProcessGroup
 ) -> Execution:

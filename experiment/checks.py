@@ -163,6 +163,12 @@ def without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         reasons["stem"] = f"with --arch {args.arch}", "take --arch resnet"
     if not args.arch.startswith("torchvision:"):
         reasons["pretrained_weights"] = f"with --arch {args.arch}", "take --arch torchvision:NAME"
+    if not args.keep_masks:
+        if args.prune_method == "none":
+            channels = "add --prune-method random --sparsity 0.7 --sparsity-pattern channel"
+            reasons["compact"] = "with --prune-method none", channels
+        elif args.sparsity_pattern != "channel":
+            reasons["compact"] = f"with --sparsity-pattern {args.sparsity_pattern}", "take --sparsity-pattern channel"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"
     if args.dataset not in ("folder", "imagefolder"):
@@ -178,6 +184,13 @@ def _check_sparsity(args: argparse.Namespace) -> None:
         raise UsageError(f"--prune-method {method} needs --sparsity, e.g. --sparsity 0.9")
     if args.sparsity_config and args.sparsity_distribution:
         raise UsageError("--sparsity-config says what each layer keeps: leave --sparsity-distribution out")
+    if args.compact and (METHODS[method].update or METHODS[method].tickets):
+        raise UsageError(
+            f"--compact trains a network whose channels are gone for good, and --prune-method {method} changes masks during "
+            "training: leave it out"
+        )
+    if args.compact and args.sam_unmasked:
+        raise UsageError("--sam-unmasked perturbs pruned weights, which --compact takes out: leave one of them out")
     if METHODS[method].pretrained and not (args.pretrained or args.pretrained_weights):
         raise UsageError(f"--prune-method {method} prunes trained weights: give them by --pretrained CKPT")
 

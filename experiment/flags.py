@@ -276,6 +276,8 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
         help="start from weights that torchvision publishes for its network, such as DEFAULT")
     add("--keep-masks", action="store_true",
         help="with --pretrained and without a pruning method: what that checkpoint's masks prune stays zero")
+    add("--compact", action="store_true",
+        help="with --sparsity-pattern channel and masks that never change: train the smaller network without dead channels")
     add("--summary", action="store_true", help="print layers, shapes, densities and FLOPs before training")
 
 

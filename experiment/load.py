@@ -11,7 +11,7 @@ from experiment.checks import complete_flags, refuse_to_run_code
 from imagedata.augment import NormalizeImages
 from imagedata.sources import SIDES
 from models.external import NetworkError
-from prune.masks import Masks, prunable_weights
+from prune.masks import Masks
 from training.checkpoint import NEWEST, load_checkpoint, load_network
 from utils.device import pick_device
 from utils.errors import UsageError
@@ -23,7 +23,7 @@ class Trained:
 
     Attributes:
         model: in evaluation mode, with its masks applied; from normalised images [B, C, H, W] to logits.
-        masks: over its prunable weights; a layer without one is dense.
+        masks: over its prunable weights, and what goes with channels; a layer without one is dense.
         classes: their names, by logit.
         normalize: makes of images what the network wants, with the figures of its training images.
         args: the flags of its run.
@@ -95,7 +95,7 @@ def rebuild(
             "another one"
         ) from error
     model = model.to(device).to(memory_format=torch.channels_last)
-    masks = Masks(prunable_weights(model))
+    masks = Masks.of(model)
     load_network(model, masks, checkpoint)
     return Trained(model.eval(), masks, data["classes"], normalize.to(device), checkpoint["args"], metrics, data)
 

@@ -64,7 +64,7 @@ def expand(state: Mapping[str, Tensor], model: nn.Module, masks: Masks) -> None:
     places = compact(places, masks)
     whole = model.state_dict()
     for name, place in places.state_dict().items():
-        flat = whole[name].flatten()
+        flat = whole[name].flatten().clone()
         flat[place.flatten().long().to(flat.device)] = state[name].flatten().to(flat)
         whole[name].copy_(flat.view(whole[name].shape))
     masks.apply_to_weights()

@@ -105,6 +105,13 @@ class Masks:
         self.other_masks: dict[str, Tensor] = {}
         self.version = 0  # of the masks: grows whenever they change
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "Masks":
+        """Return the masks of a network, of which none is set."""
+        weights = prunable_weights(model)
+        prunable = set(map(id, weights.values()))
+        return cls(weights, {name: p for name, p in model.named_parameters() if id(p) not in prunable})
+
     @torch.no_grad()
     def set(self, alive: Mapping[str, Tensor]) -> None:
         """Set masks from boolean tensors in the weights' shapes, by layer or parameter, and zero the weights that die."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from prune import diagnostics
 from prune.budget import Budget, EmptyLayerError, highest_sparsity
-from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
+from prune.compact import compact, expand
+from prune.masks import Masks, depthwise_layers, layers_by_position, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import Channels, Counts, NofM, find_pattern
@@ -78,10 +79,8 @@ class Pruner:
             raise ValueError(f"unknown pruning method '{method}': choose one of {', '.join(METHODS)}")
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
         self.warn = warn
-        weights = prunable_weights(model)
-        prunable = {id(weight) for weight in weights.values()}
-        self.masks = Masks(weights, {name: p for name, p in model.named_parameters() if id(p) not in prunable})
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self.masks = Masks.of(model)
+        shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         self._depthwise = depthwise_layers(model) & shapes.keys()
         self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
         dense = {name for matches in self.dense_layers.values() for name in matches}
@@ -111,6 +110,7 @@ class Pruner:
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
+        self._compacted = False  # another network is trained in the place of the model
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
         self._targets: dict[str, int] = {}  # living units of each layer or group, where masks move at a constant budget
@@ -187,7 +187,8 @@ class Pruner:
         """
         if step is not None:
             self.keep_gradients(step)
-        self.masks.apply_to_gradients()
+        if not self._compacted:
+            self.masks.apply_to_gradients()
 
     def keep_gradients(self, step: int) -> None:
         """Keep the gradients as they are, if masks change after this step by them; `mask_gradients(step)` does so too."""
@@ -200,7 +201,30 @@ class Pruner:
 
     def mask_weights(self) -> None:
         """Zero the dead weights, which an optimizer may have moved."""
-        self.masks.apply_to_weights()
+        if not self._compacted:
+            self.masks.apply_to_weights()
+
+    def compact(self) -> nn.Module:
+        """Return the network without its dead channels, to be trained in the place of the whole one.
+
+        From now on masks only tell what is dead in the whole network: the smaller one needs none.
+
+        Raises:
+            ValueError: masks change during training.
+        """
+        if self.method.update or self.method.tickets:
+            raise ValueError(
+                "masks change during training, and what was taken out cannot come back: compact it after that"
+            )
+        self._compacted = True
+        return compact(self.model, self.masks)
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """Return the whole network with the weights of the one that `compact` returned; without one, the model as it is."""
+        if not self._compacted:
+            return model
+        expand(model.state_dict(), self.model, self.masks)
+        return self.model.train(model.training)
 
     def update_masks(self, step: int, skipped: bool = False) -> None:
         """Change the masks if it is time.

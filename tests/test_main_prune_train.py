@@ -324,6 +324,56 @@ def test_a_result_tells_the_size_without_dead_channels(train, trained):
     assert unstructured["flops_compacted"] > 2 * unstructured["inference_flops"]
 
 
+CHANNELS = (
+    "--width 0.5 --epochs 2 --precision fp32 --prune-method random --sparsity 0.7 --sparsity-distribution uniform "
+    "--sparsity-pattern channel"
+)
+
+
+@pytest.fixture(scope="module")
+def compacted(run_once):
+    """A finished run of CHANNELS on the smaller network."""
+    return run_once(f"{CHANNELS} --compact")
+
+
+def test_a_compacted_run_is_the_masked_run_and_smaller(train, compacted):
+    masked = train(CHANNELS)
+    refused = train(f"{CHANNELS} --compact --resume auto")
+    assert "--compact was False and is True" in refused.err
+    for one, other in zip(rows(compacted.directory), rows(masked.directory), strict=True):
+        assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-3)
+        assert one["sparsity"] == other["sparsity"]
+    result, whole = compacted.json("result.json"), masked.json("result.json")
+    assert result["test_loss"] == pytest.approx(whole["test_loss"], rel=0.02)
+    for name in ("parameters", "nonzero_parameters", "parameters_compacted", "inference_flops", "training_flops"):
+        assert result[name] == whole[name], name
+    sizes = [(run.directory / "checkpoint.pt").stat().st_size for run in (compacted, masked)]
+    assert sizes[0] < 0.6 * sizes[1]
+    weights = compacted.checkpoint()["state"]["model"]
+    assert sum(w.numel() for name, w in weights.items() if "running" not in name) == result["parameters_compacted"]
+
+
+def test_a_compacted_run_resumes_bit_for_bit(train, compacted):
+    with before_step(8, interrupt):
+        assert train(f"{CHANNELS} --compact").code == 130
+    resumed = train(f"{CHANNELS} --compact --resume auto")
+    assert resumed.code == 0, resumed.err
+    same(resumed.checkpoint()["state"], compacted.checkpoint()["state"])
+
+
+def test_a_checkpoint_of_a_compacted_run_is_read_as_the_whole_network(train, compacted, trained):
+    path = compacted.directory / "checkpoint.pt"
+    evaluated = train(f"--evaluate {path}", output=None, short=False)
+    assert evaluated.code == 0, evaluated.err
+    assert f"test top-1 {compacted.json('result.json')['test_top1']:.2f}%" in evaluated.out
+    tuned = train(f"--width 0.5 --epochs 1 --pretrained {path} --keep-masks --compact --lr 1e-9", "tuned")
+    assert tuned.code == 0, tuned.err
+    assert tuned.json("result.json")["sparsity"] == compacted.json("result.json")["sparsity"]
+    unstructured = train(f"--epochs 1 --pretrained {trained.directory / 'checkpoint.pt'} --keep-masks --compact")
+    assert (unstructured.code, unstructured.err.count("\n")) == (2, 1)
+    assert "--compact has no effect: these masks leave no channel dead" in unstructured.err
+
+
 def alive_parameters(checkpoint):
     """Return the living entries of each parameter of a checkpoint, by name."""
     state, masks = checkpoint["state"]["model"], checkpoint["state"]["pruner"]["masks"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from prune.compact import expand
 from prune.masks import Masks
 from training.exported import is_safetensors, read_exported
 from training.state import TrainState, is_best
@@ -143,12 +144,21 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_network(model: nn.Module, masks: Masks, checkpoint: dict) -> None:
-    """Load only weights and masks from a checkpoint. Raises UsageError where they do not fit."""
+    """Load only weights and masks from a checkpoint. Raises UsageError where they do not fit.
+
+    A checkpoint of --compact holds the smaller network, whose weights find their places in the whole one by the masks. An
+    exported network is whole.
+    """
     state = model.state_dict()  # with the versions of its layers, which an exported file does not have
     try:
         if checkpoint["state"]["model"].keys() != state.keys():
             raise KeyError
-        state.update(checkpoint["state"]["model"])
+        saved = checkpoint["state"]["model"]
+        if checkpoint["args"].get("compact") and any(saved[name].shape != state[name].shape for name in state):
+            masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
+            expand(saved, model, masks)
+            return
+        state.update(saved)
         model.load_state_dict(state)
         masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:

@@ -37,15 +37,16 @@ def exported_bytes(model: nn.Module, masks: Masks, about: dict[str, dict]) -> by
 
     Args:
         model: the network; dead weights are zero.
-        masks: over its weights.
+        masks: over its weights, and over what goes with channels.
         about: args, data and metrics, as `read_exported` returns them.
     """
     from safetensors.torch import save
 
     names = {weight: name for name, weight in model.named_parameters()}
-    weights = {layer: names[masks.weights[layer]] for layer in masks.masks}
-    tensors = pack(model.state_dict(), {weights[layer]: mask for layer, mask in masks.state_dict().items()})
-    found = {layer: {"weight": name, "shape": list(masks.masks[layer].shape)} for layer, name in weights.items()}
+    saved = masks.state_dict()
+    weights = {layer: names[masks.parameter(layer)] for layer in saved}
+    tensors = pack(model.state_dict(), {weights[layer]: mask for layer, mask in saved.items()})
+    found = {layer: {"weight": name, "shape": list(saved[layer].shape)} for layer, name in weights.items()}
     metadata = {name: json.dumps(value) for name, value in (about | {"masks": found}).items()}
     return save(tensors, {"format": FORMAT} | metadata)
 

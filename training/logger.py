@@ -204,7 +204,7 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
         "sparsity": last["sparsity"],
         "ever_alive": state.pruner.ever_alive_fraction(),
         **state.pruner.figures(),
-        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "parameters": sum(p.numel() for p in state.pruner.model.parameters()),
         "nonzero_parameters": sum(int(p.count_nonzero()) for p in state.model.parameters()),
         "inference_flops": meter.flops.inference(density),
         "training_flops": state.training_flops,

@@ -46,6 +46,18 @@ def run(run_once):
     return run_once(f"{FINISHED} --precision fp32")
 
 
+@pytest.mark.parametrize("compact", ["", "--compact"])
+def test_masks_of_channels_are_exported_and_loaded(run_once, command, compact):
+    channels = f"--prune-method random --sparsity 0.5 --sparsity-pattern channel --epochs 1 {compact}"
+    path = run_once(channels).directory / "checkpoint.pt"
+    code, _, err, output = command(path, "--format safetensors")
+    assert code == 0, err
+    saved, loaded = load(path), load(output)
+    same(loaded.masks.state_dict(), saved.masks.state_dict())
+    same(dict(loaded.model.state_dict()), dict(saved.model.state_dict()))
+    assert loaded.masks.other_masks
+
+
 @pytest.fixture
 def command(tmp_path, capsys):
     """command(path, "--flag value ...") exports a network into tmp_path; returns exit code, output, errors and the file."""

@@ -69,6 +69,31 @@ import pytest
             "--keep-masks --pretrained x.pt --prune-method snip --sparsity 0.9",
             "--keep-masks has no effect with --prune-m",
         ),
+        ("--compact", "--compact has no effect with --prune-method none: add --prune-method random --sparsity 0.7"),
+        (
+            "--compact --prune-method random --sparsity 0.9",
+            "--compact has no effect with --sparsity-pattern unstructured: take --sparsity-pattern channel",
+        ),
+        (
+            "--compact --prune-method gmp --sparsity 0.7 --sparsity-pattern channel",
+            "--compact trains a network whose channels are gone for good, and --prune-method gmp changes masks",
+        ),
+        (
+            "--compact --prune-method lth --sparsity 0.7 --sparsity-pattern channel",
+            "and --prune-method lth changes masks during training: leave it out",
+        ),
+        (
+            "--compact --prune-method random --sparsity 0.7 --sparsity-pattern channel --optmzr sgd-sam --sam-unmasked",
+            "--sam-unmasked perturbs pruned weights, which --compact takes out",
+        ),
+        (
+            "--prune-method random --sparsity 0.9 --sparsity-pattern channel --arch vit --depth 1",
+            "is too high for channels: each group of them keeps one, and 6 of 8 layers all of theirs; at most 0.6",
+        ),
+        (
+            "--prune-method dsr --sparsity 0.5 --sparsity-pattern channel",
+            "'dsr' moves weights from layer to layer, and a channel is part of several",
+        ),
         ("--update-interval 99e --prune-method gmp --sparsity 0.9", "masks would never change before they stay"),
         ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--arch torchvision:resnet18 --depth 20", "--depth has no effect with --arch torchvision:resnet18"),

@@ -172,7 +172,7 @@ def test_the_sparsity_is_reached_to_within_a_channel(family, method, distributio
         pytest.skip("it has no meaning in a ViT, and its hundred rounds take their time elsewhere")
     model = network(family)
     asked = 0.5 if family == "vit" else 0.7
-    pruner = Pruner(model, method, asked, distribution, pattern="channel")
+    pruner = Pruner(model, method, asked, distribution, pattern="channel", warn=lambda words: None)
     pruner.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
     alive = pruner.masks.alive()
     unit = 0  # the most that goes with a channel

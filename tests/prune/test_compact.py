@@ -118,6 +118,29 @@ def test_every_kind_of_layer_trains_like_the_masked_one(family):
     assert ours == pytest.approx(trained(model, pruner, OPTIMIZERS["sgd"], steps=3), rel=1e-9)
 
 
+def test_the_whole_network_has_the_weights_that_the_small_one_was_trained_to():
+    model, pruner = masked("wideresnet")
+    small = pruner.compact()
+    untouched = copy.deepcopy(model.state_dict())
+    trained(small, None, OPTIMIZERS["sgd"], steps=2)
+    pruner.mask_weights()
+    assert all(torch.equal(untouched[name], tensor) for name, tensor in model.state_dict().items())
+    whole = pruner.whole(small.eval())
+    assert whole is model
+    assert not whole.training
+    torch.testing.assert_close(whole(images(9)), small(images(9)))
+    alive = sum(p.numel() for name, p in small.named_parameters())
+    assert alive - 10 <= sum(int(p.count_nonzero()) for p in whole.parameters()) <= alive
+
+
+@pytest.mark.parametrize("method", ["gmp", "rigl", "lth"])
+def test_masks_that_change_are_not_compacted(method):
+    pruner = Pruner(build_model("resnet", 8, 10), method, 0.5, pattern="channel", total_steps=200)
+    with pytest.raises(ValueError, match="what was taken out cannot come back"):
+        pruner.compact()
+    assert pruner.whole(pruner.model) is pruner.model
+
+
 def test_other_zeros_stay_where_they_are():
     model = build_model("resnet", 8, 10)
     pruner = Pruner(model, "random", 0.9)
