@@ -259,7 +259,7 @@ def _add_sparsity(group: argparse._ArgumentGroup) -> None:
     add("--sparsity-config", type=Path, metavar="FILE",
         help="instead, the sparsity of each layer: YAML, 'prune_ratios: {layer: sparsity}'")
     add("--sparsity-pattern", default="unstructured", metavar="PATTERN",
-        help="which weights live and die together: unstructured, kernel, channel, blocks such as 4x1, N:M such as 2:4 "
+        help="which weights live and die together: unstructured, fan-in, kernel, channel, blocks such as 4x1, N:M such as 2:4 "
              "(%(default)s)")
     add("--dense-layers", nargs="+", default=[], metavar="NAME",
         help="layers that stay dense: stem, shortcut, depthwise, classifier, or patterns of names; the others make up for them")

@@ -97,6 +97,53 @@ class Units:
         return self._units[shape, device]
 
 
+class FanIn(Units):
+    """As many weights for every output of a layer as for any other: constant fan-in (Lasby et al. 2024).
+
+    Each output keeps at least one.
+
+    Args:
+        shapes: of each layer's weight.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape]):
+        super().__init__("fan-in", None, shapes)
+
+    def keep(self, scores: Mapping[str, Tensor], counts: Counts, square: bool = False) -> dict[str, Tensor]:
+        """Return masks as Units.keep does, of counts that each output of a layer gets its share of, rounded."""
+        masks = {}
+        for layers, count in counts.items():
+            flat = torch.cat([scores[layer].flatten() for layer in layers])
+            best = top(flat, torch.ones_like(flat, dtype=torch.int64), count)
+            for layer, part in zip(layers, best.split([scores[layer].numel() for layer in layers]), strict=True):
+                rows = scores[layer].flatten(1)
+                masks[layer] = self._highest(rows, self.share(layer, part.sum())).view_as(scores[layer])
+        return masks
+
+    def share(self, layer: str, weights: Tensor) -> Tensor:
+        """Return how many weights each output has where the layer has so many."""
+        return (weights / self._shapes[layer][0]).round().clamp_min(1)
+
+    def fill(self, layer: str, scores: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return chosen weights and the highest scores beside them, so that every output has its share of the weights.
+
+        Args:
+            layer: of all that follow.
+            scores: [weights].
+            chosen: bool [weights], no more of an output than its share.
+            weights: how many the layer is to have.
+        """
+        outputs = self._shapes[layer][0]
+        rows = scores.masked_fill(chosen, torch.inf).view(outputs, -1)
+        return self._highest(rows, self.share(layer, weights)).flatten()
+
+    def _highest(self, rows: Tensor, count: Tensor) -> Tensor:
+        """Return which entries of each row are its highest, so many of them."""
+        order = rows.sort(dim=1, descending=True, stable=True).indices
+        places = torch.arange(rows.shape[1], device=rows.device).expand_as(order)
+        return torch.zeros_like(order).scatter_(1, order, places) < count
+
+
 class Channels:
     """Channels with everything that writes and reads them: what a network can be rid of, see prune/channels.py.
 
@@ -278,7 +325,7 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
 def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pattern:
     """Return the pattern of a name for a network.
 
-    The names are `unstructured`, `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
+    The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
     (such as 2:4). A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix
     [out, in * kh * kw]; blocks at the edges are smaller where the sizes do not divide.
 
@@ -293,6 +340,8 @@ def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pa
     shapes = {layer: tuple(weight.shape) for layer, weight in prunable_weights(model).items()}
     if name == "channel":
         return Channels(channel_groups(model, whole), shapes, dict(model.named_parameters()))
+    if name == "fan-in":
+        return FanIn(shapes)
     if name in UNITS:
         return Units(name, UNITS[name], shapes)
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
@@ -303,7 +352,7 @@ def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pa
         n, m = map(int, match.groups())
         if 0 < n < m:
             return NofM(n, m)
-    names = "unstructured, kernel, channel"
+    names = "unstructured, fan-in, kernel, channel"
     raise ValueError(f"unknown pattern '{name}': choose {names}, blocks such as 4x1, or N:M such as 2:4")
 
 

@@ -15,7 +15,7 @@ from prune.compact import compact, expand
 from prune.masks import Masks, depthwise_layers, layers_by_position, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
-from prune.patterns import Channels, Counts, NofM, find_pattern
+from prune.patterns import Channels, Counts, FanIn, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, magnitude
@@ -107,6 +107,8 @@ class Pruner:
                 raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
             if isinstance(self.pattern, Channels):
                 raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
+            if isinstance(self.pattern, FanIn):
+                raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prune.patterns import Channels, Counts, NofM, Pattern, Units
+from prune.patterns import Channels, Counts, FanIn, NofM, Pattern, Units
 from prune.schedules import constant, cubic
 from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, gradient, magnitude, random
 
@@ -94,7 +94,7 @@ class DropAndGrow:
             kept.append(layer.target if soft else layer.target - move)
             grown.append(min(move, layer.units - kept[-1]))
         chosen = layers.top(layers.scores(self.drop, now), ~layers.alive(now.masks), kept)
-        after = chosen | layers.top(layers.scores(self.grow, now, growing=True), chosen, grown)
+        after = chosen | layers.grow(layers.scores(self.grow, now, growing=True), chosen, grown)
         return MaskChange(layers.spread(after), layers.spread(chosen) if self.regrown_from_zero else None)
 
 
@@ -142,7 +142,7 @@ class PruneAndRegrow:
         count = layers.sums(alive)
         drop = (options["drop_fraction"] * self.decay(now.fraction) * count).ceil()
         chosen = layers.top(layers.scores(magnitude, now), ~alive, count - drop)
-        after = chosen | layers.top(layers.scores(gradient, now, growing=True), chosen, drop)
+        after = chosen | layers.grow(layers.scores(gradient, now, growing=True), chosen, drop)
         return MaskChange(layers.spread(after), pruned)
 
 
@@ -304,6 +304,16 @@ class FlatLayers:
         order = self._order(scores, excluded)
         place = torch.cat([torch.arange(size, device=order.device) for size in self._sizes])
         return torch.empty_like(excluded).scatter_(0, order, place < self._by_unit(counts, order.device))
+
+    def grow(self, scores: Tensor, chosen: Tensor, counts: Tensor | list[int]) -> Tensor:
+        """Return as many of each layer's highest scores beside the chosen units as `top` does.
+
+        With a constant fan-in the outputs that lost most grow most.
+        """
+        if not isinstance(self._pattern, FanIn):
+            return self.top(scores, chosen, counts)
+        parts = zip(self, scores.split(self._sizes), chosen.split(self._sizes), counts, strict=True)
+        return torch.cat([self._pattern.fill(layer.name, s, c, c.sum() + count) for layer, s, c, count in parts])
 
     def fill(self, scores: Tensor, excluded: Tensor, weights: Tensor) -> Tensor:
         """Return each layer's highest scores as `top` does, so many weights, to within half a unit a layer."""

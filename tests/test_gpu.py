@@ -12,6 +12,8 @@ from imagedata.loaders import TrainLoader
 from main_prune_train import main
 from models import build_model
 from prune import METHODS, Pruner
+from prune.compact import compact
+from prune.kernels import semi_structured
 from training.optim import build_optimizer, radius, state_holders
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
@@ -182,3 +184,18 @@ def test_a_whole_run_learns_and_goes_on_from_its_checkpoint(tmp_path, flags):
     assert result["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert result["test_top1"] > 50
     assert main([*argv, "--resume", "auto"]) == 0
+
+
+def test_two_of_four_weights_compute_the_same_in_torch_s_form():
+    torch.manual_seed(0)
+    model = build_model("vit", 2, 10).half().to(CUDA).eval()
+    pruner = Pruner(model, "magnitude", pattern="2:4")
+    pruner.choose_masks()
+    layer, x = model.get_submodule("blocks.0.mlp.0"), torch.randn(64, 192, device=CUDA, dtype=torch.half)
+    fast = semi_structured(layer)
+    assert isinstance(fast.weight, torch.sparse.SparseSemiStructuredTensor)
+    images = torch.randn(32, 3, 32, 32, device=CUDA, dtype=torch.half)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), layer(x), rtol=1e-2, atol=1e-2)
+        small = compact(model, pruner.masks, images)
+        torch.testing.assert_close(small(images), model(images), rtol=2e-2, atol=2e-2)

@@ -91,14 +91,14 @@ MOVING = ["set", "rigl", "mest"]
 
 @pytest.mark.parametrize("method", SPARSE)
 @pytest.mark.parametrize("distribution", ["erk", "uniform", "global"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1", "kernel", "channel"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1", "kernel", "channel", "fan-in"])
 def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribution, pattern):
     fixed = pattern == "2:4"
     flags = {"pattern": pattern, "distribution": None if fixed else distribution}
     impossible = not fixed and distribution not in METHODS[method].distributions
     reallocates = METHODS[method].update is not None and METHODS[method].update.reallocates
-    if impossible or (fixed and METHODS[method].moves) or (pattern == "channel" and reallocates):
-        with pytest.raises(ValueError, match=r"choose|take 2:4 with gmp|a channel is part of several"):
+    if impossible or (fixed and METHODS[method].moves) or (pattern in ("channel", "fan-in") and reallocates):
+        with pytest.raises(ValueError, match=r"choose|take 2:4 with gmp|part of several|keep a constant fan-in"):
             build(method, None if fixed else 0.5, **flags)
         return
     model, mask, optimizer = build(method, None if fixed else 0.5, **flags)
@@ -112,6 +112,7 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
         "4x1": 4,
         "kernel": 9,
         "channel": 16 * 9 + 16,  # the most that goes with one
+        "fan-in": 16,  # one weight of each output
     }
     total = sum(w.numel() for w in layers(model).values())
     assert abs(mask.masks.sparsity() - 0.5) * total <= len(layers(model)) * unit[pattern]
@@ -121,6 +122,8 @@ def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribu
         if pattern == "2:4":
             groups = zero.movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1)
             assert (groups == 2).all()
+        elif pattern == "fan-in":
+            assert len(set(zero.flatten(1).sum(1).tolist())) == 1
         elif pattern == "channel":
             pixels = zero.view(*zero.shape[:2], -1)
             assert torch.equal(
@@ -418,6 +421,38 @@ def test_mest_weighs_the_gradient_and_soft_mest_is_denser_until_the_last_change(
     assert targets == mask.masks.alive()
 
 
+@pytest.mark.parametrize("method", ["rigl", "set", "mest", "granet"])
+def test_a_constant_fan_in_is_kept_while_weights_move(method):
+    model, mask, optimizer = build(method, 0.75, steps=40, optimizer="sgd", interval=4, pattern="fan-in")
+    before, moved = kept(mask), 0
+    for step in range(40):
+        train(model, mask, optimizer, step + 1, step)
+        for layer in mask.masks.masks.values():
+            (count,) = set(layer.flatten(1).sum(1).tolist())
+            assert count >= 1
+        moved += int((kept(mask) & ~before).sum())
+        before = kept(mask)
+    assert moved > 10
+
+
+def test_rigl_at_constant_fan_in_drops_by_layer_and_fills_each_output_by_gradient():
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    pruner = Pruner(model, "rigl", 0.5, pattern="fan-in", total_steps=30, update_interval=2, drop_fraction=0.5)
+    pruner.choose_masks()
+    alive = pruner.masks.masks["0"].bool()
+    with torch.no_grad():  # the first output has the smallest weights of the layer
+        model[0].weight.copy_(alive * torch.tensor([0.1, 1.0, 1.1, 1.2])[:, None])
+    model[0].weight.grad = torch.arange(24.0).view(4, 6)
+    pruner.mask_gradients(1)
+    pruner.update_masks(1)
+    after = pruner.masks.masks["0"].bool()
+    moved = int(0.5 * 0.5 * (1 + math.cos(math.pi * 2 / 22)) * 12)
+    assert moved > 3
+    assert after[0].nonzero().flatten().tolist() == [3, 4, 5]  # all three dropped, and those of the largest gradient
+    assert torch.equal(after[2:], alive[2:])
+    assert (after.sum(1) == 3).all()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "interval", "moved"),
     [
@@ -627,9 +662,13 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"pattern": "2:4", "sparsity": 0.9}, "pattern 2:4 fixes the sparsity at 0.5"),
         ({"pattern": "2:4", "distribution": "erk"}, "leaves nothing to distribute"),
         ({"pattern": "2:4", "method": "rigl"}, "take 2:4 with gmp"),
+        ({"pattern": "fan-in", "sparsity": 0.5, "method": "dsr"}, "cannot keep a constant fan-in"),
         ({"pattern": "4:2", "sparsity": 0.5}, "unknown pattern '4:2'"),
         ({"pattern": "0x1", "sparsity": 0.5}, "unknown pattern '0x1'"),
-        ({"pattern": "circle", "sparsity": 0.5}, "choose unstructured, kernel, channel, blocks such as 4x1, or N:M"),
+        (
+            {"pattern": "circle", "sparsity": 0.5},
+            "choose unstructured, fan-in, kernel, channel, blocks such as 4x1, or N:M",
+        ),
         ({"method": "synflow", "sparsity": 0.5, "distribution": "erk"}, "choose global"),
         ({"method": "lth", "sparsity": 0.5, "lth_rewind": 20}, "cannot rewind to step 20"),
         ({"pattern": "1x36", "sparsity": 0.97}, "take a finer pattern"),

@@ -1,0 +1,119 @@
+"""Linear layers that skip the zeros of their weights at inference, where that is faster.
+
+On CPUs the living weights of each output are gathered (`GatheredLinear`), whatever the pattern. On GPUs 2:4 weights take
+torch's semi-structured form. Both are for inference: they have no gradient. Convolutions have neither: torch multiplies
+semi-structured weights in matrix products alone, and the gather would repeat every pixel for each weight of a kernel.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune.masks import Masks
+
+TURNS = 7  # of each layer and its replacement
+
+
+class GatheredLinear(nn.Module):
+    """A linear layer whose outputs are sums over their living weights alone.
+
+    This is torch's sum of embeddings: an input is an embedding, one value for each row of the batch, and an output is the
+    weighted sum of its inputs. It is condensed as the layer of SRigL (Lasby et al. 2024) is, for any number of weights per
+    output.
+
+    Args:
+        layer: dense, its dead weights zero.
+        alive: mask of its weight.
+    """
+
+    values: Tensor
+    inputs: Tensor
+    starts: Tensor
+
+    def __init__(self, layer: nn.Linear, alive: Tensor):
+        super().__init__()
+        alive = alive.bool()
+        self.out_features, self.bias = layer.out_features, layer.bias
+        self.register_buffer("values", layer.weight.detach()[alive])
+        self.register_buffer("inputs", alive.nonzero()[:, 1].int())
+        self.register_buffer("starts", F.pad(alive.sum(1).cumsum(0), (1, -1)).int())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        columns = x.reshape(-1, x.shape[-1]).t().contiguous()
+        sums = F.embedding_bag(self.inputs, columns, self.starts, mode="sum", per_sample_weights=self.values)
+        out = sums.t().contiguous().view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+def semi_structured(layer: nn.Linear) -> nn.Linear:
+    """Return a copy of a linear layer on a GPU, at most two of every four consecutive weights not zero, in torch's form.
+
+    Raises:
+        RuntimeError, ValueError, NotImplementedError: neither dtype nor shape have such a form on this device.
+    """
+    from torch.sparse import to_sparse_semi_structured
+
+    fast = copy.deepcopy(layer)
+    fast.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach().contiguous()), requires_grad=False)
+    return fast
+
+
+@torch.inference_mode()
+def skip_zeros(model: nn.Module, masks: Masks, images: Tensor) -> dict[str, float]:
+    """Replace linear layers, in place, by forms that skip zeros, each where that is faster for such images on this device.
+
+    Args:
+        model: in evaluation mode, its dead weights zero; at inference it computes the same as before, to rounding.
+        masks: of that model.
+        images: a batch of its inputs, of the size that it will see.
+
+    Returns:
+        How many times as fast each replaced layer is, by name.
+    """
+    layers = {n: layer for n, layer in model.named_modules() if type(layer) is nn.Linear and n in masks.masks}
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs[0]}))
+        for name, layer in layers.items()
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    faster = {}
+    for name, x in seen.items():
+        other = _other_form(layers[name], masks.masks[name])
+        if other is not None and (ratio := _times_as_fast(other, layers[name], x)) > 1:
+            model.set_submodule(name, other)
+            faster[name] = ratio
+    return faster
+
+
+def _other_form(layer: nn.Linear, mask: Tensor) -> nn.Module | None:
+    if not layer.weight.is_cuda:
+        return GatheredLinear(layer, mask) if layer.weight.dtype == torch.float32 else None
+    if mask.shape[1] % 4 or bool((mask.view(len(mask), -1, 4).sum(2) > 2).any()):
+        return None
+    try:
+        return semi_structured(layer)
+    except (RuntimeError, ValueError, NotImplementedError):  # as small layers and float64 raise
+        return None
+
+
+def _times_as_fast(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Return the median ratio of the seconds that two functions take in turns, the other's over the one's."""
+
+    def seconds(function: Callable[[Tensor], Tensor]) -> float:
+        began = time.perf_counter()
+        function(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - began
+
+    seconds(one), seconds(other)  # not counted
+    return statistics.median(seconds(other) / seconds(one) for _ in range(TURNS))
