@@ -141,8 +141,8 @@ def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], 
         outside = len(shapes) - len(pattern.layers)
         of_these = f", and {outside} of {len(shapes)} layers all of theirs" if outside else ""
         raise ValueError(
-            f"sparsity {sparsity:g} is too high for channels: each group of them keeps one{of_these}; at most {highest:g} is "
-            "possible, or take another pattern"
+            f"sparsity {sparsity:g} is too high for channels: each group of them keeps one{of_these}; at most {highest:g} "
+            "is possible, or take another pattern"
         )
     if name == "global" and len(size) > 1:
         return {tuple(size): budget}
@@ -285,7 +285,7 @@ class Budget:
                 )
 
     def _refuse_without_channels(self, pattern: Channels, by_layer: dict[str, float] | None) -> None:
-        """Raise ValueError where no channel can go, or where layers are to lose them one by one; leave layers without dense."""
+        """Count the layers without channels that can go as dense. Raises ValueError where there are no others."""
         if by_layer is not None:
             raise ValueError(
                 "a channel is part of several layers, which lose it together: give sparsity in place of layer_sparsity, or "

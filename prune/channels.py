@@ -1,9 +1,9 @@
 """Which channels of a network can go, and what goes with them.
 
 A channel can be taken out of a network together with all that writes and reads it: the filters that compute it, their
-biases, the scale and shift of its normalisation, and the slices of the next layers' weights that it is multiplied by. Tensors that
-are added to each other, as on a residual path, share one group of channels: all layers that write to it and read from it
-lose the same ones. `channel_groups` finds the groups by following the network's operations.
+biases, the scale and shift of its normalisation, and the slices of the next layers' weights that it is multiplied by.
+Tensors that are added to each other, as on a residual path, share one group of channels: all layers that write to it and
+read from it lose the same ones. `channel_groups` finds the groups by following the network's operations.
 """
 
 import operator
@@ -96,8 +96,8 @@ class _Tracer(fx.Tracer):
 class _Walk:
     """Follows the channels of each layer's output through a network, operation by operation.
 
-    An operation that is not known to keep channels apart keeps all channels that go into it, and so does a layer that is
-    called twice or shares its weight.
+    Where an operation is not known to treat channels one by one, all channels that go into it stay, and so do those of a
+    layer that is called twice or shares its weight.
     """
 
     def __init__(self, model: nn.Module):
@@ -255,15 +255,15 @@ def channel_groups(model: nn.Module, whole: Collection[str] = ()) -> list[Group]
         found = _Walk(model).groups()
     except Exception as error:  # whatever a network does with the values that stand for its tensors
         raise ValueError(
-            f"the channels of this network cannot be followed, since torch.fx cannot trace it ({type(error).__name__}): take "
-            "another pattern"
+            f"the channels of this network cannot be followed, since torch.fx cannot trace it ({type(error).__name__}): "
+            "take another pattern"
         ) from error
     place = {name: number for number, (name, _) in enumerate(model.named_modules())}
     groups = [
         Group(
             min(group.writers, key=place.__getitem__),
             group.size,
-            *(tuple(sorted(x, key=place.__getitem__)) for x in group.lists),
+            *(tuple(sorted(names, key=place.__getitem__)) for names in group.lists),
         )
         for group in found
         if not group.whole and group.readers and not {*group.writers, *group.readers} & set(whole)

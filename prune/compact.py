@@ -1,7 +1,7 @@
 """The network that is left when dead channels are taken out: smaller, and the same function.
 
-What goes is every channel of which all masks are 0: its filters and biases, its batch norm, and what reads it. Other zeros
-stay where they are, since kernels for dense tensors multiply by them as by any number.
+What goes is every channel of which all masks are 0: its filters and biases, its batch norm, and what reads it. Other
+zeros stay where they are, since kernels for dense tensors multiply by them as by any number.
 """
 
 import copy
@@ -74,9 +74,11 @@ def expand(state: Mapping[str, Tensor], model: nn.Module, masks: Masks) -> None:
     places = copy.deepcopy(model).to("cpu", torch.float64)  # exact up to 2^53
     for tensor in places.state_dict().values():
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
-    places = compact(places, masks)
     whole = model.state_dict()
-    for name, place in places.state_dict().items():
+    for name, place in compact(places, masks).state_dict().items():
+        if place.shape == whole[name].shape:
+            whole[name].copy_(state[name])
+            continue
         flat = whole[name].flatten().clone()
         flat[place.flatten().long().to(flat.device)] = state[name].flatten().to(flat)
         whole[name].copy_(flat.view(whole[name].shape))
@@ -84,7 +86,7 @@ def expand(state: Mapping[str, Tensor], model: nn.Module, masks: Masks) -> None:
 
 
 def compacted_size(model: nn.Module, masks: Masks, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Return the parameters of the compacted network and the operations of its forward pass on one image, for a result."""
+    """Return the number of parameters of the compacted network, and the operations of its forward pass on one image."""
     small = compact(model, masks)
     flops = count_flops(small, image_shape)
     return {

@@ -114,7 +114,7 @@ class Masks:
 
     @torch.no_grad()
     def set(self, alive: Mapping[str, Tensor]) -> None:
-        """Set masks from boolean tensors in the weights' shapes, by layer or parameter, and zero the weights that die."""
+        """Set masks from boolean tensors, by layer or parameter, and zero the weights that die."""
         for name, tensor in alive.items():
             masks = self.masks if name in self.weights else self.other_masks
             if name not in masks:
@@ -126,6 +126,10 @@ class Masks:
     def parameter(self, name: str) -> nn.Parameter:
         """Return the weight of a layer, or another parameter."""
         return self.weights[name] if name in self.weights else self.others[name]
+
+    def mask(self, name: str) -> Tensor:
+        """Return the mask of a layer's weight, or of another parameter, that has one."""
+        return self.masks[name] if name in self.weights else self.other_masks[name]
 
     def pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return each parameter that has a mask, with its mask."""

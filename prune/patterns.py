@@ -1,8 +1,8 @@
 """Which weights live and die together.
 
 A pattern sees scores of weights and chooses masks. Most cut each layer into units, whose weights share one fate, and keep
-the units with the highest scores; channels are units of several layers; N:M keeps the best N of every M weights instead. A
-unit's score is the root of the mean square of its weights' where these are magnitudes, so that units of a size rank by
+the units with the highest scores; channels are units of several layers; N:M keeps the best N of every M weights instead.
+A unit's score is the root of the mean square of its weights' where these are magnitudes, so that units of a size rank by
 their L2 norm, and else the mean.
 """
 
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from prune.masks import prunable_weights
 
 Shape = tuple[int, ...]
 Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers that competes for them
-Number = TypeVar("Number", int, Tensor)
 
 
 class Units:
@@ -178,17 +177,15 @@ class Channels:
         }
         self.written = [*self._followers, *self._writers]
 
-    def weights(self, kept: Mapping[str, Number]) -> Number:
-        """Return the number of weights that are left in `layers` where groups keep so many channels."""
-        total: Any = 0
-        for layer, (outputs, inputs, *kernel) in self._shapes.items():
-            rows: Any = outputs
-            columns: Any = inputs
+    def weights(self, kept: Mapping[str, Any]) -> Any:
+        """Return the number of weights that are left in `layers` where groups keep so many channels, ints or tensors."""
+        total = 0
+        for layer, (rows, columns, *kernel) in self._shapes.items():
             if layer in self._writers:
                 rows = kept[self._writers[layer].name]
             if layer in self._readers:
                 group = self._readers[layer]
-                columns = kept[group.name] * (inputs // group.size)
+                columns = kept[group.name] * (columns // group.size)
             total = total + rows * columns * math.prod(kernel)
         return total
 
@@ -211,7 +208,7 @@ class Channels:
         for layer, shape in self._shapes.items():
             sides = [self._rows(layer, alive)] if layer in self._writers else []
             sides += [self._columns(layer, alive)] if layer in self._readers else []
-            masks[layer] = (sides[0] & sides[-1]).expand(shape)
+            masks[layer] = (sides[0] & sides[-1]).expand(shape)  # the same one where a layer has one side
         return masks
 
     def computing(self, channels: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,20 +226,18 @@ class Channels:
 
         Args:
             scores: of each weight, by layer.
-            counts: the number of channels of each group or, where all groups compete, the number of weights of all layers,
-                which is kept to within half a channel.
+            counts: the number of channels of each group or, where all groups compete, the number of weights of all
+                layers, which is kept to within half a channel; then each group keeps its best channel.
             square: see `pool`.
         """
         pooled, alive = self.pool(scores, square), dict[str, Tensor]()
         for names, count in counts.items():
+            compete = len(names) > 1
             parts = [pooled[name] for name in names]
-            if len(names) > 1:  # no group loses its best channel
+            if compete:
                 parts = [part.index_fill(0, part.argmax(), torch.inf) for part in parts]
             order = torch.cat(parts).sort(descending=True, stable=True).indices
-            if names == tuple(self.groups) and len(names) > 1:
-                first = self._nearest(order, count)
-            else:
-                first = torch.arange(len(order), device=order.device) < count
+            first = self._nearest(order, count) if compete else torch.arange(len(order), device=order.device) < count
             chosen = torch.zeros_like(order, dtype=torch.bool).index_copy_(0, order, first)
             alive.update(zip(names, chosen.split(list(map(len, parts))), strict=True))
         return self.spread(alive)
@@ -258,9 +253,8 @@ class Channels:
     def _pool(self, group: Group, values: Mapping[str, Tensor], square: bool, writers: Collection[str]) -> Tensor:
         parts = [values[layer].flatten(1) for layer in writers]
         parts += [values[layer].unflatten(1, (group.size, -1)).movedim(1, 0).flatten(1) for layer in group.readers]
-        total = sum((part.square() if square else part).sum(1) for part in parts)
-        assert isinstance(total, Tensor)
-        means = total / sum(part.shape[1] for part in parts)
+        sums = torch.stack([(part.square() if square else part).sum(1) for part in parts]).sum(0)
+        means = sums / sum(part.shape[1] for part in parts)
         return means.sqrt_() if square else means
 
     def _rows(self, layer: str, channels: Mapping[str, Tensor]) -> Tensor:
@@ -325,9 +319,9 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
 def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pattern:
     """Return the pattern of a name for a network.
 
-    The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks such as 4x1) and `N:M`
-    (such as 2:4). A block holds R consecutive outputs by C consecutive columns of a weight seen as a matrix
-    [out, in * kh * kw]; blocks at the edges are smaller where the sizes do not divide.
+    The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks
+    such as 4x1) and `N:M` (such as 2:4). A block holds R consecutive outputs by C consecutive columns of a weight seen as
+    a matrix [out, in * kh * kw]; blocks at the edges are smaller where the sizes do not divide.
 
     Args:
         name: see above.

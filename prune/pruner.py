@@ -112,12 +112,11 @@ class Pruner:
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
-        self._compacted = False  # another network is trained in the place of the model
+        self._compacted = False  # another network is trained in place of the model
         self.ever_alive: dict[str, Tensor] = {}
         self.round = 0
         self._targets: dict[str, int] = {}  # living units of each layer or group, where masks move at a constant budget
         self._last_values: LastValues | None = None  # of channels, where they come and go
-        self._awake = False  # dead channels have their last values, for the gradients of what would read them
         self._postponed = False
         self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -207,7 +206,7 @@ class Pruner:
             self.masks.apply_to_weights()
 
     def compact(self) -> nn.Module:
-        """Return the network without its dead channels, to be trained in the place of the whole one.
+        """Return the network without its dead channels, to be trained in place of the whole one.
 
         From now on masks only tell what is dead in the whole network: the smaller one needs none.
 
@@ -222,7 +221,7 @@ class Pruner:
         return compact(self.model, self.masks)
 
     def whole(self, model: nn.Module) -> nn.Module:
-        """Return the whole network with the weights of the one that `compact` returned; without one, the model as it is."""
+        """Return the whole network with the weights of the one that `compact` returned; the model itself without one."""
         if not self._compacted:
             return model
         expand(model.state_dict(), self.model, self.masks)
@@ -406,7 +405,7 @@ class Pruner:
             "rewound": self._rewound,
             "input_shape": self._input_shape,
             "last_values": self._last_values.state_dict() if self._last_values else {},
-            "awake": self._awake,
+            "awake": self._last_values is not None and self._last_values.awake,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -426,9 +425,7 @@ class Pruner:
             assert isinstance(self.pattern, Channels)
             self._last_values = LastValues(self.model, self.masks, self.pattern)
             self._last_values.load_state_dict(state["last_values"])
-            self._awake = state["awake"]
-            if self._awake:
-                self._wake_channels()
+            self._last_values.wake(state["awake"])
 
     def _like_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return copies in the dtype, layout and device of the weights."""
@@ -547,27 +544,27 @@ class Pruner:
     def _change_masks(self, change: MaskChange) -> None:
         """Put new masks in place and zero what optimizers remember of weights that died or came alive."""
         weights = [self.masks.parameter(name) for name in change.masks]
-        masks = [dict(self.masks.pairs())[weight] for weight in weights]
-        if self._last_values:
-            self._last_values.remember()
-            channels = self._last_values.alive()
+        masks = [self.masks.mask(name) for name in change.masks]
+        channels = self._last_values
+        if channels:
+            channels.remember()
         before = torch._foreach_mul(masks, 1)
         died: list[Tensor] = []
         if change.survivors:
             self.masks.set(change.survivors)
             died = list(torch._foreach_sub(before, masks))
-            channels = self._last_values.alive() if self._last_values else {}
+            if channels:
+                channels.mark()
         self.masks.set(change.masks)
-        if self._last_values:
-            grown = {name: now & ~channels[name] for name, now in self._last_values.alive().items()}
-            self._last_values.restore(grown)
+        if channels:
+            channels.restore_grown()
         changed = torch._foreach_sub(masks, before)  # 1 where a weight came alive, -1 where it died
         torch._foreach_abs_(changed)
         if died:  # some of these are alive again
             torch._foreach_maximum_(changed, died)
         unchanged = torch._foreach_neg(changed)
         torch._foreach_add_(unchanged, 1)
-        if self._awake:  # weight decay of channels that were awake for this step
+        if channels and channels.awake:  # the optimizer decayed their weights
             torch._foreach_mul_(unchanged, masks)
         for optimizer in self.optimizers:
             remembered = [
@@ -586,18 +583,9 @@ class Pruner:
             torch._foreach_maximum_(list(self.ever_alive.values()), [self.masks.masks[n] for n in self.ever_alive])
 
     def _wake(self, step: int) -> None:
-        """Give dead channels their last values for one step, if they grow by its gradients.
-
-        What reads them stays 0, so that the network computes the same; its gradient is that of weights at 0, as rigged lottery
-        wants it, and would be 0 beside channels that are 0. `mask_weights` puts them to sleep again.
-        """
-        self._awake = self._last_values is not None and self.grows_by_gradient(step)
-        if self._awake:
-            self._wake_channels()
-
-    def _wake_channels(self) -> None:
-        assert self._last_values is not None
-        self._last_values.restore({name: ~alive for name, alive in self._last_values.alive().items()})
+        """Wake dead channels for a step whose gradients they grow by."""
+        if self._last_values:
+            self._last_values.wake(self.grows_by_gradient(step))
 
     @property
     def _rewinds_weights(self) -> bool:

@@ -21,7 +21,8 @@ class UpdateInputs:
         pattern: which weights live and die together.
         fraction: of the way to the last change, from 0 to 1.
         number: of the change, counted from 1.
-        targets: number of living units of each layer or group of channels, where masks move; constant in `DropAndGrow`, and else at first.
+        targets: number of living units of each layer or group of channels, where masks move; constant in
+            `DropAndGrow`, and else at first.
         sparsity: the final one.
         counts: number of weights that each group of layers keeps, as a function of the sparsity.
         memory: what an update leaves there for the next one, saved with the masks.

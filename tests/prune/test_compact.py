@@ -218,3 +218,14 @@ def test_weights_keep_their_memory_layout_and_copies_share_nothing():
         for p in small.parameters():
             p.add_(1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_expanding_keeps_buffers_that_have_no_channels():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model.register_buffer("seen", torch.tensor([False, True, True]))
+    pruner = Pruner(model, "random", 0.5, pattern="channel")
+    pruner.choose_masks()
+    state = compact(model, pruner.masks).state_dict()
+    model.seen.zero_()
+    expand(state, model, pruner.masks)
+    assert model.seen.tolist() == [False, True, True]
