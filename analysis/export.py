@@ -1,8 +1,9 @@
 """Write a trained network to one file: for this program, or for ONNX Runtime or torch without this program.
 
 safetensors: living weights and a bit for each weight; `load` of experiment/load.py reads it. onnx and pt2 (torch.export):
-the whole network with its normalisation, from uint8 images [B, C, H, W], however many, to logits. Before it is written it
-is compared with the network it was made of: on test images of the run where they are at hand, else on random images.
+the network with its normalisation, from uint8 images [B, C, H, W], however many, to logits; with --compact it is the smaller
+network without dead channels. Before it is written it is compared with the network it was made of: on test images of the run
+where they are at hand, else on random images.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from experiment.build import network_name
 from experiment.checks import complete_flags
 from experiment.load import Trained, load, network_file
 from imagedata.sources import is_at_hand, load_dataset
+from prune.compact import compact
 from training.exported import REQUIREMENTS, exported_bytes
 from utils.errors import TrainingError, UsageError
 from utils.files import write_atomically
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("path", metavar="CKPT", type=Path, help="a checkpoint, the directory of a run, or an exported safetensors file")
     add("--format", choices=FORMATS, help="(what --output ends in, else safetensors)")
+    add("--compact", action="store_true", help="take out channels that are dead; for onnx and pt2")
     add("--output", type=Path, metavar="FILE", help="(beside CKPT, with the format's ending)")
     add("--arch", metavar="FILE.py:FUNCTION", help="a network of your own again: a checkpoint alone never runs code")
     add("--data-dir", type=Path, metavar="DIR", help="where the images are now (where the run had them)")
@@ -79,18 +82,23 @@ def run(args: Namespace) -> None:
     """Write the file, and print its size and how it was checked."""
     name, output = destination(args)
     chosen = FORMATS[name]
+    if args.compact and chosen.open is None:
+        raise UsageError(
+            f"--compact has no effect on {name}, which holds living weights alone: take --format onnx or pt2, or leave it out"
+        )
     require_packages(REQUIREMENTS, *chosen.packages)
     trained = load(args.path, arch=args.arch)
+    written = without_dead_channels(trained) if args.compact else trained
     make_writable(output.parent)
     sizes = {}
     checked = "load() of experiment/load.py reads it"
     if chosen.open is None:
-        content = chosen.write(trained, torch.empty(0))
+        content = chosen.write(written, torch.empty(0))
         sizes = compressed_sizes(trained)
     else:
         images, source = images_to_compare(trained, args.data_dir)
         with silenced(), failures(name, trained):
-            content = chosen.write(trained, images)
+            content = chosen.write(written, images)
         difference = compare(as_one(trained), chosen.open(content), images)
         checked = f"compared on {source}: the same top-1 for all, logits within {difference:.1e}"
     with writing_to(output):
@@ -117,6 +125,17 @@ def destination(args: Namespace) -> tuple[str, Path]:
     if output.resolve() == source.resolve():
         raise UsageError(f"'{output}' is the network itself: name another file by --output")
     return name, output
+
+
+def without_dead_channels(trained: Trained) -> Trained:
+    """Return the network without its dead channels. Raises UsageError where there are none that can go."""
+    small = compact(trained.model, trained.masks)
+    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in trained.model.parameters()):
+        raise UsageError(
+            "--compact has no effect: the masks of this network leave no channel dead, see --sparsity-pattern channel; leave "
+            "it out"
+        )
+    return replace(trained, model=small)
 
 
 def as_one(trained: Trained) -> nn.Module:

@@ -46,18 +46,6 @@ def run(run_once):
     return run_once(f"{FINISHED} --precision fp32")
 
 
-@pytest.mark.parametrize("compact", ["", "--compact"])
-def test_masks_of_channels_are_exported_and_loaded(run_once, command, compact):
-    channels = f"--prune-method random --sparsity 0.5 --sparsity-pattern channel --epochs 1 {compact}"
-    path = run_once(channels).directory / "checkpoint.pt"
-    code, _, err, output = command(path, "--format safetensors")
-    assert code == 0, err
-    saved, loaded = load(path), load(output)
-    same(loaded.masks.state_dict(), saved.masks.state_dict())
-    same(dict(loaded.model.state_dict()), dict(saved.model.state_dict()))
-    assert loaded.masks.other_masks
-
-
 @pytest.fixture
 def command(tmp_path, capsys):
     """command(path, "--flag value ...") exports a network into tmp_path; returns exit code, output, errors and the file."""
@@ -162,6 +150,49 @@ def test_a_file_of_torch_export_computes_the_same_and_tells_its_classes(run, com
     trained, images = load(run.directory), torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     for part in (images, images[:1]):
         torch.testing.assert_close(program.module()(part), trained.model(trained.normalize(part)), rtol=0, atol=1e-4)
+
+
+CHANNELS = "--prune-method random --sparsity 0.7 --sparsity-pattern channel --epochs 1"
+
+
+@pytest.fixture(scope="module", params=["", "--compact"])
+def channels(request, run_once):
+    """A finished run in which whole channels are dead, trained masked and compacted."""
+    return run_once(f"{CHANNELS} {request.param}")
+
+
+def test_masks_of_channels_are_exported_and_loaded(channels, command):
+    need("safetensors", "zstandard")
+    code, _, err, file = command(channels.directory, "--format safetensors")
+    assert (code, err) == (0, "")
+    saved, loaded = load(channels.directory), load(file)
+    same(loaded.masks.state_dict(), saved.masks.state_dict())
+    same(dict(loaded.model.state_dict()), dict(saved.model.state_dict()))
+    assert loaded.masks.other_masks
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_compacted_file_is_smaller_and_computes_what_the_masked_network_does(channels, command, format):
+    need(*(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()))
+    whole = command(channels.directory, f"--format {format}", "whole")[3]
+    code, out, err, file = command(channels.directory, f"--format {format} --compact")
+    assert (code, err) == (0, "")
+    assert "compared on 355 test images of digits: the same top-1 for all" in out
+    gone = 4 * (channels.json("result.json")["parameters"] - channels.json("result.json")["parameters_compacted"])
+    assert whole.stat().st_size - file.stat().st_size > 0.98 * gone > 0
+    trained, images = load(channels.directory), torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits = trained.model(trained.normalize(images)).numpy()
+        written = export.FORMATS[format].open(file.read_bytes())(images.numpy())
+    np.testing.assert_allclose(written, logits, rtol=0, atol=1e-4)
+
+
+def test_compact_is_refused_where_it_has_no_effect(trained_runs, command):
+    code, _, err, file = command(trained_runs.checkpoint(0), "--format pt2 --compact")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--compact has no effect: the masks of this network leave no channel dead" in err
+    assert "--compact has no effect on safetensors" in command(trained_runs.checkpoint(0), "--compact")[2]
+    assert not file.exists()
 
 
 def test_test_images_are_those_of_the_run_where_they_are_at_hand(trained_runs, command, tmp_path):
