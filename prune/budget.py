@@ -113,12 +113,20 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     return {(layer,): count for layer, count in counts.items()}
 
 
+# What the density of a group of channels is proportional to, by the shapes of its layers' weights taken together.
+CHANNEL_DENSITY: dict[str, Callable[[list[Shape]], float]] = {
+    "uniform": lambda shapes: 1.0,
+    "erk": lambda shapes: sum(map(sum, shapes)) / sum(map(math.prod, shapes)),
+    "balanced": lambda shapes: 1 / sum(map(math.prod, shapes)),
+}
+
+
 def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], sparsity: float) -> Counts:
     """Return how many channels each group keeps so that this sparsity is reached to within half a channel's weights.
 
-    With a density that rises from 0 each group gains its channels one by one, when its own density, `uniform` or in
-    proportion to that of `erk`, comes to them. So many of these steps are taken as lead nearest to the sparsity; a higher
-    one never keeps more channels of any group. Each group keeps at least one.
+    With a density that rises from 0 each group gains its channels one by one, when its own density, in proportion to
+    CHANNEL_DENSITY, comes to them. So many of these steps are taken as lead nearest to the sparsity; a higher one never
+    keeps more channels of any group. Each group keeps at least one.
 
     Args:
         name: a key of DISTRIBUTIONS.
@@ -146,7 +154,8 @@ def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], 
         )
     if name == "global" and len(size) > 1:
         return {tuple(size): budget}
-    ratio = {group: pattern.erk_ratio(group) if name == "erk" else 1.0 for group in size}
+    density = CHANNEL_DENSITY["uniform" if name == "global" else name]  # for one group any is the same
+    ratio = {group: density(pattern.shapes_of(group)) for group in size}
     gains = sorted(
         ((kept + 0.5) / (count * ratio[group]), group) for group, count in size.items() for kept in range(1, count)
     )

@@ -189,10 +189,9 @@ class Channels:
             total = total + rows * columns * math.prod(kernel)
         return total
 
-    def erk_ratio(self, group: str) -> float:
-        """Return what Erdos-Renyi-Kernel makes a density proportional to, for the layers of a group taken together."""
-        shapes = [self._shapes[layer] for layer in (*self.groups[group].writers, *self.groups[group].readers)]
-        return sum(map(sum, shapes)) / sum(map(math.prod, shapes))
+    def shapes_of(self, group: str) -> list[Shape]:
+        """Return the shapes of the weights of the layers that a group is part of."""
+        return [self._shapes[layer] for layer in (*self.groups[group].writers, *self.groups[group].readers)]
 
     def pool(self, values: Mapping[str, Tensor], square: bool = False) -> dict[str, Tensor]:
         """Return the mean value of each channel's weights, or the root of its mean square: [channels] by group."""

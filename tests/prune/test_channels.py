@@ -162,7 +162,13 @@ def test_a_network_that_cannot_be_traced_is_refused():
         Pruner(model, "random", 0.5, pattern="channel")
 
 
-METHODS_AT_ONCE = [("random", "erk"), ("random", "uniform"), ("magnitude", "global"), ("synflow", "global")]
+METHODS_AT_ONCE = [
+    ("random", "erk"),
+    ("random", "uniform"),
+    ("random", "balanced"),
+    ("magnitude", "global"),
+    ("synflow", "global"),
+]
 
 
 @pytest.mark.parametrize(("method", "distribution"), METHODS_AT_ONCE)
@@ -192,13 +198,15 @@ def test_uniform_gives_every_group_the_same_share_of_its_channels():
     assert max(abs(share - 0.3**0.5) for share in shares) < 0.5 / 16 + 0.01
 
 
-def test_erk_follows_its_formula_for_the_layers_of_a_group_together():
-    pruner = Pruner(network("vgg"), "random", 0.9, "erk", pattern="channel")
+@pytest.mark.parametrize("distribution", ["erk", "balanced"])
+def test_shares_follow_their_formula_for_the_layers_of_a_group_together(distribution):
+    pruner = Pruner(network("vgg"), "random", 0.9, distribution, pattern="channel")
     kept = {names[0]: count for names, count in pruner.budget.counts(0.9).items()}
     ratios = []
     for name, group in pruner.pattern.groups.items():
         shapes = [pruner.masks.weights[layer].shape for layer in (*group.writers, *group.readers)]
-        raw = sum(map(sum, shapes)) / sum(shape.numel() for shape in shapes)
+        dimensions = sum(map(sum, shapes)) if distribution == "erk" else 1
+        raw = dimensions / sum(shape.numel() for shape in shapes)
         if 1 < kept[name] < group.size:
             ratios.append((kept[name] / group.size / raw, 0.5 / group.size / raw))
     assert len(ratios) > 5
