@@ -48,7 +48,7 @@ SPARSITIES = (0.5, 0.7, 0.9, 0.95)
 PATTERNS = ("unstructured", "fan-in", "2:4", "channel")
 PARTS = ("training", "inference", "memory")
 BEGIN, END = "<!-- written by benchmarks.sparsity -->\n", "<!-- end -->\n"
-SOME = 1.05  # times as fast, from which on a difference is worth a word
+SOME = 1.1  # times as fast, from which on a difference is worth a word
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Setting:
-    """What to measure: an architecture with its depth and width, on a device, as a training computes it."""
+    """What to measure: an architecture with its depth and width, on a device, as trainings of it and with --compact compute."""
 
     network: tuple[str, int | None, float]
     device: torch.device
     execution: Execution
+    compacted: Execution
     turns: int
     batch: int
 
@@ -164,14 +165,12 @@ def _bytes(model: nn.Module, pruner: Pruner) -> int:
     return sum(tensor.nbytes for tensor in pack(model.state_dict(), masks).values())
 
 
-def training(setting: Setting, model: nn.Module, pruner: Pruner) -> Callable[[], object]:
+def training(setting: Setting, model: nn.Module, pruner: Pruner, execution: Execution) -> Callable[[], object]:
     """Return a function that takes a step of one-step SAM on a batch of random images."""
     optimizer = build_optimizer("sgd-sam", model, lr=1e-3, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=True)
     pruner.optimizers = state_holders(optimizer)
-    objective = build_objective(model.train(), setting.execution, setting.batch)
-    take = TrainingStep(
-        TrainState(model, optimizer, pruner), objective, lambda step: 1e-3, graphed=setting.execution.graphed
-    )
+    objective = build_objective(model.train(), execution, setting.batch)
+    take = TrainingStep(TrainState(model, optimizer, pruner), objective, lambda step: 1e-3, graphed=execution.graphed)
     targets = torch.full((setting.batch, CLASSES), 1 / CLASSES, device=setting.device)
     batch = Batch(setting.images(setting.batch), targets, setting.batch)
     return lambda: take(batch)
@@ -185,7 +184,8 @@ def measure_training(report: Report, setting: Setting, networks: list[Form]) -> 
             model = copy.deepcopy(form.model)
             pruner = Pruner(model)
             pruner.masks.load_state_dict(form.pruner.masks.state_dict())
-            tasks[form.name] = training(setting, model, pruner)
+            execution = setting.compacted if form.name.endswith("compacted") else setting.execution
+            tasks[form.name] = training(setting, model, pruner, execution)
     _report(report, setting, "training step", tasks)
 
 
@@ -247,6 +247,7 @@ def onnx_call(model: nn.Module, images: Tensor) -> Callable[[], object]:
     program.save(file)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads slow down what comes next
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images.contiguous().numpy()}
     return lambda: session.run(None, inputs)
@@ -278,7 +279,7 @@ def peak_memory(
         model = copy.deepcopy(model).to(setting.device)
         pruner = Pruner(model)
         pruner.masks.load_state_dict(masks)
-        take = training(Setting(setting.network, setting.device, Execution(), 1, setting.batch), model, pruner)
+        take = training(setting, model, pruner, Execution())
         for _ in range(2):
             take()
     if setting.device.type == "cuda":
@@ -345,7 +346,7 @@ def verdict(form: Form, dense: Form, figures: dict[str, float]) -> str:
         if found and max(found) >= SOME:
             span = f"{min(found):.1f} to " if max(found) - min(found) > 0.1 else ""
             gains.append(f"{words} {span}{max(found):.1f} times as fast")
-    size = f"a file of {100 * form.bytes / dense.bytes:.0f}% of the dense one"
+    size = f"a file of {100 * form.bytes / dense.bytes:.2g}% of the dense one"
     return f"{' and '.join(gains)}; {size}" if gains else f"{size}, and no faster"
 
 
@@ -436,8 +437,11 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: there is no directory '{path.parent}'")
     try:
         device = pick_device(args.device)
-        execution = resolve_execution(args.precision, args.compile, device, STEP_FLOPS, STEPS)
-        setting = Setting((args.arch, args.depth, args.width), device, execution, args.turns, args.batch)
+        execution, compacted = (
+            resolve_execution(args.precision, args.compile, device, STEP_FLOPS, STEPS, compacted=small)
+            for small in (False, True)
+        )
+        setting = Setting((args.arch, args.depth, args.width), device, execution, compacted, args.turns, args.batch)
         setting.build()
         before, after = around_table(args.page) if args.page else ("", "")
     except (UsageError, ValueError, OSError) as error:
@@ -448,8 +452,10 @@ def main(argv: list[str] | None = None) -> int:
     threads = f"{torch.get_num_threads()} threads"
     network = f"{args.arch}-{args.depth}" if args.depth else args.arch
     about = {"command": sys.argv, "device": device_name(device), "cores": len(os.sched_getaffinity(0)),
-             "execution": str(execution), "versions": versions(), "git": git_revision()}  # fmt: skip
+             "execution": str(execution), "compacted": str(compacted), "versions": versions(), "git": git_revision()}  # fmt: skip
     where = f"{network}, width {args.width:g}, {device_name(device)}, {threads}; training: batch {args.batch}, SAM.v2, {execution}"
+    if compacted != execution:
+        where += f" (compacted: {compacted})"
     print(f"{where}; inference: float32, torch {torch.__version__}\n")
     networks = forms(setting, args.patterns, args.sparsities)
     for form in networks[1:]:

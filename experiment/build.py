@@ -255,6 +255,7 @@ def execution(
         or group.world > 1
         or args.sam_direction == "random"
         or OPTIMIZERS[args.optmzr].rival is not None,
+        compacted=args.compact,
     )
     args.precision, args.compile = resolved.precision, "on" if resolved.compiled else "off"
     return resolved

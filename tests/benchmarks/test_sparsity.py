@@ -15,7 +15,7 @@ SMALL = "--depth 8 --width 0.25 --device cpu --precision fp32 --compile off --ba
 
 @pytest.fixture(scope="module")
 def networks():
-    setting = Setting(("resnet", 8, 1), torch.device("cpu"), Execution(), 1, 2)
+    setting = Setting(("resnet", 8, 1), torch.device("cpu"), Execution(), Execution(), 1, 2)
     return {form.name: form for form in forms(setting, ["unstructured", "channel", "2:4"], [0.5, 0.9])}
 
 
@@ -80,7 +80,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(capsys, tmp_path,
 
 
 def test_peak_memory_is_measured_and_smaller_without_channels(networks, tmp_path):
-    setting = Setting(("resnet", 8, 1), torch.device("cpu"), Execution(), 1, 8)
+    setting = Setting(("resnet", 8, 1), torch.device("cpu"), Execution(), Execution(), 1, 8)
     peak = {}
     for name in ("dense", "channel 90%, masked", "channel 90%, compacted"):
         here, there = multiprocessing.Pipe()

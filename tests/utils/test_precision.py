@@ -35,6 +35,8 @@ def test_auto_compiles_only_what_saves_more_time_than_it_takes(machine):
     assert resolve_execution("auto", "on", CUDA, resnet20, steps=1, deterministic=True).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=160 * 391).compiled
     assert resolve_execution("auto", "on", CPU, resnet20, steps=1).compiled
+    assert resolve_execution("auto", "auto", CPU, resnet20, steps=160 * 391, compacted=True).compiled
+    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=391, compacted=True).compiled
     machine("GenuineIntel amx_bf16")
     assert resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
