@@ -209,7 +209,7 @@ def compacted(
         checkpoint: that the run goes on from, whose masks are taken.
 
     Raises:
-        UsageError: no channel can be taken out.
+        UsageError: see Pruner.compact.
     """
     if checkpoint:
         load_network(pruner.model, pruner.masks, checkpoint)
@@ -218,10 +218,10 @@ def compacted(
         choose_masks(
             args, pruner, TrainLoader(data.train, augmentation(args, data), classes, normalize, device, 0, Execution())
         )
-    model = pruner.compact()
-    if sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in pruner.model.parameters()):
-        raise UsageError("--compact has no effect: these masks leave no channel dead; leave it out")
-    return model
+    try:
+        return pruner.compact()
+    except ValueError as error:
+        raise UsageError(f"--compact: {error}: leave it out") from error
 
 
 def execution(

@@ -155,6 +155,9 @@ def without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     if optimizer.sam and args.adaptive:
         zeros = "with --adaptive, which leaves weights of 0 where they are"
         reasons.setdefault("sam_unmasked", (zeros, "leave --adaptive out"))
+    if args.sparsity_pattern == "channel" and optimizer.sam:
+        still = "with --sparsity-pattern channel, whose dead weights have no gradient"
+        reasons.setdefault("sam_unmasked", (still, "take another pattern"))
     if args.rho_schedule == "lr" and args.lr_scheduler == "constant" and not args.warmup_epochs:
         reasons["rho_schedule"] = "with a constant learning rate", "take --lr-scheduler cosine or --rho-schedule sqrt"
     if is_external(args.arch):

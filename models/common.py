@@ -35,6 +35,8 @@ def conv_bn_relu(
 class Projection(nn.Conv2d):
     """The 1x1 convolution of a shortcut, without a bias as batch norm has one."""
 
+    computes_as_torch = True  # for prune/channels.py
+
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, 1, stride, bias=False)
 

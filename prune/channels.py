@@ -39,18 +39,18 @@ class Group:
 
 @dataclass(eq=False)
 class _Found:
-    """A group as it is being found. Groups whose channels are added to each other are merged into one."""
+    """A group while the walk is under way. Groups whose channels are added to each other are merged into one."""
 
     size: int
     writers: list[str] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
-    whole: bool = False  # something depends on all of its channels
+    fixed: bool = False  # something depends on all of its channels
 
     def merge(self, other: "_Found") -> None:
         for mine, theirs in zip(self.lists, other.lists, strict=True):
             mine += [name for name in theirs if name not in mine]
-        self.whole |= other.whole
+        self.fixed |= other.fixed
 
     @property
     def lists(self) -> tuple[list[str], ...]:
@@ -93,6 +93,12 @@ class _Tracer(fx.Tracer):
         return isinstance(m, CONVOLUTION | nn.Linear | NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
+def _computes_as_torch(module: nn.Module) -> bool:
+    """Return whether a layer is torch's own, or one of ours that computes the same in another way."""
+    own = type(module).forward.__module__.startswith("torch.nn.")
+    return own or getattr(module, "computes_as_torch", False)
+
+
 class _Walk:
     """Follows the channels of each layer's output through a network, operation by operation.
 
@@ -107,7 +113,12 @@ class _Walk:
         layers = [name for name, module in self.modules.items() if isinstance(module, CONVOLUTION | nn.Linear)]
         own = Counter(id(self.modules[name].weight) for name in layers)
         prunable = prunable_weights(model)
-        self.shared = {name for name in layers if name not in prunable or own[id(prunable[name])] > 1}
+        self.unlike = {name for name in layers if name not in prunable or own[id(prunable[name])] > 1}
+        self.unlike |= {
+            name
+            for name, module in self.modules.items()
+            if isinstance(module, CONVOLUTION | nn.Linear | NORMS) and not _computes_as_torch(module)
+        }
         for node in _Tracer().trace(model).nodes:
             self._visit(node)
 
@@ -115,12 +126,14 @@ class _Walk:
         """Return what was found, in the network's order."""
         groups = dict.fromkeys(value.found for value in self.values.values())
         for found in groups:
-            found.whole |= any(name in self.shared for names in found.lists for name in names)
+            found.fixed |= any(name in self.unlike for names in found.lists for name in names)
         return list(groups)
 
     def _visit(self, node: fx.Node) -> None:
         before = [self.values[source] for source in node.all_input_nodes if source in self.values]
         after = None
+        if node.op == "get_attr":  # a parameter that is used by itself
+            self.unlike.add(str(node.target).rpartition(".")[0])
         if node.op == "call_module":
             after = self._module(str(node.target), before)
         elif node.op in ("call_function", "call_method"):
@@ -129,19 +142,19 @@ class _Walk:
             self.values[node] = after
         elif not _asks_for_batch(node):
             for value in before:
-                value.found.whole = True
+                value.found.fixed = True
 
     def _module(self, name: str, before: list[_Value]) -> _Value | None:
         module, source = self.modules[name], before[0] if len(before) == 1 else None
         if name in self.called:
-            self.shared.add(name)
+            self.unlike.add(name)
         self.called.add(name)
         if isinstance(module, CONVOLUTION | nn.Linear):
             return self._layer(name, module, source)
         if source is None:
             return None
         maps = source.layout == "maps"
-        if isinstance(module, NORMS) and module.num_features == source.found.size:
+        if isinstance(module, NORMS) and maps and module.num_features == source.found.size:
             source.found.norms.append(name)
             return source
         if isinstance(module, CHANNELWISE) or (isinstance(module, ON_MAPS) and maps):
@@ -156,17 +169,17 @@ class _Walk:
             written, groups = _Value(_Found(module.out_features, [name]), "last"), 1
         else:
             written, groups = _Value(_Found(module.out_channels, [name]), "maps"), module.groups
-            written.found.whole = module.transposed
+            written.found.fixed = module.transposed
         if source is None:  # it reads the images, or channels that are not followed
-            written.found.whole |= groups > 1
+            written.found.fixed |= groups > 1
         elif groups == 1 and _reads(module, source):
             source.found.readers.append(name)
-            source.found.whole |= written.found.whole
-        elif groups == written.found.size == source.found.size:  # depthwise: a filter for each channel
+            source.found.fixed |= written.found.fixed
+        elif source.layout == "maps" and groups == written.found.size == source.found.size:  # depthwise: a filter for each
             source.found.writers.append(name)
             return source
         else:
-            source.found.whole = written.found.whole = True
+            source.found.fixed = written.found.fixed = True
         return written
 
     def _function(self, node: fx.Node, before: list[_Value]) -> _Value | None:
@@ -212,7 +225,7 @@ def _flattens(node: fx.Node, target: object) -> bool:
     """Return whether this is flatten(1), or view(len(x), -1)."""
     arguments = node.args[1:]
     if target in (torch.flatten, "flatten"):
-        return arguments == (1,) or dict(node.kwargs) == {"start_dim": 1}
+        return (arguments == (1,) and not node.kwargs) or (not arguments and dict(node.kwargs) == {"start_dim": 1})
     batch, rest = arguments if len(arguments) == 2 else (None, None)
     return target in ("view", "reshape") and isinstance(batch, fx.Node) and _is_batch(batch) and bool(rest == -1)
 
@@ -227,9 +240,15 @@ def _averages(node: fx.Node, target: object) -> bool:
 
 
 def _is_batch(node: fx.Node) -> bool:
-    """Return whether this is size(0) or shape[0]."""
-    return (node.target == "size" and node.args[1:] == (0,)) or (
-        node.target is operator.getitem and node.args[1:] == (0,)
+    """Return whether this is size(0), size()[0] or shape[0]."""
+    if node.target == "size":
+        return node.args[1:] == (0,)
+    source = node.args[0] if node.args else None
+    return (
+        node.target is operator.getitem
+        and node.args[1:] == (0,)
+        and isinstance(source, fx.Node)
+        and (source.target == "size" or (source.target is getattr and source.args[1:] == ("shape",)))
     )
 
 
@@ -241,31 +260,41 @@ def _asks_for_batch(node: fx.Node) -> bool:
     )
 
 
-def channel_groups(model: nn.Module, whole: Collection[str] = ()) -> list[Group]:
+def channel_groups(model: nn.Module, dense_layers: Collection[str] = ()) -> list[Group]:
     """Return the groups of channels that can go, in the network's order.
 
     Args:
         model: the network; torch.fx has to be able to trace it.
-        whole: names of layers that stay as they are, and with them all channels that they write or read.
+        dense_layers: names of layers that stay as they are, and with them all channels that they write or read.
 
     Raises:
-        ValueError: the network cannot be traced.
+        ValueError: the network cannot be traced, or other channels can go in training than in evaluation mode.
     """
+    modes = {module: module.training for module in model.modules()}
     try:
-        found = _Walk(model).groups()
+        training, evaluating = (_groups(model.train(mode), dense_layers) for mode in (True, False))
     except Exception as error:  # whatever a network does with the values that stand for its tensors
         raise ValueError(
-            f"the channels of this network cannot be followed, since torch.fx cannot trace it ({type(error).__name__}): "
-            "take another pattern"
+            f"the channels of this network cannot be followed, since torch.fx cannot trace it ({type(error).__name__}): take "
+            "another pattern"
         ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if training != evaluating:
+        raise ValueError("this network reads other channels in training than in evaluation mode: take another pattern")
+    return training
+
+
+def _groups(model: nn.Module, dense_layers: Collection[str]) -> list[Group]:
     place = {name: number for number, (name, _) in enumerate(model.named_modules())}
     groups = [
         Group(
             min(group.writers, key=place.__getitem__),
             group.size,
-            *(tuple(sorted(names, key=place.__getitem__)) for names in group.lists),
+            *(tuple(sorted(x, key=place.__getitem__)) for x in group.lists),
         )
-        for group in found
-        if not group.whole and group.readers and not {*group.writers, *group.readers} & set(whole)
+        for group in _Walk(model).groups()
+        if not group.fixed and group.readers and not {*group.writers, *group.readers} & set(dense_layers)
     ]
     return sorted(groups, key=lambda group: place[group.name])

@@ -30,11 +30,14 @@ def compact(model: nn.Module, masks: Masks, images: Tensor | None = None) -> nn.
     """
     small = _without_dead_channels(model, masks)
     if images is not None:
-        whole = dict(small.named_modules())
-        fitting = Masks({n: w for n, w in masks.weights.items() if n in whole and whole[n].weight.shape == w.shape})
-        fitting.masks = {name: mask for name, mask in masks.masks.items() if name in fitting.weights}
-        skip_zeros(small.eval(), fitting, images)
+        modules = dict(small.named_modules())
+        skip_zeros(small.eval(), {n: m for n, m in masks.masks.items() if _has_weight_of(modules.get(n), m)}, images)
     return small
+
+
+def _has_weight_of(layer: nn.Module | None, mask: Tensor) -> bool:
+    """Return whether a layer has lost no channel, so that its mask fits."""
+    return isinstance(layer, nn.Linear) and layer.weight.shape == mask.shape
 
 
 def _without_dead_channels(model: nn.Module, masks: Masks) -> nn.Module:

@@ -9,16 +9,14 @@ weight of a kernel.
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune.masks import Masks
-
 TURNS = 7  # of each layer and its replacement
-LEAST = 1.1  # times as fast, from which on a layer is replaced: less is within the noise of these turns
+LEAST = 1.1  # speed-up from which on a layer is replaced: less is within the noise of these turns
 ROWS = 256  # that are gathered from at once: their values stay in the cache
 
 
@@ -53,7 +51,7 @@ class GatheredLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _sums(self, rows: Tensor) -> Tensor:
-        columns = rows.t().contiguous()
+        columns = rows.t().to(self.values.dtype).contiguous()  # whatever autocast made of them
         return F.embedding_bag(self.inputs, columns, self.starts, mode="sum", per_sample_weights=self.values).t()
 
 
@@ -70,34 +68,37 @@ def semi_structured(layer: nn.Linear) -> nn.Linear:
     return fast
 
 
-@torch.inference_mode()
-def skip_zeros(model: nn.Module, masks: Masks, images: Tensor) -> dict[str, float]:
+@torch.no_grad()
+def skip_zeros(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) -> None:
     """Replace linear layers, in place, by forms that skip zeros, each where that is faster for such images here.
+
+    A network that reads a layer's weight by itself, as torch's transformer layers do, stays as it is.
 
     Args:
         model: in evaluation mode, its dead weights zero; at inference it computes the same as before, to rounding.
-        masks: of that model.
+        masks: of the weights of its linear layers, by name.
         images: a batch of its inputs, of the size that it will see.
-
-    Returns:
-        How many times as fast each replaced layer is, by name.
     """
-    layers = {n: layer for n, layer in model.named_modules() if type(layer) is nn.Linear and n in masks.masks}
+    layers = {n: layer for n, layer in model.named_modules() if type(layer) is nn.Linear and n in masks}
     seen: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs[0]}))
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs[0]}) if inputs else None)
         for name, layer in layers.items()
     ]
     model(images)
     for hook in hooks:
         hook.remove()
-    faster = {}
+    replaced = []
     for name, x in seen.items():
-        other = _other_form(layers[name], masks.masks[name])
-        if other is not None and (ratio := _times_as_fast(other, layers[name], x)) >= LEAST:
+        other = _other_form(layers[name], masks[name])
+        if other is not None and _speed_up(other, layers[name], x) >= LEAST:
             model.set_submodule(name, other)
-            faster[name] = ratio
-    return faster
+            replaced.append(name)
+    try:
+        model(images)
+    except AttributeError:  # of a weight that is not there
+        for name in replaced:
+            model.set_submodule(name, layers[name])
 
 
 def _other_form(layer: nn.Linear, mask: Tensor) -> nn.Module | None:
@@ -111,8 +112,8 @@ def _other_form(layer: nn.Linear, mask: Tensor) -> nn.Module | None:
         return None
 
 
-def _times_as_fast(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Return the median ratio of the seconds that two functions take in turns, the other's over the one's."""
+def _speed_up(fast: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Return the median ratio of the seconds that two functions take in turns, the dense one's over the fast one's."""
 
     def seconds(function: Callable[[Tensor], Tensor]) -> float:
         began = time.perf_counter()
@@ -121,5 +122,5 @@ def _times_as_fast(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Te
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - began
 
-    seconds(one), seconds(other)  # not counted
-    return statistics.median(seconds(other) / seconds(one) for _ in range(TURNS))
+    seconds(fast), seconds(dense)  # not counted
+    return statistics.median(seconds(dense) / seconds(fast) for _ in range(TURNS))

@@ -315,7 +315,7 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
-def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pattern:
+def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()) -> Pattern:
     """Return the pattern of a name for a network.
 
     The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks
@@ -325,14 +325,14 @@ def find_pattern(name: str, model: nn.Module, whole: Collection[str] = ()) -> Pa
     Args:
         name: see above.
         model: the network.
-        whole: layers that lose no channel.
+        dense_layers: that lose no channel.
 
     Raises:
         ValueError: no such pattern, or a network whose channels cannot be followed.
     """
     shapes = {layer: tuple(weight.shape) for layer, weight in prunable_weights(model).items()}
     if name == "channel":
-        return Channels(channel_groups(model, whole), shapes, dict(model.named_parameters()))
+        return Channels(channel_groups(model, dense_layers), shapes, dict(model.named_parameters()))
     if name == "fan-in":
         return FanIn(shapes)
     if name in UNITS:

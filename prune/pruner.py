@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from prune import diagnostics
 from prune.budget import Budget, EmptyLayerError, highest_sparsity
 from prune.compact import compact, expand
-from prune.masks import Masks, depthwise_layers, layers_by_position, select_layers
+from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import Channels, Counts, FanIn, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.schedules import CHANGES, Timing, interval_steps
-from prune.scores import NORMS, Scored, magnitude
+from prune.scores import NORMS, Scored, force, magnitude
 from prune.updates import MaskChange, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -101,6 +101,11 @@ class Pruner:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
+        if self.method.score is force and isinstance(self.pattern, Channels):
+            raise ValueError(
+                f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: "
+                "take iter-snip, or another pattern"
+            )
         if self.method.update is not None and self.method.update.reallocates:
             moves = f"'{method}' moves weights from layer to layer"
             if layer_sparsity is not None:
@@ -211,14 +216,20 @@ class Pruner:
         From now on masks only tell what is dead in the whole network: the smaller one needs none.
 
         Raises:
-            ValueError: masks change during training.
+            ValueError: masks change during training, no channel is dead, or other weights are dead too.
         """
         if self.method.update or self.method.tickets:
             raise ValueError(
                 "masks change during training, and what was taken out cannot come back: compact it after that"
             )
+        small = compact(self.model, self.masks)
+        left = sum(weight.numel() for weight in prunable_weights(small).values())
+        if left == sum(weight.numel() for weight in self.masks.weights.values()):
+            raise ValueError("these masks leave no channel dead")
+        if left != sum(self.masks.alive().values()):
+            raise ValueError("beside channels these masks drop other weights, which would come alive")
         self._compacted = True
-        return compact(self.model, self.masks)
+        return small
 
     def whole(self, model: nn.Module) -> nn.Module:
         """Return the whole network with the weights of the one that `compact` returned; the model itself without one."""
@@ -409,7 +420,9 @@ class Pruner:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned, around the same network."""
+        """Load what `state_dict` returned, around the same network. Raises ValueError for masks of another pattern."""
+        if isinstance(self.pattern, Channels) and state["masks"] and not state["masks"].keys() >= set(self.pattern.written):
+            raise ValueError("its masks are of filters alone, as an earlier version made them, and not of channels")
         self.masks.load_state_dict(state["masks"])
         self._targets, self.round = dict(state["targets"]), state["round"]
         self._postponed = state.get("postponed", False)

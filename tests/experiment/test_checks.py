@@ -84,7 +84,7 @@ import pytest
         ),
         (
             "--compact --prune-method random --sparsity 0.7 --sparsity-pattern channel --optmzr sgd-sam --sam-unmasked",
-            "--sam-unmasked perturbs pruned weights, which --compact takes out",
+            "--sam-unmasked has no effect with --sparsity-pattern channel",
         ),
         (
             "--prune-method random --sparsity 0.9 --sparsity-pattern channel --arch vit --depth 1",
@@ -93,6 +93,10 @@ import pytest
         (
             "--prune-method dsr --sparsity 0.5 --sparsity-pattern channel",
             "'dsr' moves weights from layer to layer, and a channel is part of several",
+        ),
+        (
+            "--prune-method random --sparsity 0.7 --sparsity-pattern channel --optmzr sgd-sam --sam-unmasked",
+            "--sam-unmasked has no effect with --sparsity-pattern channel",
         ),
         ("--update-interval 99e --prune-method gmp --sparsity 0.9", "masks would never change before they stay"),
         ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),

@@ -84,6 +84,13 @@ class Net(nn.Module):
         return self.second(self.between(self, self.first(x))).mean((2, 3))
 
 
+class Centred(nn.Conv2d):
+    """A convolution whose weights are centred over the inputs, so that a dead input counts."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
 @pytest.mark.parametrize(
     ("between", "layers"),
     [
@@ -99,6 +106,9 @@ class Net(nn.Module):
         (lambda net, x: x.transpose(2, 3), {}),
         (lambda net, x: net.twice(net.twice(x)), {"twice": nn.Conv2d(8, 8, 1)}),
         (lambda net, x: x * net.gate(x.mean((2, 3))).sigmoid()[..., None, None], {"gate": nn.Linear(8, 8)}),
+        (lambda net, x: x + net.first.weight.mean(), {}),
+        (lambda net, x: net.own(x), {"own": Centred(8, 8, 1)}),
+        (lambda net, x: x + x[0].mean(), {}),
     ],
     ids=[
         "softmax",
@@ -113,6 +123,9 @@ class Net(nn.Module):
         "transpose",
         "twice",
         "gate",
+        "weight by itself",
+        "own convolution",
+        "one image",
     ],
 )
 def test_what_may_mix_channels_keeps_them(between, layers):
@@ -154,6 +167,39 @@ def test_channels_are_followed_through_flattened_maps(flat):
 
     (group,) = channel_groups(Flat())
     assert members(group) == (("conv",), ("classifier",), ())
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(6, 8), nn.Conv1d(8, 8, 1, groups=8), nn.Linear(8, 4)],
+        [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)],
+        [nn.Conv2d(3, 4, 1), nn.Flatten(1, 2), nn.Linear(4, 2)],
+    ],
+    ids=["depthwise over tokens", "norm over tokens", "flattened in part"],
+)
+def test_what_lies_along_another_dimension_is_not_taken_for_channels(layers):
+    assert channel_groups(nn.Sequential(*layers)) == []
+
+
+def test_flattening_some_dimensions_by_keyword_ends_the_channels():
+    assert channel_groups(Net(lambda net, x: net.linear(x.flatten(1, end_dim=2)), linear=nn.Linear(8, 8))) == []
+
+
+def test_a_network_that_reads_other_channels_in_evaluation_is_refused():
+    model = Net(lambda net, x: x if net.training else net.extra(x), extra=nn.Conv2d(8, 8, 1)).eval()
+    with pytest.raises(ValueError, match="other channels in training than in evaluation"):
+        channel_groups(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_masks_of_filters_alone_are_not_taken_for_those_of_channels():
+    pruner = Pruner(network("resnet"), "random", 0.5, pattern="channel")
+    pruner.choose_masks()
+    state = pruner.state_dict()
+    state["masks"] = {name: mask for name, mask in state["masks"].items() if name in pruner.masks.weights}
+    with pytest.raises(ValueError, match="filters alone"):
+        Pruner(network("resnet"), "random", 0.5, pattern="channel").load_state_dict(state)
 
 
 def test_a_network_that_cannot_be_traced_is_refused():

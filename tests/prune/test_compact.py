@@ -141,6 +141,18 @@ def test_masks_that_change_are_not_compacted(method):
     assert pruner.whole(pruner.model) is pruner.model
 
 
+def test_a_network_whose_other_weights_would_come_alive_is_not_trained_compacted():
+    pruner = Pruner(build_model("resnet", 8, 10), "random", 0.9)
+    pruner.choose_masks()
+    with pytest.raises(ValueError, match="leave no channel dead"):
+        pruner.compact()
+    _, pruner = masked("resnet")
+    mask = pruner.masks.masks["stem.0"]
+    mask[mask.nonzero()[0].tolist()] = 0
+    with pytest.raises(ValueError, match="other weights, which would come alive"):
+        pruner.compact()
+
+
 def test_other_zeros_stay_where_they_are():
     model = build_model("resnet", 8, 10)
     pruner = Pruner(model, "random", 0.9)
