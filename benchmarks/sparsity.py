@@ -265,8 +265,13 @@ def measure_memory(report: Report, setting: Setting, networks: list[Form]) -> No
             process = context.Process(target=peak_memory, args=arguments)
             process.start()
             there.close()
-            peak = here.recv()
-            process.join()
+            try:
+                peak = here.recv()
+            except EOFError:  # it has died, and said why
+                print(f"{form.name}: no figure for memory", file=sys.stderr)
+                continue
+            finally:
+                process.join()
         report.add(f"{form.name}: peak memory of training", peak / 2**20, "MiB")
 
 
@@ -432,6 +437,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--turns has to be a whole number above 0, and --batch above 1")
     if not all(0 < sparsity < 1 for sparsity in args.sparsities):
         parser.error("--sparsities lie between 0 and 1")
+    if args.output.is_dir():
+        parser.error(f"--output: '{args.output}' is a directory: name a file")
+    if args.picture and not {"training", "inference"}.intersection(args.parts):
+        parser.error("--picture shows times: add training or inference to --parts")
+    if args.picture and not importlib.util.find_spec("matplotlib"):
+        parser.error("--picture needs matplotlib: pip install -r requirements-analysis.txt")
     for name in ("output", "picture", "page"):
         if (path := getattr(args, name)) is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name}: there is no directory '{path.parent}'")
@@ -473,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{text}\n{args.output}")
     result = about | {"figures": report.figures, "targets": report.targets, "table": text}
     write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
-    if args.picture and args.parts != ["memory"]:
+    if args.picture:
         draw(report, networks, args.picture)
     if args.page:
         caption = f"{where}; inference: float32. Medians of {args.turns} turns."

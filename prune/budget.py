@@ -124,9 +124,9 @@ CHANNEL_DENSITY: dict[str, Callable[[list[Shape]], float]] = {
 def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], sparsity: float) -> Counts:
     """Return how many channels each group keeps so that this sparsity is reached to within half a channel's weights.
 
-    With a density that rises from 0 each group gains its channels one by one, when its own density, in proportion to
-    CHANNEL_DENSITY, comes to them. So many of these steps are taken as lead nearest to the sparsity; a higher one never
-    keeps more channels of any group. Each group keeps at least one.
+    Each group begins with one channel. Then channels are added one at a time, each to the group that is furthest below its
+    share, which CHANNEL_DENSITY says, and the nearest to the sparsity is taken. A higher sparsity never keeps more channels
+    of any group.
 
     Args:
         name: a key of DISTRIBUTIONS.
@@ -141,11 +141,11 @@ def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], 
         ValueError: the sparsity cannot be reached.
     """
     total, size = sum(map(math.prod, shapes.values())), {name: group.size for name, group in pattern.groups.items()}
-    whole = total - pattern.weights(size)  # weights that no channel takes along
-    budget = round((1 - sparsity) * total) - whole
+    staying = total - pattern.weights(size)  # weights that no channel takes along
+    budget = round((1 - sparsity) * total) - staying
     least = pattern.weights(dict.fromkeys(size, 1))
     if budget < least:
-        highest = math.floor(1e4 * (1 - (whole + least) / total)) / 1e4
+        highest = math.floor(1e4 * (1 - (staying + least) / total)) / 1e4
         outside = len(shapes) - len(pattern.layers)
         of_these = f", and {outside} of {len(shapes)} layers all of theirs" if outside else ""
         raise ValueError(

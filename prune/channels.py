@@ -175,7 +175,9 @@ class _Walk:
         elif groups == 1 and _reads(module, source):
             source.found.readers.append(name)
             source.found.fixed |= written.found.fixed
-        elif source.layout == "maps" and groups == written.found.size == source.found.size:  # depthwise: a filter for each
+        elif (
+            source.layout == "maps" and groups == written.found.size == source.found.size
+        ):  # depthwise: a filter for each
             source.found.writers.append(name)
             return source
         else:

@@ -82,7 +82,9 @@ def skip_zeros(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) ->
     layers = {n: layer for n, layer in model.named_modules() if type(layer) is nn.Linear and n in masks}
     seen: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs[0]}) if inputs else None)
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, name=name: seen.update({name: inputs[0]}) if inputs else None
+        )
         for name, layer in layers.items()
     ]
     model(images)

@@ -421,7 +421,11 @@ class Pruner:
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` returned, around the same network. Raises ValueError for masks of another pattern."""
-        if isinstance(self.pattern, Channels) and state["masks"] and not state["masks"].keys() >= set(self.pattern.written):
+        if (
+            isinstance(self.pattern, Channels)
+            and state["masks"]
+            and not state["masks"].keys() >= set(self.pattern.written)
+        ):
             raise ValueError("its masks are of filters alone, as an earlier version made them, and not of channels")
         self.masks.load_state_dict(state["masks"])
         self._targets, self.round = dict(state["targets"]), state["round"]

@@ -65,7 +65,9 @@ def test_compact_for_images_computes_the_same_network_whatever_the_pattern(patte
 
 def test_a_network_that_reads_its_layers_weights_keeps_its_layers():
     torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(256, 4, 4096, dropout=0.0, batch_first=True).eval()  # in one kernel, at inference
+    model = nn.TransformerEncoderLayer(
+        256, 4, 4096, dropout=0.0, batch_first=True
+    ).eval()  # in one kernel, at inference
     pruner = Pruner(model, "random", layer_sparsity={"linear1": 0.995, "linear2": 0.995})
     pruner.choose_masks()
     tokens = torch.randn(4, 16, 256)
