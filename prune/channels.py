@@ -36,6 +36,11 @@ class Group:
     readers: tuple[str, ...]
     norms: tuple[str, ...]
 
+    @property
+    def others(self) -> list[str]:
+        """Names of what goes with the channels beside weights: scales, shifts and biases. Not every layer has them."""
+        return [f"{n}.{kind}" for n in self.norms for kind in ("weight", "bias")] + [f"{n}.bias" for n in self.writers]
+
 
 @dataclass(eq=False)
 class _Found:

@@ -5,7 +5,7 @@ zeros stay where they are, since kernels for dense tensors multiply by them as b
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ def _without_dead_channels(model: nn.Module, masks: Masks) -> nn.Module:
         groups = channel_groups(small)
     except ValueError:
         return small
-    modules = dict(small.named_modules())
+    modules, parameters = dict(small.named_modules()), dict(small.named_parameters(remove_duplicate=False))
     for group in groups:
-        alive = _alive(group, masks, modules)
+        alive = _alive(group, masks, parameters)
         kept = alive.nonzero().flatten() if alive.any() else alive.new_zeros(1, dtype=torch.int64)
         if len(kept) == group.size:
             continue
@@ -98,16 +98,11 @@ def compacted_size(model: nn.Module, masks: Masks, image_shape: tuple[int, int, 
     }
 
 
-def _alive(group: Group, masks: Masks, modules: dict[str, nn.Module]) -> Tensor:
+def _alive(group: Group, masks: Masks, parameters: Collection[str]) -> Tensor:
     """Return which channels have a part without a mask of 0: bool [channels], on the CPU."""
     found = [_of_channels(masks.masks.get(name), group.size, 0) for name in group.writers]
     found += [_of_channels(masks.masks.get(name), group.size, 1) for name in group.readers]
-    found += [
-        _of_channels(masks.other_masks.get(f"{name}.{kind}"), group.size, 0)
-        for name in (*group.norms, *group.writers)
-        for kind in ("weight", "bias")
-        if (name in group.norms or kind == "bias") and getattr(modules[name], kind, None) is not None
-    ]
+    found += [_of_channels(masks.other_masks.get(name), group.size, 0) for name in group.others if name in parameters]
     return torch.stack(found).any(0)
 
 

@@ -168,13 +168,7 @@ class Channels:
         self._readers = {layer: group for group in groups for layer in group.readers}
         self.layers = [layer for layer in shapes if layer in self._writers or layer in self._readers]
         self._shapes = {layer: shapes[layer] for layer in self.layers}
-        self._followers = {
-            name: group
-            for group in groups
-            for name in [f"{n}.{kind}" for n in group.norms for kind in ("weight", "bias")]
-            + [f"{n}.bias" for n in group.writers]
-            if name in parameters
-        }
+        self._followers = {name: group for group in groups for name in group.others if name in parameters}
         self.written = [*self._followers, *self._writers]
 
     def weights(self, kept: Mapping[str, Any]) -> Any:
