@@ -75,6 +75,17 @@ def make_writable(directory: Path) -> None:
             pass
 
 
+def make_room_for(file: Path) -> None:
+    """Make the directory of a file, and check that the file can be written, before anything expensive begins.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if file.is_dir():
+        raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")
+    make_writable(file.parent)
+
+
 def throttled(show: Callable[[str], object], seconds: float = 10.0) -> Callable[..., None]:
     """Wrap a function that shows a line: show the first one at once, and later ones only now and then.
 

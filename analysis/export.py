@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.command import make_writable, run_command, writing_to
+from analysis.command import make_room_for, run_command, writing_to
 from analysis.text_table import text_table
 from experiment.build import network_name
 from experiment.checks import complete_flags
@@ -89,7 +89,7 @@ def run(args: Namespace) -> None:
     require_packages(REQUIREMENTS, *chosen.packages)
     trained = load(args.path, arch=args.arch)
     written = without_dead_channels(trained) if args.compact else trained
-    make_writable(output.parent)
+    make_room_for(output)
     sizes = {}
     checked = "load() of experiment/load.py reads it"
     if chosen.open is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 from analysis.checkpoints import add_checkpoints, find_checkpoints, open_checkpoint, smaller_batch, study_settings
-from analysis.command import make_writable, matplotlib_imports, progress, run_command, writing_to
+from analysis.command import make_room_for, matplotlib_imports, progress, run_command, writing_to
 from analysis.corrupted import (
     CorruptedImages,
     Network,
@@ -137,7 +137,7 @@ def run(args: Namespace) -> None:
     assert first is not None  # find_checkpoints names at least one
     images = CorruptedImages(first.dataset.test, settings)
     output = args.output or paths[0].parent / "robustness.json"
-    make_writable(output.parent)
+    make_room_for(output)
     passes = len(images) * args.batch_size
     flops = passes * count_flops(opened[0].network.model, first.dataset.image_shape).dense_training / 3
     execution = resolve_compilation(args.compile, device, flops)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from analysis.checkpoints import add_checkpoints, find_checkpoints, open_checkpoint, smaller_batch, study_settings
-from analysis.command import make_writable, run_command, throttled, writing_to
+from analysis.command import make_room_for, run_command, throttled, writing_to
 from analysis.hessian import SPACES, SPLITS, Settings, measure
 from analysis.labels import run_label
 from analysis.text_table import mean_and_std_text, number_text, text_table
@@ -87,7 +87,7 @@ def run(args: Namespace) -> None:
     for path in checkpoints:
         open_checkpoint(path, args)  # all of them, before the first is measured
     output = args.output or checkpoints[0].parent / "sharpness.json"
-    make_writable(output.parent)
+    make_room_for(output)
     settings = Settings(
         args.images, tuple(args.splits), tuple(args.spaces), args.top, args.tolerance, args.trace_samples,
         tuple(args.rhos), tuple(args.adaptive_rhos), args.steps, args.batch_size,

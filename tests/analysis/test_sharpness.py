@@ -124,6 +124,7 @@ def test_other_images_than_the_runs_are_refused_and_moved_ones_are_found(trained
         ("missing.pt --trace-samples 1", "one sample has no standard error"),
         ("missing.pt --device tpu", "--device has to be"),
         ("CKPT --output /proc/x/y", "cannot write to"),
+        ("CKPT --output /proc", "cannot write to '/proc', which is a directory"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, words, trained_runs, tmp_path, monkeypatch, capsys):
