@@ -63,7 +63,7 @@ class _Found:
 
 
 class _Value:
-    """Channels that a tensor of the network holds: along dimension 1 as maps or flattened, or along the last one."""
+    """Channels that a tensor holds: `maps` [N, C, H, W], `flat` [N, C * pixels], or `last`, along the last dimension of any."""
 
     def __init__(self, found: _Found, layout: str):
         self.found, self.layout = found, layout
@@ -159,7 +159,7 @@ class _Walk:
         if source is None:
             return None
         maps = source.layout == "maps"
-        if isinstance(module, NORMS) and maps and module.num_features == source.found.size:
+        if isinstance(module, NORMS) and source.layout != "last" and module.num_features == source.found.size:
             source.found.norms.append(name)
             return source
         if isinstance(module, CHANNELWISE) or (isinstance(module, ON_MAPS) and maps):
@@ -171,7 +171,8 @@ class _Walk:
     def _layer(self, name: str, module: nn.modules.conv._ConvNd | nn.Linear, source: _Value | None) -> _Value:
         """Return the channels that a layer writes, having noted what it reads."""
         if isinstance(module, nn.Linear):
-            written, groups = _Value(_Found(module.out_features, [name]), "last"), 1
+            flat = source is not None and source.layout == "flat"
+            written, groups = _Value(_Found(module.out_features, [name]), "flat" if flat else "last"), 1
         else:
             written, groups = _Value(_Found(module.out_channels, [name]), "maps"), module.groups
             written.found.fixed = module.transposed

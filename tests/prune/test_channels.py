@@ -202,6 +202,11 @@ def test_masks_of_filters_alone_are_not_taken_for_those_of_channels():
         Pruner(network("resnet"), "random", 0.5, pattern="channel").load_state_dict(state)
 
 
+def test_a_linear_layer_on_flattened_maps_goes_with_its_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    assert [members(group) for group in channel_groups(model)] == [(("0",), ("2",), ()), (("2",), ("4",), ("3",))]
+
+
 def test_a_network_that_cannot_be_traced_is_refused():
     model = Net(lambda net, x: x if x.sum() > 0 else -x)
     with pytest.raises(ValueError, match="torch.fx cannot trace it .*take another pattern"):
