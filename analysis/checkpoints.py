@@ -98,10 +98,11 @@ def named_again(saved: str, archs: Iterable[str]) -> str | None:
 
 
 def study_settings(trained: TrainedRun) -> dict:
-    """Return what a run has in common with its repetitions by other seeds: flags and images."""
+    """Return what a run has in common with its repetitions by other seeds: flags, and images where no seed chose them."""
     args = plain(trained.args)
+    own = args.get("train_images") or args.get("label_noise")  # a part, or labels, of this seed
     return {k: v for k, v in args.items() if k not in MAY_CHANGE_ON_RESUME | {"seed", "compile"}} | {
-        "images": trained.images
+        "images": None if own else trained.images
     }
 
 

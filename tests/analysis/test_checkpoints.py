@@ -1,5 +1,6 @@
 """Checkpoints of networks from elsewhere, as the commands that look at networks open them."""
 
+import argparse
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from analysis import loss_surface, robustness, sharpness
-from analysis.checkpoints import named_again
+from analysis.checkpoints import add_checkpoints, named_again, open_checkpoint, study_settings
 from main_prune_train import main as train
 
 OWN = """
@@ -65,3 +66,16 @@ def test_a_function_is_named_for_the_checkpoints_that_it_made():
     assert named_again("package.nets:small", given) == "package.nets:small"
     for other in ("/old/mine.py:other", "/old/yours.py:build", "nets:small", "resnet", "torchvision:resnet18"):
         assert named_again(other, [*given, "torchvision:resnet18"]) is None
+
+
+def test_runs_whose_images_and_labels_their_seed_chose_are_of_one_study(trained_runs, tmp_path):
+    flags = f"--dataset folder --data-dir {trained_runs.images} --epochs 1 --batch-size 16 --depth 8 --width 0.25 --compile off"
+    parser = argparse.ArgumentParser()
+    add_checkpoints(parser)
+    opened = []
+    for seed in (0, 1):
+        run = tmp_path / str(seed)
+        assert train(f"{flags} --train-images 15 --label-noise 0.4 --seed {seed} --output-dir {run}".split()) == 0
+        opened.append(open_checkpoint(run / "checkpoint.pt", parser.parse_args([str(run)]))[0])
+    assert opened[0].images != opened[1].images
+    assert study_settings(opened[0]) == study_settings(opened[1])
