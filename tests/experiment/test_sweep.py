@@ -9,6 +9,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -416,7 +417,9 @@ def test_runs_go_several_at_a_time_and_share_gpus_and_cores(sweep, monkeypatch):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_runs_with_a_checkpoint_and_the_sweep_goes_on_later(sweep, name):
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup has tests ignore SIGHUP
     done = sweep(FATES=json.dumps({"0.1": name}))
+    signal.signal(getattr(signal, name), before)
     assert done.returncode == 130
     assert done.stderr == "interrupted: launch again to go on\n"
     assert [path.parent.name for path in sweep.output.glob("*/checkpoint.pt")] == ["random-0.9-samv2-rho0.1-seed0"]
