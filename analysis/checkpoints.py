@@ -48,11 +48,15 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find_checkpoints(paths: Iterable[Path]) -> list[Path]:
+def find_checkpoints(paths: Iterable[Path], archs: Iterable[str] = ()) -> list[Path]:
     """List the checkpoints that paths name: a file is one, a directory stands for every checkpoint.pt below it.
 
+    Args:
+        paths: files and directories.
+        archs: networks of your own, of which one of the checkpoints has to be.
+
     Raises:
-        UsageError: a directory without a checkpoint.
+        UsageError: a directory without a checkpoint, or functions of which no checkpoint's network is.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -61,6 +65,8 @@ def find_checkpoints(paths: Iterable[Path]) -> list[Path]:
             raise UsageError(f"there is no checkpoint.pt in or below '{path}': name a run's directory or one above it")
         for checkpoint in below:
             found.setdefault(checkpoint.resolve(), checkpoint)
+    if archs and not any(named_again(str(load_checkpoint(path)["args"].get("arch")), archs) for path in found.values()):
+        raise UsageError(f"--arch {' '.join(archs)} has no effect: no checkpoint's network is of it; leave it out")
     return list(found.values())
 
 

@@ -108,7 +108,7 @@ def run(args: Namespace) -> None:
     """Measure and draw the surfaces of all networks."""
     with matplotlib_imports():
         from analysis import surface_plots  # here: --help and the sentence above need no matplotlib
-    checkpoints = find_checkpoints(args.checkpoints)
+    checkpoints = find_checkpoints(args.checkpoints, args.arch)
     if args.labels and len(args.labels) != len(checkpoints):
         raise UsageError(f"{len(args.labels)} --labels for {len(checkpoints)} checkpoints: give one per checkpoint")
     output = args.output or checkpoints[0].parent / "loss_surface"

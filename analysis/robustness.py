@@ -117,7 +117,7 @@ def run(args: Namespace) -> None:
     if args.output and args.output.suffix in SUFFIXES:
         raise UsageError(f"--output '{args.output}' is the JSON file, and the picture would replace it: name it .json")
     device = pick_device(args.device)
-    paths = find_checkpoints([*args.checkpoints, *args.baseline])
+    paths = find_checkpoints([*args.checkpoints, *args.baseline], args.arch)
     baselines = {path.resolve() for path in find_checkpoints(args.baseline)}
     settings = Settings(
         args.images, tuple(dict.fromkeys(args.corruptions)), tuple(sorted(set(args.severities))), args.official,

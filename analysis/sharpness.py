@@ -83,7 +83,7 @@ def run(args: Namespace) -> None:
     if args.trace_samples == 1:
         raise UsageError("--trace-samples has to be 0, or 2 and more: one sample has no standard error")
     device = pick_device(args.device)
-    checkpoints = find_checkpoints(args.checkpoints)
+    checkpoints = find_checkpoints(args.checkpoints, args.arch)
     for path in checkpoints:
         open_checkpoint(path, args)  # all of them, before the first is measured
     output = args.output or checkpoints[0].parent / "sharpness.json"

@@ -429,10 +429,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns its exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+def refuse_bad_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a sentence for what would be found out only after everything is measured."""
     if args.turns < 1 or args.batch < 2:
         parser.error("--turns has to be a whole number above 0, and --batch above 1")
     if not all(0 < sparsity < 1 for sparsity in args.sparsities):
@@ -446,6 +444,13 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("output", "picture", "page"):
         if (path := getattr(args, name)) is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name}: there is no directory '{path.parent}'")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    refuse_bad_arguments(parser, args)
     try:
         device = pick_device(args.device)
         execution, compacted = (

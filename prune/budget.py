@@ -124,9 +124,8 @@ CHANNEL_DENSITY: dict[str, Callable[[list[Shape]], float]] = {
 def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], sparsity: float) -> Counts:
     """Return how many channels each group keeps so that this sparsity is reached to within half a channel's weights.
 
-    Each group begins with one channel. Then channels are added one at a time, each to the group that is furthest below its
-    share, which CHANNEL_DENSITY says, and the nearest to the sparsity is taken. A higher sparsity never keeps more channels
-    of any group.
+    Each group begins with one channel. Then one channel after the other is added, always to the group that is furthest below
+    its share (CHANNEL_DENSITY), until the sparsity is nearest. So a higher sparsity never keeps more channels of any group.
 
     Args:
         name: a key of DISTRIBUTIONS.

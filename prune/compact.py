@@ -1,7 +1,7 @@
 """The network that is left when dead channels are taken out: smaller, and the same function.
 
-What goes is every channel of which all masks are 0: its filters and biases, its batch norm, and what reads it. Other
-zeros stay where they are, since kernels for dense tensors multiply by them as by any number.
+A channel goes if all its masks are 0: its filters and biases, its batch norm, and what reads it. Other zeros stay where they
+are, since kernels for dense tensors multiply by them as by any number.
 """
 
 import copy

@@ -101,19 +101,7 @@ class Pruner:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         self.timing = self._timing(method, total_steps)
-        if self.method.score is force and isinstance(self.pattern, Channels):
-            raise ValueError(
-                f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: "
-                "take iter-snip, or another pattern"
-            )
-        if self.method.update is not None and self.method.update.reallocates:
-            moves = f"'{method}' moves weights from layer to layer"
-            if layer_sparsity is not None:
-                raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
-            if isinstance(self.pattern, Channels):
-                raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
-            if isinstance(self.pattern, FanIn):
-                raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
+        self._refuse_patterns(method, layer_sparsity is not None)
         if self.timing is not None and interval is not None:
             steps = interval_steps(interval, steps_per_epoch)
             self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
@@ -448,6 +436,22 @@ class Pruner:
         """Return copies in the dtype, layout and device of the weights."""
         weights = self.masks.weights
         return {n: torch.empty_like(weights[n], requires_grad=False).copy_(tensor) for n, tensor in tensors.items()}
+
+    def _refuse_patterns(self, method: str, by_layer: bool) -> None:
+        """Raise ValueError for a pattern, or a sparsity by layer, that the method cannot have."""
+        if self.method.score is force and isinstance(self.pattern, Channels):
+            raise ValueError(
+                f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: "
+                "take iter-snip, or another pattern"
+            )
+        if self.method.update is not None and self.method.update.reallocates:
+            moves = f"'{method}' moves weights from layer to layer"
+            if by_layer:
+                raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
+            if isinstance(self.pattern, Channels):
+                raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
+            if isinstance(self.pattern, FanIn):
+                raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
 
     def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""

@@ -47,6 +47,9 @@ def test_networks_from_elsewhere_are_measured_where_their_function_is_named(exte
     assert (err.count("\n"), (tmp_path / "output").exists()) == (1, False)
     assert command.main([*argv, "--arch", f"{external.file}:build"]) == 0, capsys.readouterr().err
     assert command.main([str(runs / "torchvision"), *argv[1:]]) == 0
+    capsys.readouterr()
+    assert command.main([str(runs / "torchvision"), *argv[1:], "--arch", f"{external.file}:build"]) == 2
+    assert f"--arch {external.file}:build has no effect" in capsys.readouterr().err
 
 
 def test_an_own_network_whose_file_has_moved_is_measured_as_it_was(external, tmp_path, capsys):
