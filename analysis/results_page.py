@@ -13,7 +13,7 @@ from analysis.command import writing_to
 from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
-from analysis.methods_tables import methods_table
+from analysis.methods_tables import methods_table, noise_table
 from analysis.results_tables import headlines, task_section
 from experiment.study import STUDIES, TASKS
 from utils.errors import UsageError
@@ -23,7 +23,7 @@ PAGES = ("README.md", "RESULTS.md", "docs/one-step.md")
 PICTURES = Path("docs/results")
 OPENING = re.compile(r"^<!-- ledger: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- ledger: (\S+) -->\n(?:(?!<!-- ledger).*\n)*?<!-- /ledger -->$", re.MULTILINE)
-COMPARED = tuple(name for name in TASKS if name != "methods")
+COMPARED = tuple(name for name in TASKS if name not in ("methods", "methods-noise"))
 
 
 def render(root: Path, results: Path, check: bool = False) -> list[str]:
@@ -50,6 +50,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     blocks = {
         "headlines": headlines(comparisons),
         "methods": methods_table(ledgers["methods"]),
+        "methods-noise": noise_table(ledgers["methods-noise"]),
         **{task: task_section(task, ledgers[task], comparisons, results / task / "rho") for task in COMPARED},
     }
     changed, pages = [], {}

@@ -153,13 +153,17 @@ def cell_notes(rows: list[Compared]) -> str:
         )
     if direct := direct_comparisons({row.arm: row for row in rows}):
         notes.append(f"In pairs, uncorrected, with 95% intervals: {'; '.join(direct)}.")
-    if diverged := sum(row.diverged for row in rows):
-        notes.append(
-            f"{count_text(diverged, 'run')} diverged, and {'is' if diverged == 1 else 'are'} in no mean and no pair."
-        )
+    notes += diverged_note(rows)
     entries = [entry for row in rows for entry in row.runs.values()]
     notes.append(provenance(entries))
     return "\n".join(f"- {note}" for note in notes)
+
+
+def diverged_note(rows: list[Compared]) -> list[str]:
+    """Return the note on runs that diverged, if any did."""
+    count = sum(row.diverged for row in rows)
+    verb = "is" if count == 1 else "are"
+    return [f"{count_text(count, 'run')} diverged, and {verb} in no mean and no pair."] if count else []
 
 
 def direct_comparisons(rows: dict[str, Compared]) -> list[str]:

@@ -12,7 +12,8 @@ from experiment.study import TASKS, Run
 
 TASK, CELL = "digits-noise", "random-0.9"
 PAGE = "# Results\n\n" + "\n".join(
-    f"<!-- ledger: {name} -->\n<!-- /ledger -->\n" for name in ("headlines", "frontier", "sparsities", TASK, "methods")
+    f"<!-- ledger: {name} -->\n<!-- /ledger -->\n"
+    for name in ("headlines", "frontier", "sparsities", TASK, "methods", "methods-noise")
 )
 ACCURACIES = {  # by seed
     "sgd": [90.0, 91.0, 92.0],
@@ -258,3 +259,27 @@ def test_every_method_has_a_row_with_both_sparsities(checkout):
     assert rows["`oneshot` (from the run of `none`)"][:2] == ["diverged", "diverged"]
     assert rows["`final --recalibrate-bn`, CrAM+"][1:5] == ["30.00; 40.00", "", "14.5", "2.000"]
     assert "`snip`" not in rows
+
+
+def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
+    task = TASKS["methods-noise"]
+    gains = {"sam": [4.0, 4.1, 3.9, 4.2, 3.8], "msam": [2.0, -1.0, 1.0, 3.0, 0.0]}
+    for cell in task.cells:
+        for seed in task.seeds:
+            checkout.add(Run("methods-noise", cell, "sgd", seed), 90.0 + seed)
+            for arm, gain in gains.items():
+                if (cell, arm, seed) != ("set-0.9", "msam", 4):
+                    checkout.add(Run("methods-noise", cell, arm, seed), 90.0 + seed + gain[seed])
+    checkout.render()
+    text, half = checkout.page.read_text(), 2.7764451051977934 * math.sqrt(2.5 / 5)  # Student's t, 4 degrees of freedom
+    assert checkout.rows()["`dsr`"] == [
+        "92.00 ± 1.58", "96.00 ± 1.54", "**+4.00** (+3.80 to +4.20)",
+        "93.00 ± 2.24", f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})",
+    ]  # fmt: skip
+    assert checkout.rows()["`set`"][3] == "92.75 ± 2.50"
+    assert "over the table's 12 differences" in text
+    assert "over the seeds: SAM (two-step) **+4.00** (+3.80 to +4.20).\n" in text  # MSAM lacks a run
+    assert "SGD **" not in text.split("ledger: headlines")[1].split("ledger: frontier")[0]
+    checkout.add(Run("methods-noise", "set-0.9", "msam", 4), None)
+    checkout.render()
+    assert "1 run diverged, and is in no mean and no pair." in checkout.page.read_text()

@@ -13,8 +13,9 @@ from analysis.study import main
 from experiment.checks import check
 from experiment.flags import parse
 from experiment.grid import check_flags
-from experiment.study import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, cpu_study, gpu_study
+from experiment.study import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
 
+ROOT = Path(__file__).parents[2]
 # It leaves the files of a run whose accuracy on held-out images HELD_OUT has for its rho; null: it diverges.
 STAND_IN = """
 import json, os, sys
@@ -112,7 +113,7 @@ def script(name, directory, *arguments, **settings):
     """Run a script from a directory, without a number of threads in the environment."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
     environment.pop("OMP_NUM_THREADS", None)
-    command = ["bash", str(Path(__file__).parents[2] / f"scripts/{name}.sh"), *arguments]
+    command = ["bash", str(ROOT / f"scripts/{name}.sh"), *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -143,6 +144,14 @@ def test_a_rho_is_tuned_before_it_counts_and_the_most_telling_runs_come_first():
     first = [run for run in runs if not run.tuning][: 10 * len(MAIN)]
     assert {(run.task, run.cell, run.arm) for run in first} == {("digits-noise", "random-0.9", arm) for arm in MAIN}
     assert [run.seed for run in first] == [seed for seed in range(10) for _ in MAIN]
+
+
+def test_other_methods_take_the_rhos_that_the_digits_chose():
+    for arm in ("sam", "msam"):
+        chosen = json.loads((ROOT / f"results/digits-noise/rho/{arm}.json").read_text())["rho"]
+        flags = Run("methods-noise", "set-0.9", arm, 0).flags()
+        assert float(flags[flags.index("--sam-rho") + 1]) == chosen
+        assert " ".join(flags).count(ARMS[arm].flags) == 1
 
 
 def test_the_gpu_study_has_98_percent_first_and_whole_seeds():
@@ -289,7 +298,7 @@ def test_bad_input_is_refused_in_a_sentence(study, arguments, settings, words):
 
 def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study, tmp_path):
     waits = tmp_path / "waits.py"
-    waits.write_text(WAITS.format(tests=str(Path(__file__).parents[1])))
+    waits.write_text(WAITS.format(tests=str(ROOT / "tests")))
     run = "digits-noise/rigl-0.9-sgd-seed0"
     flags = (*TINY, "--compile", "off", "--only", run)
     for _ in range(3):  # on a machine that is busy, time may be over before the run begins
