@@ -54,21 +54,21 @@ class Task:
 
 # fmt: off
 SAM, ONE_STEP = "--optmzr sgd-sam", "--optmzr sgd-sam --sam-v2"
-RHOS = (0.05, 0.1, 0.2, 0.3, 0.5)  # five, as every arm has; a sixth lies beyond an end that the digits had chosen
+RHOS = (0.05, 0.1, 0.2, 0.3, 0.5)  # five, as every arm has; more where the digits chose an end
 ARMS = {
     "sgd":            Arm("SGD", "--optmzr sgd"),
     "sam":            Arm("SAM (two-step)", SAM, RHOS),
     "previous":       Arm("one-step SAM", ONE_STEP, RHOS),
     "msam":           Arm("MSAM", f"{ONE_STEP} --sam-direction momentum", (-0.3, -1, -2, -3, -5)),
-    "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8)),
+    "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
     "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
     "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.25, 0.5, 1, 2, 4, 8)),
     "late-0.1":       Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9", RHOS),
-    "late-0.25":      Arm("SAM in the last 25%", f"{SAM} --sam-from 0.75", (*RHOS, 1)),
+    "late-0.25":      Arm("SAM in the last 25%", f"{SAM} --sam-from 0.75", (*RHOS, 1, 2)),
     "every-5":        Arm("SAM every 5 steps", f"{SAM} --sam-every 5", (*RHOS, 1)),
     "previous-minus": Arm("one-step SAM, rho < 0", ONE_STEP, tuple(-rho for rho in (0.02, *RHOS))),
-    "momentum":       Arm("momentum, rho > 0", f"{ONE_STEP} --sam-direction momentum", (0.1, 0.3, 1, 2, 3, 5)),
+    "momentum":       Arm("momentum, rho > 0", f"{ONE_STEP} --sam-direction momentum", (0.03, 0.1, 0.3, 1, 2, 3, 5)),
     "ema":            Arm("average of gradients", f"{ONE_STEP} --sam-direction ema", (0.1, 0.3, 0.5, 1, 2)),
     "unmasked":       Arm("one-step SAM, unmasked", f"{ONE_STEP} --sam-unmasked", (0.1, 0.3, 0.5, 1, 2, 3)),  # its norm is spread over pruned weights
 }
