@@ -150,6 +150,10 @@ class Study(Sweep):
                     raise UsageError("it was begun with other flags")
                 if self.root:
                     same_mathematics(json.loads((directory / "args.json").read_text())["git"], self.root, "it")
+                if (directory / "result.json").exists() and not any(
+                    (directory / name).exists() for name in CHECKPOINTS
+                ):
+                    raise UsageError("it had finished, and the ledger no longer has it")
             except (OSError, ValueError, KeyError, UsageError) as error:
                 print(f"note: {run} begins anew ({error})", file=sys.stderr)
                 shutil.rmtree(directory)

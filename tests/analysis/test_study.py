@@ -238,6 +238,11 @@ def test_runs_of_a_clean_checkout_enter_the_ledger_once(study, checkout):
     again = study(*only)
     assert "2 runs, 2 of them in the ledger" in again.stdout
     assert study("--dry-run", *only).stdout == "0 runs\n"
+    (checkout / f"results/{NESTEROV}.json").unlink()
+    once_more = study(*only)
+    assert once_more.returncode == 0, once_more.stderr
+    assert "begins anew (it had finished, and the ledger no longer has it)" in once_more.stderr
+    assert json.loads((checkout / f"results/{NESTEROV}.json").read_text())["final"] == entry["final"]
 
 
 def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
