@@ -26,7 +26,9 @@ from utils.errors import UsageError
 from utils.statistics import Interval, detectable_difference, student_interval
 
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
-DIRECT = (("previous", "random"), (CONTROL, "previous"))  # what the gradient's direction buys, and what a second pass
+DIRECT = (  # what the gradient's direction buys over noise, and what a second pass buys
+    ("previous", "random"), ("msam", "random"), (CONTROL, "msam"), (CONTROL, "previous"),
+)  # fmt: skip
 NOT_RUN = "No run of it is in the ledger yet."
 
 
