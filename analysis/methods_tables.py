@@ -6,7 +6,7 @@ from statistics import mean
 
 from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final, masks
 from analysis.labels import count_text
-from analysis.results_tables import NOT_RUN, diverged_note, limits, markdown, points, provenance, spread_text
+from analysis.results_tables import NOT_RUN, diverged_note, limits, markdown, provenance, spread_text
 from experiment.study import TASKS, methods_study
 from utils.statistics import holm, paired_p, student_interval
 
@@ -66,57 +66,50 @@ def method_title(cell: str) -> str:
 
 
 def noise_table(entries: dict[str, Entry]) -> str:
-    """Return the table of methods that were trained with wrong labels: a row for each."""
+    """Return the table of methods that were trained with wrong labels: a row for each, and a column for each arm."""
     task = TASKS["methods-noise"]
     cells = {cell: {row.arm: row for row in compare("methods-noise", cell, entries)} for cell in task.cells}
-    rows = [row for arms in cells.values() for row in arms.values()]
+    rows = {(cell, arm): row for cell, arms in cells.items() for arm, row in arms.items()}
     if not rows:
         return NOT_RUN
-    p = holm([paired_p(row.differences) for row in rows])
-    told = [row for row, corrected in zip(rows, p, strict=True) if corrected < LEVEL]
-    others = [arm for arm in task.arms if arm != BASE]
-    table = [
-        ["method", task.arms[BASE].title, *(text for arm in others for text in (task.arms[arm].title, "minus SGD"))]
-    ]
+    p = dict(zip(rows, holm([paired_p(row.differences) for row in rows.values()]), strict=True))
+    others = [arm for arm in task.arms if any(arm in arms for arms in cells.values()) and arm != BASE]
+    table = [["method", task.arms[BASE].title, *(f"{task.arms[arm].title} minus SGD" for arm in others)]]
     for cell, arms in cells.items():
         if arms:
-            table.append([f"`{masks('methods-noise', cell)[0]}`", accuracies(arms.get(BASE))])
-            for row in map(arms.get, others):
-                table[-1] += [accuracies(row), difference_text(row, row in told)]
-    count = sum(not math.isnan(corrected) for corrected in p)
+            base = spread_text(final(arms[BASE].finished, "test_top1")) if BASE in arms else ""
+            differences = [difference_text(arms.get(arm), p.get((cell, arm), math.nan)) for arm in others]
+            table.append([f"`{masks('methods-noise', cell)[0]}`", base, *differences])
+    if means := [over_methods([arms.get(arm) for arms in cells.values()], len(task.seeds)) for arm in others]:
+        table.append(["mean of the methods", "", *means])
+    count = sum(not math.isnan(corrected) for corrected in p.values())
     notes = [
-        f"With 95% intervals, in pairs of the same seed. Bold: significant at {LEVEL:.0%} after Holm's correction over the "
-        f"table's {count_text(count, 'difference')}.",
-        *over_methods({arm: [arms.get(arm) for arms in cells.values()] for arm in others}, len(task.seeds)),
-        *diverged_note(rows),
-        provenance(entry for row in rows for entry in row.runs.values()),
+        "Test accuracy (%), and differences in points with their 95% intervals, in pairs of the same seed. Bold: significant at "
+        f"{LEVEL:.0%} after Holm's correction over the {count_text(count, 'difference')} of single methods. The last row is "
+        "of the seeds' means over all methods, and has no correction.",
+        *diverged_note(list(rows.values())),
+        provenance(entry for row in rows.values() for entry in row.runs.values()),
     ]
     return "\n\n".join([f"Every run: `{task.flags}`.", markdown(table), "\n".join(f"- {note}" for note in notes)])
 
 
-def accuracies(row: Compared | None) -> str:
-    """Return the test accuracy of an arm over its seeds."""
-    return spread_text(final(row.finished, "test_top1")) if row else ""
-
-
-def difference_text(row: Compared | None, bold: bool) -> str:
-    """Return an arm's difference to SGD with its interval."""
+def difference_text(row: Compared | None, p: float) -> str:
+    """Return an arm's difference to SGD with its interval, bold where p says so."""
     if row is None or row.difference is None:
         return ""
-    mark = "**" if bold else ""
-    return f"{mark}{row.difference.mean:+.2f}{mark} ({limits(row.difference)})"
+    mark = "**" if p < LEVEL else ""
+    return f"{mark}{row.difference.mean:+.2f}{mark}" + (f" ({text})" if (text := limits(row.difference)) else "")
 
 
-def over_methods(rows: dict[str, list[Compared | None]], seeds: int) -> list[str]:
-    """Return the note on the mean over all methods, of the arms that have every seed with each of them.
+def over_methods(rows: list[Compared | None], seeds: int) -> str:
+    """Return an arm's difference to SGD as a mean over all methods; nothing where a method lacks a pair.
 
     Args:
-        rows: by arm, one for each method.
-        seeds: how many there are.
+        rows: of the arm, one for each method.
+        seeds: how many pairs each has to have.
     """
-    told = [
-        f"{found[0].title} {points(student_interval([mean(values) for values in zip(*(row.differences for row in found), strict=True)]))}"
-        for arm in rows
-        if len(found := [row for row in rows[arm] if row and len(row.differences) == seeds]) == len(rows[arm])
-    ]
-    return [f"Mean over the methods, minus SGD, with 95% intervals over the seeds: {'; '.join(told)}."] if told else []
+    whole = [row.differences for row in rows if row and len(row.differences) == seeds]
+    if len(whole) < len(rows):
+        return ""
+    difference = student_interval([mean(values) for values in zip(*whole, strict=True)])
+    return f"{difference.mean:+.2f} ({limits(difference)})"

@@ -23,11 +23,12 @@ from analysis.study import best_rho, tuning_runs
 from analysis.text_table import mean_and_std_text
 from experiment.study import TASKS, TUNING_SEEDS, Run
 from utils.errors import UsageError
-from utils.statistics import Interval, detectable_difference, student_interval
+from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
-DIRECT = (  # what the gradient's direction buys over noise, and what a second pass buys
-    ("previous", "random"), ("msam", "random"), (CONTROL, "msam"), (CONTROL, "previous"),
+DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
+    ("previous", "random"), ("msam", "random"), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
+    (CONTROL, "late-0.25"),
 )  # fmt: skip
 NOT_RUN = "No run of it is in the ledger yet."
 
@@ -88,7 +89,8 @@ def task_section(
                 f"### {TASKS[task].title}: {cell_title(task, cell)}",
                 f"`{flags}`",
                 cell_table(rows),
-                cell_notes(rows),
+                cell_notes(rows, len(TASKS[task].seeds)),
+                *direct_table({row.arm: row for row in rows}),
             ]
     if tuned := tuning_table(task, entries, rhos):
         parts += [f"### {TASKS[task].title}: the choice of rho", tuned]
@@ -132,8 +134,13 @@ def eigenvalue_text(values: list[float]) -> str:
     return mean_and_std_text(values) if len(values) > 1 else f"{values[0]:.4g}" if values else ""
 
 
-def cell_notes(rows: list[Compared]) -> str:
-    """Return what a cell's table says, what it could have said, and what it cost."""
+def cell_notes(rows: list[Compared], seeds: int) -> str:
+    """Return what a cell's table says, what it could have said, and what it cost.
+
+    Args:
+        rows: of the table.
+        seeds: how many runs an arm is to have.
+    """
     notes, tested = [], [row for row in rows if not math.isnan(row.p)]
     if tested:
         groups = {1: "above SGD", -1: "below SGD", 0: "not told apart from SGD"}
@@ -153,8 +160,8 @@ def cell_notes(rows: list[Compared]) -> str:
             f"a true difference of {detectable_difference(spread, count):.2f} points is found in 80% of cases at {LEVEL:.0%}, "
             "uncorrected."
         )
-    if direct := direct_comparisons({row.arm: row for row in rows}):
-        notes.append(f"In pairs, uncorrected, with 95% intervals: {'; '.join(direct)}.")
+    if lacking := [f"*{row.title}* {seeds - len(row.runs)}" for row in rows if len(row.runs) < seeds]:
+        notes.append(f"Runs that are not in the ledger yet: {', '.join(lacking)}.")
     notes += diverged_note(rows)
     entries = [entry for row in rows for entry in row.runs.values()]
     notes.append(provenance(entries))
@@ -168,15 +175,21 @@ def diverged_note(rows: list[Compared]) -> list[str]:
     return [f"{count_text(count, 'run')} diverged, and {verb} in no mean and no pair."] if count else []
 
 
-def direct_comparisons(rows: dict[str, Compared]) -> list[str]:
-    """Return differences between two arms neither of which is SGD."""
-    told = []
-    for arm, other in DIRECT:
-        if arm in rows and other in rows:
-            differences = pairs(rows[arm].runs, rows[other].runs)
-            if len(differences) >= FEWEST:
-                told.append(f"{rows[arm].title} minus {rows[other].title} {points(student_interval(differences))}")
-    return told
+def direct_table(rows: dict[str, Compared]) -> list[str]:
+    """Return a table of the differences between two arms neither of which is SGD; nothing without one.
+
+    Args:
+        rows: by arm.
+    """
+    found = {both: pairs(rows[both[0]].runs, rows[both[1]].runs) for both in DIRECT if rows.keys() >= set(both)}
+    told = {both: differences for both, differences in found.items() if len(differences) >= FEWEST}
+    corrected = holm([paired_p(differences) for differences in told.values()])
+    table = [["in pairs", "difference (points)", "95% interval", "pairs", "p (Holm)"]]
+    for ((arm, other), differences), p in zip(told.items(), corrected, strict=True):
+        difference = student_interval(differences)
+        title = f"{rows[arm].title} minus {rows[other].title}"
+        table.append([title, f"{difference.mean:+.2f}", limits(difference), str(len(differences)), p_text(p)])
+    return [markdown(table)] if told else []
 
 
 def provenance(entries: Iterable[Entry]) -> str:

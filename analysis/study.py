@@ -119,7 +119,13 @@ class Study(Sweep):
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(path, json.dumps(best_rho(trials, self.ledgers[task].entries)) + "\n")
-            self.chosen[task, arm] = json.loads(path.read_text())["rho"]
+            chosen = json.loads(path.read_text())
+            if (tried := chosen.get("held_out")) and tried.keys() != {f"{rho:g}" for rho in TASKS[task].arms[arm].rhos}:
+                print(
+                    f"note: '{path}' was chosen from other rhos than experiment/study.py has: remove it to choose again",
+                    file=sys.stderr,
+                )
+            self.chosen[task, arm] = chosen["rho"]
 
     def next_run(self, left: list[str], running: set[str]) -> str | None:
         """Return the first run that is missing and can start now."""
@@ -150,10 +156,8 @@ class Study(Sweep):
                     raise UsageError("it was begun with other flags")
                 if self.root:
                     same_mathematics(json.loads((directory / "args.json").read_text())["git"], self.root, "it")
-                if (directory / "result.json").exists() and not any(
-                    (directory / name).exists() for name in CHECKPOINTS
-                ):
-                    raise UsageError("it had finished, and the ledger no longer has it")
+                if not any((directory / name).exists() for name in CHECKPOINTS[:2]):  # best.pt is none to go on from
+                    raise UsageError("it left no checkpoint to go on from")
             except (OSError, ValueError, KeyError, UsageError) as error:
                 print(f"note: {run} begins anew ({error})", file=sys.stderr)
                 shutil.rmtree(directory)

@@ -99,7 +99,8 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
     assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
     assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
-    assert "SAM (two-step) minus one-step SAM **+2.83** (+0.69 to +4.98)." in text  # 3.0, 3.6 and 1.9
+    assert rows["SAM (two-step) minus one-step SAM"] == ["+2.83", "+0.69 to +4.98", "3", "0.030"]  # 3.0, 3.6 and 1.9
+    assert "not in the ledger yet: *SGD* 7, *SAM (two-step)* 7, *one-step SAM* 7." in text
     assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
     assert "(90% sparse, random, 3 seeds)" in text
     assert "one-step SAM **+1.17** (-0.73 to +3.06); two-step SAM **+4.00** (+3.75 to +4.25)" in text
@@ -271,15 +272,28 @@ def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
                 if (cell, arm, seed) != ("set-0.9", "msam", 4):
                     checkout.add(Run("methods-noise", cell, arm, seed), 90.0 + seed + gain[seed])
     checkout.render()
-    text, half = checkout.page.read_text(), 2.7764451051977934 * math.sqrt(2.5 / 5)  # Student's t, 4 degrees of freedom
-    assert checkout.rows()["`dsr`"] == [
-        "92.00 ± 1.58", "96.00 ± 1.54", "**+4.00** (+3.80 to +4.20)",
-        "93.00 ± 2.24", f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})",
-    ]  # fmt: skip
-    assert checkout.rows()["`set`"][3] == "92.75 ± 2.50"
-    assert "over the table's 12 differences" in text
-    assert "over the seeds: SAM (two-step) **+4.00** (+3.80 to +4.20).\n" in text  # MSAM lacks a run
-    assert "SGD **" not in text.split("ledger: headlines")[1].split("ledger: frontier")[0]
+    half = 2.7764451051977934 * math.sqrt(2.5 / 5)  # Student's t at 0.975 with 4 degrees of freedom, from a table
+    rows = checkout.rows()
+    assert rows["method"] == ["SGD", "SAM (two-step) minus SGD", "MSAM minus SGD"]
+    assert rows["`dsr`"] == [
+        "92.00 ± 1.58",
+        "**+4.00** (+3.80 to +4.20)",
+        f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})",
+    ]
+    assert rows["`set`"][2].startswith("+1.25 (")
+    assert rows["mean of the methods"] == ["", "+4.00 (+3.80 to +4.20)", ""]  # MSAM lacks a run
+    assert "correction over the 12 differences" in checkout.page.read_text()
     checkout.add(Run("methods-noise", "set-0.9", "msam", 4), None)
     checkout.render()
+    assert checkout.rows()["mean of the methods"][2] == ""
     assert "1 run diverged, and is in no mean and no pair." in checkout.page.read_text()
+
+
+def test_methods_with_wrong_labels_are_shown_while_runs_are_missing(checkout):
+    checkout.add(Run("methods-noise", "lth-0.9", "sgd", 0), 90.0)
+    checkout.add(Run("methods-noise", "lth-0.9", "sam", 0), 94.0)
+    checkout.add(Run("methods-noise", "set-0.9", "sam", 0), 94.0)
+    assert checkout.render() == 0
+    rows = checkout.rows()
+    assert (rows["`lth`"], rows["`set`"]) == (["90.00", "+4.00"], ["", ""])
+    assert "`dsr`" not in rows

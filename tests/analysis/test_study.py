@@ -208,9 +208,11 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     diverged = json.loads((results / "digits-noise/tune-random-0.9-late-0.1-rho0.3-seed100.json").read_text())
     assert diverged["state"] == "diverged"
 
-    (results / "digits-noise/rho/late-0.1.json").write_text('{"rho": 0.2}')
-    (command,) = commands(study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1"))
+    (results / "digits-noise/rho/late-0.1.json").write_text('{"rho": 0.2, "held_out": {"0.2": 70}}')
+    listed = study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
+    (command,) = commands(listed)
     assert value("--sam-rho", command) == "0.2"  # what is written down, whatever the runs say
+    assert "late-0.1.json' was chosen from other rhos than experiment/study.py has" in listed.stderr
 
 
 def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
@@ -220,6 +222,11 @@ def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
     assert rho_of(study.output / "results")["rho"] is None
     assert "digits-noise: 10 runs in" in done.stdout
     assert "0 missing" in done.stdout
+
+    next((study.output / "results/digits-noise").glob("tune-*.json")).unlink()
+    again = study("--only", TUNED, EPOCHS="1", HELD_OUT=json.dumps(held_out))
+    assert again.returncode == 0, again.stderr
+    assert "begins anew (it left no checkpoint to go on from)" in again.stderr
 
 
 def test_a_run_that_waits_for_a_rho_is_counted_and_not_begun(study):
@@ -244,7 +251,7 @@ def test_runs_of_a_clean_checkout_enter_the_ledger_once(study, checkout):
     (checkout / f"results/{NESTEROV}.json").unlink()
     once_more = study(*only)
     assert once_more.returncode == 0, once_more.stderr
-    assert "begins anew (it had finished, and the ledger no longer has it)" in once_more.stderr
+    assert "begins anew (it left no checkpoint to go on from)" in once_more.stderr
     assert json.loads((checkout / f"results/{NESTEROV}.json").read_text())["final"] == entry["final"]
 
 
