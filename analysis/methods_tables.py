@@ -6,9 +6,9 @@ from statistics import mean
 
 from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final, masks
 from analysis.labels import count_text
-from analysis.results_tables import NOT_RUN, diverged_note, limits, markdown, provenance, spread_text
+from analysis.results_tables import HEADLINE, NOT_RUN, diverged_note, limits, markdown, points, provenance, spread_text
 from experiment.study import TASKS, methods_study
-from utils.statistics import holm, paired_p, student_interval
+from utils.statistics import Interval, holm, paired_p, student_interval
 
 
 def methods_table(entries: dict[str, Entry]) -> str:
@@ -65,10 +65,16 @@ def method_title(cell: str) -> str:
     return f"`{name}`" + (" (from the run of `none`)" if pretrained else "")
 
 
+def compared_methods(entries: dict[str, Entry]) -> dict[str, dict[str, Compared]]:
+    """Return the arms of each method that was trained with wrong labels, by cell and arm."""
+    return {
+        cell: {row.arm: row for row in compare("methods-noise", cell, entries)} for cell in TASKS["methods-noise"].cells
+    }
+
+
 def noise_table(entries: dict[str, Entry]) -> str:
     """Return the table of methods that were trained with wrong labels: a row for each, and a column for each arm."""
-    task = TASKS["methods-noise"]
-    cells = {cell: {row.arm: row for row in compare("methods-noise", cell, entries)} for cell in task.cells}
+    task, cells = TASKS["methods-noise"], compared_methods(entries)
     rows = {(cell, arm): row for cell, arms in cells.items() for arm, row in arms.items()}
     if not rows:
         return NOT_RUN
@@ -80,8 +86,9 @@ def noise_table(entries: dict[str, Entry]) -> str:
             base = spread_text(final(arms[BASE].finished, "test_top1")) if BASE in arms else ""
             differences = [difference_text(arms.get(arm), p.get((cell, arm), math.nan)) for arm in others]
             table.append([f"`{masks('methods-noise', cell)[0]}`", base, *differences])
-    if means := [over_methods([arms.get(arm) for arms in cells.values()], len(task.seeds)) for arm in others]:
-        table.append(["mean of the methods", "", *means])
+    if others:
+        means = {arm: over_methods(cells, arm) for arm in others}
+        table.append(["mean of the methods", "", *(interval_text(found) if found else "" for found in means.values())])
     count = sum(not math.isnan(corrected) for corrected in p.values())
     notes = [
         "Test accuracy (%), and differences in points with their 95% intervals, in pairs of the same seed. Bold: significant at "
@@ -97,19 +104,27 @@ def difference_text(row: Compared | None, p: float) -> str:
     """Return an arm's difference to SGD with its interval, bold where p says so."""
     if row is None or row.difference is None:
         return ""
-    mark = "**" if p < LEVEL else ""
-    return f"{mark}{row.difference.mean:+.2f}{mark}" + (f" ({text})" if (text := limits(row.difference)) else "")
+    text = interval_text(row.difference)
+    return f"**{text}**" if p < LEVEL else text
 
 
-def over_methods(rows: list[Compared | None], seeds: int) -> str:
-    """Return an arm's difference to SGD as a mean over all methods; nothing where a method lacks a pair.
+def over_methods(cells: dict[str, dict[str, Compared]], arm: str) -> Interval | None:
+    """Return an arm's difference to SGD as a mean over all methods; None where a method lacks a pair."""
+    rows = [arms[arm].differences for arms in cells.values() if arm in arms]
+    if [len(row) for row in rows] != [len(TASKS["methods-noise"].seeds)] * len(cells):
+        return None
+    return student_interval([mean(differences) for differences in zip(*rows, strict=True)])
 
-    Args:
-        rows: of the arm, one for each method.
-        seeds: how many pairs each has to have.
-    """
-    whole = [row.differences for row in rows if row and len(row.differences) == seeds]
-    if len(whole) < len(rows):
-        return ""
-    difference = student_interval([mean(values) for values in zip(*whole, strict=True)])
-    return f"{difference.mean:+.2f} ({limits(difference)})"
+
+def interval_text(difference: Interval) -> str:
+    """Return a difference with its interval, as far as it has one."""
+    return f"{difference.mean:+.2f}" + (f" ({text})" if (text := limits(difference)) else "")
+
+
+def noise_headline(entries: dict[str, Entry]) -> str:
+    """Return what the arms changed on average over the methods; "" without one that has every run."""
+    cells = compared_methods(entries)
+    means = {title: over_methods(cells, arm) for arm, title in HEADLINE.items()}
+    told = "; ".join(f"{title} {points(found)}" for title, found in means.items() if found)
+    methods = ", ".join(f"`{masks('methods-noise', cell)[0]}`" for cell in cells)
+    return f"- **Other methods** on these digits ({methods}), the mean over them minus SGD: {told}." if told else ""

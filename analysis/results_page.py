@@ -13,7 +13,7 @@ from analysis.command import writing_to
 from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
-from analysis.methods_tables import methods_table, noise_table
+from analysis.methods_tables import methods_table, noise_headline, noise_table
 from analysis.results_tables import headlines, task_section
 from experiment.study import STUDIES, TASKS
 from utils.errors import UsageError
@@ -48,7 +48,8 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
         "sparsities": results_pictures.sparsities(comparisons),
     }
     blocks = {
-        "headlines": headlines(comparisons),
+        "headlines": "\n".join(filter(None, [headlines(comparisons), noise_headline(ledgers["methods-noise"])]))
+        or "No comparison is in the ledger yet.",
         "methods": methods_table(ledgers["methods"]),
         "methods-noise": noise_table(ledgers["methods-noise"]),
         **{task: task_section(task, ledgers[task], comparisons, results / task / "rho") for task in COMPARED},

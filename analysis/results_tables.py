@@ -40,7 +40,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
-    """Return what one and two steps changed in the first cell of each task: accuracy and, where measured, sharpness."""
+    """Return what one and two steps changed in the first cell of each task, accuracy and sharpness; "" without runs."""
     lines = []
     for task in TASKS:
         cell = next(iter(TASKS[task].cells))
@@ -57,7 +57,7 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
             f"{title} {measured[arm]:.3g}" for arm, title in ({BASE: "SGD"} | HEADLINE).items() if arm in measured
         ]:
             lines.append(f"- **Sharpness** there, the largest eigenvalue of the Hessian at the end: {'; '.join(told)}.")
-    return "\n".join(lines) or "No comparison is in the ledger yet."
+    return "\n".join(lines)
 
 
 def points(difference: Interval | None) -> str:

@@ -277,11 +277,14 @@ def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
     assert rows["method"] == ["SGD", "SAM (two-step) minus SGD", "MSAM minus SGD"]
     assert rows["`dsr`"] == [
         "92.00 ± 1.58",
-        "**+4.00** (+3.80 to +4.20)",
+        "**+4.00 (+3.80 to +4.20)**",
         f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})",
     ]
     assert rows["`set`"][2].startswith("+1.25 (")
     assert rows["mean of the methods"] == ["", "+4.00 (+3.80 to +4.20)", ""]  # MSAM lacks a run
+    headline = checkout.page.read_text().split("frontier -->")[0]
+    assert "minus SGD: two-step SAM **+4.00** (+3.80 to +4.20).\n" in headline
+    assert "No comparison" not in headline
     assert "correction over the 12 differences" in checkout.page.read_text()
     checkout.add(Run("methods-noise", "set-0.9", "msam", 4), None)
     checkout.render()
