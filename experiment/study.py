@@ -123,8 +123,8 @@ NOISE_ARMS = {"sgd": ARMS["sgd"]} | {
 }
 
 # The paper's own network at its own length. It took rho = 0.05, and weight decay 1e-4 for SGD and 5e-4 for SAM. RigL stands
-# for its methods. Nothing is tuned here: 0.3 is what the digits with label noise chose for one-step SAM, the other rhos are
-# common ones for CIFAR-10.
+# for its methods. Nothing is tuned here: 0.3 and 8 are what the digits with label noise chose for one-step SAM and random
+# directions, the other rhos are common ones for CIFAR-10.
 PAPER = "--arch resnet --depth 32 --width 2 --epochs 160"
 PAPER_CELLS = {
     f"rigl-{sparsity}-batch{batch}": f"--prune-method rigl {SPARSE} {sparsity} --batch-size {batch}"
@@ -138,6 +138,7 @@ PAPER_ARMS = {
     "msam":         Arm("MSAM", f"{ONE_STEP} --sam-direction momentum --sam-rho -3"),
     "sgd-1e-4":     ARMS["sgd-1e-4"],
     "late-0.1":     Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9 --sam-rho 0.1"),
+    "random":       Arm("random", f"{ONE_STEP} --sam-direction random --sam-rho 8"),
 }
 
 TASKS = {
