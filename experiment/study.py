@@ -84,7 +84,7 @@ CELLS = {
     "dense":       "--prune-method none",
 }
 DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch resnet --depth 20 --precision fp32 --compile off"
-CIFAR_PART = "--image-size 16 --train-images 1000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 4 --precision fp32 --compile off --eval-every 10"
+CIFAR_PART = "--image-size 16 --train-images 1000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 4 --precision fp32 --compile off --eval-every 100"
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
