@@ -1,6 +1,5 @@
 """The study's tables, in Markdown: every arm of a cell beside SGD, and the choice of each rho."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,10 +18,9 @@ from analysis.comparison import (
     pairs,
 )
 from analysis.labels import accuracy_text, count_text
-from analysis.study import best_rho, tuning_runs
+from analysis.study import best_rho, read_rho, tuning_runs
 from analysis.text_table import mean_and_std_text
 from experiment.study import TASKS, TUNING_SEEDS, Run
-from utils.errors import UsageError
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
@@ -247,10 +245,7 @@ def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
 def chosen_rho(trials: list[Run], entries: dict[str, Entry], file: Path) -> float | None:
     """Return the rho that stands in an arm's runs; None as long as none is chosen."""
     if file.exists():
-        try:
-            return json.loads(file.read_text())["rho"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"cannot read '{file}' ({error}): restore it from git, or remove it") from error
+        return read_rho(file)["rho"]
     whole = len(trials) == len(TUNING_SEEDS) * len(TASKS[trials[0].task].arms[trials[0].arm].rhos)
     return best_rho(trials, entries)["rho"] if whole else None
 

@@ -119,7 +119,7 @@ class Study(Sweep):
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(path, json.dumps(best_rho(trials, self.ledgers[task].entries)) + "\n")
-            chosen = json.loads(path.read_text())
+            chosen = read_rho(path)
             if (tried := chosen.get("held_out")) and tried.keys() != {f"{rho:g}" for rho in TASKS[task].arms[arm].rhos}:
                 print(
                     f"note: '{path}' was chosen from other rhos than experiment/study.py has: remove it to choose again",
@@ -238,6 +238,18 @@ def best_rho(trials: list[Run], entries: dict[str, dict]) -> dict:
         means[rho] = round(mean(entry["epochs"]["val_top1"][-1] for entry in tried), 3) if alive else None
     known = [(value, -abs(rho), rho) for rho, value in means.items() if value is not None]
     return {"rho": max(known)[2] if known else None, "held_out": {f"{rho:g}": value for rho, value in means.items()}}
+
+
+def read_rho(path: Path) -> dict:
+    """Return what a file has that `best_rho` was written to. Raises UsageError where it has no rho."""
+    try:
+        chosen = json.loads(path.read_text())
+        chosen["rho"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"cannot read '{path}' ({error}): restore it from git, or remove it to choose again"
+        ) from error
+    return chosen
 
 
 def dirty(root: Path) -> bool:

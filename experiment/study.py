@@ -110,8 +110,8 @@ METHOD_ARMS = {
     "safe":     Arm("SAFE", "--optmzr sgd-safe"),
 }
 
-# Whether they lift other methods, too: six of those above, by the mean of their two accuracies at 90%, and LTH once. The rhos
-# are those that the digits chose. LTH and LAMP train four times the length.
+# Whether SAM and the one-step rules lift other methods, too: the six above whose two accuracies at 90% have the highest mean,
+# LTH once. The rhos are those that the digits chose. LTH and LAMP train four times the length.
 NOISE_CELLS = {
     "lth-0.9": PER_METHOD["lth-keep-0.9"],
     "lamp-0.9": PER_METHOD["lamp-0.9"],

@@ -213,6 +213,11 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     (command,) = commands(listed)
     assert value("--sam-rho", command) == "0.2"  # what is written down, whatever the runs say
     assert "late-0.1.json' was chosen from other rhos than experiment/study.py has" in listed.stderr
+    (results / "digits-noise/rho/late-0.1.json").write_text("{}")
+    refused = study("--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
+    assert refused.returncode == 2
+    assert "restore it from git, or remove it to choose again" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
