@@ -84,7 +84,8 @@ CELLS = {
     "dense":       "--prune-method none",
 }
 DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch resnet --depth 20 --precision fp32 --compile off"
-CIFAR_PART = "--image-size 16 --train-images 1000 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 4 --precision fp32 --compile off --eval-every 100"
+# Seeds 0 and 1 chose the size, by two-step SAM against SGD, and are not among those that count.
+CIFAR_PART = "--image-size 16 --train-images 500 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 2 --precision fp32 --compile off --eval-every 100"
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
@@ -143,8 +144,8 @@ PAPER_ARMS = {
 
 TASKS = {
     "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), 237, MAIN),
-    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(5)), 400, images="folder"),
-    "cifar-clean": Task("A part of CIFAR-10", CIFAR_PART, CELLS, ARMS, tuple(range(5)), 400, images="folder"),
+    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, images="folder"),
+    "cifar-clean": Task("A part of CIFAR-10", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, images="folder"),
     "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
     "methods-noise": Task("Digits, 40% of the training labels wrong: other methods", DIGITS, NOISE_CELLS, NOISE_ARMS, tuple(range(5))),
     "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
@@ -217,15 +218,14 @@ def cpu_study() -> Iterator[Run]:
     yield from finals("digits-noise", (first,), MAIN)
     yield from tuning("digits-noise", OTHERS)
     yield from finals("digits-noise", (first,), OTHERS)
-    yield from tuning("cifar-noise", MAIN)
-    yield from finals("cifar-noise", (first,), MAIN)
+    for task in ("cifar-noise", "cifar-clean"):
+        yield from tuning(task, MAIN)
+        yield from finals(task, (first,), MAIN)
     yield from methods_study()
     yield from finals("methods-noise", tuple(NOISE_CELLS), ("sgd", "sam", "msam"))
     yield from finals("methods-noise", tuple(NOISE_CELLS), ("previous", "random"))
     yield from finals("digits-noise", tuple(others), MAIN)
     yield from finals("digits-noise", tuple(others), OTHERS)
-    yield from tuning("cifar-clean", MAIN)
-    yield from finals("cifar-clean", (first,), MAIN)
     for task in ("cifar-noise", "cifar-clean"):
         yield from tuning(task, OTHERS)
         yield from finals(task, (first,), OTHERS)
