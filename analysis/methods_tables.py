@@ -6,9 +6,9 @@ from statistics import mean
 
 from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final, masks
 from analysis.labels import count_text
-from analysis.results_tables import HEADLINE, NOT_RUN, diverged_note, limits, markdown, points, provenance, spread_text
+from analysis.results_tables import HEADLINE, NOT_RUN, diverged_note, markdown, points, provenance, spread_text
 from experiment.study import TASKS, methods_study
-from utils.statistics import Interval, holm, paired_p, student_interval
+from utils.statistics import holm, paired_p, student_interval
 
 
 def methods_table(entries: dict[str, Entry]) -> str:
@@ -84,47 +84,39 @@ def noise_table(entries: dict[str, Entry]) -> str:
     for cell, arms in cells.items():
         if arms:
             base = spread_text(final(arms[BASE].finished, "test_top1")) if BASE in arms else ""
-            differences = [difference_text(arms.get(arm), p.get((cell, arm), math.nan)) for arm in others]
+            differences = [points(arms[arm].difference, p[cell, arm]) if arm in arms else "" for arm in others]
             table.append([f"`{masks('methods-noise', cell)[0]}`", base, *differences])
     if others:
-        means = {arm: over_methods(cells, arm) for arm in others}
-        table.append(["mean of the methods", "", *(interval_text(found) if found else "" for found in means.values())])
+        table.append(["mean of the methods", "", *over_methods(cells, others)])
     count = sum(not math.isnan(corrected) for corrected in p.values())
     notes = [
         "Test accuracy (%), and differences in points with their 95% intervals, in pairs of the same seed. Bold: significant at "
         f"{LEVEL:.0%} after Holm's correction over the {count_text(count, 'difference')} of single methods. The last row is "
-        "of the seeds' means over all methods, and has no correction.",
+        "of the seeds' means over all methods, corrected over its own differences.",
         *diverged_note(list(rows.values())),
         provenance(entry for row in rows.values() for entry in row.runs.values()),
     ]
     return "\n\n".join([f"Every run: `{task.flags}`.", markdown(table), "\n".join(f"- {note}" for note in notes)])
 
 
-def difference_text(row: Compared | None, p: float) -> str:
-    """Return an arm's difference to SGD with its interval, bold where p says so."""
-    if row is None or row.difference is None:
-        return ""
-    text = interval_text(row.difference)
-    return f"**{text}**" if p < LEVEL else text
+def over_methods(cells: dict[str, dict[str, Compared]], arms: list[str]) -> list[str]:
+    """Return each arm's difference to SGD as a mean over all methods, bold where it stands after Holm's correction over the arms.
 
-
-def over_methods(cells: dict[str, dict[str, Compared]], arm: str) -> Interval | None:
-    """Return an arm's difference to SGD as a mean over all methods; None where a method lacks a pair."""
-    rows = [arms[arm].differences for arms in cells.values() if arm in arms]
-    if [len(row) for row in rows] != [len(TASKS["methods-noise"].seeds)] * len(cells):
-        return None
-    return student_interval([mean(differences) for differences in zip(*rows, strict=True)])
-
-
-def interval_text(difference: Interval) -> str:
-    """Return a difference with its interval, as far as it has one."""
-    return f"{difference.mean:+.2f}" + (f" ({text})" if (text := limits(difference)) else "")
+    It is "" for an arm that lacks a pair with some method.
+    """
+    seeds, means = len(TASKS["methods-noise"].seeds), {}
+    for arm in arms:
+        rows = [found[arm].differences for found in cells.values() if arm in found]
+        if [len(row) for row in rows] == [seeds] * len(cells):
+            means[arm] = [mean(differences) for differences in zip(*rows, strict=True)]
+    p = dict(zip(means, holm([paired_p(values) for values in means.values()]), strict=True))
+    return [points(student_interval(means[arm]), p[arm]) if arm in means else "" for arm in arms]
 
 
 def noise_headline(entries: dict[str, Entry]) -> str:
     """Return what the arms changed on average over the methods; "" without one that has every run."""
     cells = compared_methods(entries)
-    means = {title: over_methods(cells, arm) for arm, title in HEADLINE.items()}
-    told = "; ".join(f"{title} {points(found)}" for title, found in means.items() if found)
+    means = zip(HEADLINE.values(), over_methods(cells, list(HEADLINE)), strict=True)
+    told = "; ".join(f"{title} {text}" for title, text in means if text)
     methods = ", ".join(f"`{masks('methods-noise', cell)[0]}`" for cell in cells)
-    return f"- **Other methods** on these digits ({methods}), the mean over them minus SGD: {told}." if told else ""
+    return f"- **Other methods** on these digits ({methods}), the mean over them: {told}." if told else ""

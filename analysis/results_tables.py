@@ -28,6 +28,10 @@ DIRECT = (  # what a direction buys over noise and over another one, and what a 
     ("previous", "random"), ("msam", "random"), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
     (CONTROL, "late-0.25"),
 )  # fmt: skip
+HEADLINES_ARE = (
+    "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
+    f"{LEVEL:.0%} after Holm's correction over all arms of its table."
+)
 NOT_RUN = "No run of it is in the ledger yet."
 
 
@@ -45,11 +49,11 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
         rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
         if "previous" not in rows:
             continue
-        parts = [f"{title} {points(rows[arm].difference)}" for arm, title in HEADLINE.items() if arm in rows]
+        parts = [
+            f"{title} {points(rows[arm].difference, rows[arm].p)}" for arm, title in HEADLINE.items() if arm in rows
+        ]
         where = f"{cell_title(task, cell)}, {count_text(len(rows['previous'].differences), 'seed')}"
-        lines.append(
-            f"- **{TASKS[task].title}** ({where}), minus SGD in points of test accuracy, with 95% intervals: {'; '.join(parts)}."
-        )
+        lines.append(f"- **{TASKS[task].title}** ({where}): {'; '.join(parts)}.")
         measured = {row.arm: mean(row.eigenvalues) for row in comparisons[task, cell] if row.eigenvalues}
         if told := [
             f"{title} {measured[arm]:.3g}" for arm, title in ({BASE: "SGD"} | HEADLINE).items() if arm in measured
@@ -58,10 +62,12 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
     return "\n".join(lines)
 
 
-def points(difference: Interval | None) -> str:
-    """Return a difference with its interval."""
-    assert difference is not None
-    return f"**{difference.mean:+.2f}** ({limits(difference)})"
+def points(difference: Interval | None, p: float) -> str:
+    """Return a difference with its interval, as far as it has them, bold where p says so."""
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.2f}" + (f" ({interval})" if (interval := limits(difference)) else "")
+    return f"**{text}**" if p < LEVEL else text
 
 
 def limits(difference: Interval) -> str:
@@ -155,8 +161,9 @@ def cell_notes(rows: list[Compared], seeds: int) -> str:
         )
         notes.append(
             f"Power: with {count} pairs whose differences have a standard deviation of {spread:.2f} points (the arms' median), "
-            f"a true difference of {detectable_difference(spread, count):.2f} points is found in 80% of cases at {LEVEL:.0%}, "
-            "uncorrected."
+            f"a true difference of {detectable_difference(spread, count):.2f} points is found in 80% of cases at {LEVEL:.0%} without "
+            f"a correction, and one of {detectable_difference(spread, count, level=LEVEL / len(tested)):.2f} points at Holm's "
+            "strictest step."
         )
     if lacking := [f"*{row.title}* {seeds - len(row.runs)}" for row in rows if len(row.runs) < seeds]:
         notes.append(f"Runs that are not in the ledger yet: {', '.join(lacking)}.")

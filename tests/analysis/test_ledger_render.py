@@ -5,6 +5,8 @@ import math
 import re
 
 import pytest
+from scipy.stats import nct
+from scipy.stats import t as student
 
 from analysis.comparison import compare
 from analysis.ledger import Ledger, main
@@ -99,11 +101,16 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
     assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
     assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
+    for difference, level in zip(
+        re.findall(r"([\d.]+) points (?:is found|at Holm's)", text), (0.05, 0.025), strict=True
+    ):
+        shift, limit = float(difference) / (0.432 / math.sqrt(3)), student.ppf(1 - level / 2, 2)
+        assert nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=0.01)
     assert rows["SAM (two-step) minus one-step SAM"] == ["+2.83", "+0.69 to +4.98", "3", "0.030"]  # 3.0, 3.6 and 1.9
     assert "not in the ledger yet: *SGD* 7, *SAM (two-step)* 7, *one-step SAM* 7." in text
     assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
     assert "(90% sparse, random, 3 seeds)" in text
-    assert "one-step SAM **+1.17** (-0.73 to +3.06); two-step SAM **+4.00** (+3.75 to +4.25)" in text
+    assert "one-step SAM +1.17 (-0.73 to +3.06); two-step SAM **+4.00 (+3.75 to +4.25)**" in text
     assert "the largest eigenvalue of the Hessian at the end: one-step SAM 320." in text
 
 
@@ -281,15 +288,31 @@ def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
         f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})",
     ]
     assert rows["`set`"][2].startswith("+1.25 (")
-    assert rows["mean of the methods"] == ["", "+4.00 (+3.80 to +4.20)", ""]  # MSAM lacks a run
+    assert rows["mean of the methods"] == ["", "**+4.00 (+3.80 to +4.20)**", ""]  # MSAM lacks a run
     headline = checkout.page.read_text().split("frontier -->")[0]
-    assert "minus SGD: two-step SAM **+4.00** (+3.80 to +4.20).\n" in headline
+    assert "the mean over them: two-step SAM **+4.00 (+3.80 to +4.20)**.\n" in headline
     assert "No comparison" not in headline
     assert "correction over the 12 differences" in checkout.page.read_text()
     checkout.add(Run("methods-noise", "set-0.9", "msam", 4), None)
     checkout.render()
     assert checkout.rows()["mean of the methods"][2] == ""
     assert "1 run diverged, and is in no mean and no pair." in checkout.page.read_text()
+
+
+def test_means_over_methods_are_corrected_over_the_arms(checkout):
+    task = TASKS["methods-noise"]
+    gains = {"sgd": 0.0, "sam": 1.0, "msam": 2.0}  # the same t for both, whose p of 0.030 is doubled
+    for cell in task.cells:
+        for seed, gain in zip(task.seeds, [3.0, 1.0, 0.8, 2.0, 0.6], strict=True):
+            for arm in ("sgd", "sam"):
+                checkout.add(Run("methods-noise", cell, arm, seed), 90.0 + gain * gains[arm])
+    checkout.render()
+    assert checkout.rows()["mean of the methods"][1].startswith("**+1.48 (")
+    for cell in task.cells:
+        for seed, gain in zip(task.seeds, [3.0, 1.0, 0.8, 2.0, 0.6], strict=True):
+            checkout.add(Run("methods-noise", cell, "msam", seed), 90.0 + gain * gains["msam"])
+    checkout.render()
+    assert [text[:7] for text in checkout.rows()["mean of the methods"][1:]] == ["+1.48 (", "+2.96 ("]
 
 
 def test_methods_with_wrong_labels_are_shown_while_runs_are_missing(checkout):
