@@ -14,7 +14,7 @@ from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
 from analysis.methods_tables import methods_table, noise_headline, noise_table
-from analysis.results_tables import HEADLINES_ARE, headlines, task_section
+from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
 from experiment.study import STUDIES, TASKS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -79,7 +79,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
 def first_lines(comparisons: dict[tuple[str, str], list[Compared]], methods: dict[str, Entry]) -> str:
     """Return what came out in a line per task, and how to read these lines."""
     lines = "\n".join(filter(None, [headlines(comparisons), noise_headline(methods)]))
-    return f"{HEADLINES_ARE}\n\n{lines}" if lines else "No comparison is in the ledger yet."
+    return f"{HEADLINES_NOTE}\n\n{lines}" if lines else "No comparison is in the ledger yet."
 
 
 def tell_unlisted(ledgers: dict[str, dict[str, Entry]]) -> None:

@@ -23,8 +23,8 @@ CAPTIONS = {
     ),
     "sparsities": (
         "Gain of the main arms over SGD at several sparsities",
-        "Test accuracy minus that of SGD with the same seed, with 95% intervals. RigL moves its masks, the others are random "
-        "and fixed.",
+        "Test accuracy minus that of SGD with the same seed, with 95% intervals. Where nothing else "
+        "is said, masks are random and fixed.",
     ),
 }
 Comparisons = dict[tuple[str, str], list[Compared]]

@@ -28,7 +28,7 @@ DIRECT = (  # what a direction buys over noise and over another one, and what a 
     ("previous", "random"), ("msam", "random"), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
     (CONTROL, "late-0.25"),
 )  # fmt: skip
-HEADLINES_ARE = (
+HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
     f"{LEVEL:.0%} after Holm's correction over all arms of its table."
 )
@@ -165,6 +165,8 @@ def cell_notes(rows: list[Compared], seeds: int) -> str:
             f"a correction, and one of {detectable_difference(spread, count, level=LEVEL / len(tested)):.2f} points at Holm's "
             "strictest step."
         )
+    if fitted := [entry["epochs"]["train_top1"][-1] for row in rows if row.arm == BASE for entry in row.finished]:
+        notes.append(f"SGD ends at {mean(fitted):.1f}% of the training labels, as they were given.")
     if lacking := [f"*{row.title}* {seeds - len(row.runs)}" for row in rows if len(row.runs) < seeds]:
         notes.append(f"Runs that are not in the ledger yet: {', '.join(lacking)}.")
     notes += diverged_note(rows)

@@ -34,7 +34,8 @@ def entry(run, accuracy, *, commit="1234567890", **more):
     if accuracy is None:
         return about | {"state": "diverged", "end": "the loss is nan"} | more
     figures = {"test_top1": accuracy, "passes_per_step": 2.0 if run.arm == "sam" else 1.0}
-    return about | {"state": "finished", "final": figures} | more
+    epochs = {"epoch": [1, 60], "train_top1": [20.0, accuracy - 30]}
+    return about | {"state": "finished", "final": figures, "epochs": epochs} | more
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     assert rows["SGD"] == ["", "1", "91.00 ± 1.00", "3", "", "", "", "", ""]
     assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
     assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
+    assert "SGD ends at 61.0% of the training labels, as they were given." in text
     assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
     for difference, level in zip(
         re.findall(r"([\d.]+) points (?:is found|at Holm's)", text), (0.05, 0.025), strict=True
