@@ -144,8 +144,8 @@ PAPER_ARMS = {
 
 TASKS = {
     "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), 237, MAIN),
-    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, images="folder"),
-    "cifar-clean": Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, images="folder"),
+    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, images="folder"),
+    "cifar-clean": Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, images="folder"),
     "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
     "methods-noise": Task("Digits, 40% of the training labels wrong: other methods", DIGITS, NOISE_CELLS, NOISE_ARMS, tuple(range(5))),
     "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
