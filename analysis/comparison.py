@@ -77,7 +77,7 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
     arms = TASKS[task].arms
     runs = {}
     for arm in sorted(arms, key=lambda name: (BASE, CONTROL, name).index(name)):
-        planned = {seed: Run(task, cell, arm, seed).name for seed in TASKS[task].seeds}
+        planned = {seed: Run(task, cell, arm, seed).name for seed in TASKS[task].seeds_of(cell)}
         if found := {seed: entries[name] for seed, name in planned.items() if name in entries}:
             runs[arm] = found
     base = runs.get(BASE, {})

@@ -93,7 +93,7 @@ def task_section(
                 f"### {TASKS[task].title}: {cell_title(task, cell)}",
                 f"`{flags}`",
                 cell_table(rows),
-                cell_notes(rows, len(TASKS[task].seeds)),
+                cell_notes(rows, len(TASKS[task].seeds_of(cell))),
                 *direct_table({row.arm: row for row in rows}),
             ]
     if tuned := tuning_table(task, entries, rhos):

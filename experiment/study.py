@@ -40,6 +40,7 @@ class Task:
         val_split: images held out where a rho is chosen.
         measured: arms whose sharpness is measured (by analysis.sharpness with the flags MEASURED).
         images: whether it needs the images of CIFAR-10: "folder" for DATA_DIR, "cifar10" for DATA_DIR or a download.
+        first_seeds: of further runs that count in the first cell.
     """
 
     title: str
@@ -50,6 +51,11 @@ class Task:
     val_split: int = 0
     measured: tuple[str, ...] = ()
     images: str = ""
+    first_seeds: tuple[int, ...] = ()
+
+    def seeds_of(self, cell: str) -> tuple[int, ...]:
+        """Return the seeds of the runs that count in a cell."""
+        return self.seeds + self.first_seeds * (cell == next(iter(self.cells)))
 
 
 # fmt: off
@@ -144,8 +150,8 @@ PAPER_ARMS = {
 
 TASKS = {
     "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), 237, MAIN),
-    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, images="folder"),
-    "cifar-clean": Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, images="folder"),
+    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, "folder", tuple(range(7, 12))),
+    "cifar-clean": Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, "folder", tuple(range(7, 12))),
     "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
     "methods-noise": Task("Digits, 40% of the training labels wrong: other methods", DIGITS, NOISE_CELLS, NOISE_ARMS, tuple(range(5))),
     "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
@@ -205,7 +211,7 @@ def tuning(task: str, arms: tuple[str, ...]) -> Iterator[Run]:
 def finals(task: str, cells: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Run]:
     """Yield the runs that count, cell by cell and seed by seed, so that an unfinished study has whole pairs."""
     for cell in cells:
-        for seed in TASKS[task].seeds:
+        for seed in TASKS[task].seeds_of(cell):
             for arm in arms:
                 if not (arm == "unmasked" and cell == "dense"):  # nothing is masked there
                     yield Run(task, cell, arm, seed)

@@ -130,9 +130,15 @@ def test_a_list_has_every_run_of_its_tasks_once(listed):
     assert len({(run.task, run.name) for run in runs}) == len(runs)
     for task in {run.task for run in runs} - {"methods"}:
         finals = {(run.cell, run.arm, run.seed) for run in runs if run.task == task and not run.tuning}
-        cells, arms, seeds = TASKS[task].cells, TASKS[task].arms, TASKS[task].seeds
-        every = {(cell, arm, seed) for cell in cells for arm in arms for seed in seeds}
+        cells, arms = TASKS[task].cells, TASKS[task].arms
+        every = {(cell, arm, seed) for cell in cells for arm in arms for seed in TASKS[task].seeds_of(cell)}
         assert every - finals == {each for each in every if each[:2] == ("dense", "unmasked")}
+
+
+def test_the_parts_of_cifar_have_ten_seeds_in_the_first_cell_and_five_elsewhere():
+    for task in ("cifar-noise", "cifar-clean"):
+        runs = [run for run in cpu_study() if run.task == task and run.arm == "sam" and not run.tuning]
+        assert [run.seed for run in runs] == [*range(2, 12), *4 * [*range(2, 7)]]
 
 
 def test_a_rho_is_tuned_before_it_counts_and_the_most_telling_runs_come_first():
