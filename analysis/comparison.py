@@ -119,15 +119,9 @@ def threads(device: str) -> int:
     return int(found[1]) if found else 1
 
 
-def masks(task: str, cell: str) -> tuple[str, float]:
-    """Return a cell's pruning method and its sparsity."""
-    flags = dict(re.findall(r"--(prune-method|sparsity) (\S+)", TASKS[task].cells[cell]))
-    return flags["prune-method"], float(flags.get("sparsity", 0))
-
-
 def cell_title(task: str, cell: str) -> str:
     """Return the title of a cell: `90% sparse, random`, `dense` or `98% sparse, rigl, batch 64`."""
-    method, sparsity = masks(task, cell)
+    method, sparsity = TASKS[task].masks(cell)
     batch = re.search(r"--batch-size (\d+)", TASKS[task].cells[cell])
     kind = "dense" if method == "none" else f"{100 * sparsity:g}% sparse, {method}"
     return f"{kind}, batch {batch[1]}" if batch else kind

@@ -4,7 +4,7 @@ import math
 import re
 from statistics import mean
 
-from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final, masks
+from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final
 from analysis.labels import count_text
 from analysis.results_tables import HEADLINE, NOT_RUN, diverged_note, markdown, points, provenance, spread_text
 from experiment.study import TASKS, methods_study
@@ -23,7 +23,7 @@ def methods_table(entries: dict[str, Entry]) -> str:
     ]  # fmt: skip
     rows = []
     for cell, arm in runs:
-        if arm == "sgd" or masks("methods", cell)[1] == 0.98:
+        if arm == "sgd" or TASKS["methods"].masks(cell)[1] == 0.98:
             continue
         first, beside, title = runs[cell, arm], runs.get((cell, "sgd")), method_title(cell)
         second = None if cell == "dense" else runs.get((cell.replace("-0.9", "-0.98"), arm))
@@ -85,7 +85,7 @@ def noise_table(entries: dict[str, Entry]) -> str:
         if arms:
             base = spread_text(final(arms[BASE].finished, "test_top1")) if BASE in arms else ""
             differences = [points(arms[arm].difference, p[cell, arm]) if arm in arms else "" for arm in others]
-            table.append([f"`{masks('methods-noise', cell)[0]}`", base, *differences])
+            table.append([f"`{TASKS['methods-noise'].masks(cell)[0]}`", base, *differences])
     if others:
         table.append(["mean of the methods", "", *over_methods(cells, others)])
     count = sum(not math.isnan(corrected) for corrected in p.values())
@@ -118,5 +118,5 @@ def noise_headline(entries: dict[str, Entry]) -> str:
     cells = compared_methods(entries)
     means = zip(HEADLINE.values(), over_methods(cells, list(HEADLINE)), strict=True)
     told = "; ".join(f"{title} {text}" for title, text in means if text)
-    methods = ", ".join(f"`{masks('methods-noise', cell)[0]}`" for cell in cells)
+    methods = ", ".join(f"`{TASKS['methods-noise'].masks(cell)[0]}`" for cell in cells)
     return f"- **Other methods** on these digits ({methods}), the mean over them: {told}." if told else ""

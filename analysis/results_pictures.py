@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import matplotlib_imports, writing_to
-from analysis.comparison import FEWEST, Compared, cell_title, masks
+from analysis.comparison import FEWEST, Compared, cell_title
 from experiment.study import MAIN, TASKS
 from utils.files import write_text_atomically
 
@@ -48,12 +48,12 @@ def sparsities(comparisons: Comparisons) -> Data:
     for task in TASKS:
         cells = [cell for cell in TASKS[task].cells if "batch" not in cell]
         places = []
-        for cell in sorted(cells, key=lambda cell: (masks(task, cell)[0] == "rigl", masks(task, cell)[1])):
+        for cell in sorted(cells, key=lambda cell: (TASKS[task].masks(cell)[0] == "rigl", TASKS[task].masks(cell)[1])):
             rows = [
                 row for row in comparisons.get((task, cell), []) if row.arm in MAIN and len(row.differences) >= FEWEST
             ]
             if rows:
-                moving = masks(task, cell)[0] == "rigl"
+                moving = TASKS[task].masks(cell)[0] == "rigl"
                 places.append(
                     {"cell": cell_label(task, cell), "moving": moving, "points": [point(row) for row in rows]}
                 )
@@ -74,7 +74,7 @@ def point(row: Compared) -> dict[str, Any]:
 
 def cell_label(task: str, cell: str) -> str:
     """Return a cell's place on the axis of sparsities."""
-    method, sparsity = masks(task, cell)
+    method, sparsity = TASKS[task].masks(cell)
     return "dense" if method == "none" else f"{100 * sparsity:g}%" + (", RigL" if method == "rigl" else "")
 
 

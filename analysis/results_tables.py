@@ -26,7 +26,7 @@ from utils.statistics import Interval, detectable_difference, holm, paired_p, st
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
     ("previous", "random"), ("msam", "random"), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
-    (CONTROL, "late-0.25"),
+    (CONTROL, "late-0.25"), ("previous", "random-scaled"), ("msam", "random-scaled"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "

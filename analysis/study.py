@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
@@ -80,11 +80,11 @@ class Study(Sweep):
 
     def complete(self, run: Run) -> list[str] | None:
         """Return the flags that decide a run, or None where a run before it has to end first."""
-        if run.tuned and not run.tuning:
-            rho = self.chosen.get((run.task, run.arm))
+        if run.tuned_arm and not run.tuning:
+            rho = self.chosen.get((run.task, run.tuned_arm))
             if rho is None:
                 return None
-            run = replace(run, rho=rho)
+            run = run.with_rho(rho)
         flags = run.flags()
         for place, word in enumerate(flags):
             if word.startswith("{"):  # the checkpoint of another run
@@ -105,11 +105,11 @@ class Study(Sweep):
 
     def without_rho(self, run: Run) -> bool:
         """Return whether every rho of a run's arm diverged, so that there is none to train it with."""
-        return run.tuned and not run.tuning and self.chosen.get((run.task, run.arm), 0.0) is None
+        return not run.tuning and self.chosen.get((run.task, run.tuned_arm), 0.0) is None
 
     def choose_rhos(self) -> None:
         """Choose the rho of every arm whose tuning is in the ledger, and keep it in a file."""
-        for task, arm in dict.fromkeys((run.task, run.arm) for run in self.plan if run.tuned):
+        for task, arm in dict.fromkeys((run.task, run.tuned_arm) for run in self.plan if run.tuned_arm):
             path = self.results / task / "rho" / f"{arm}.json"
             if (task, arm) in self.chosen:
                 continue

@@ -5,8 +5,10 @@ each rho with the seeds TUNING_SEEDS, and the accuracy counts on images that are
 stands in all cells of the task, in runs with all training images and other seeds.
 """
 
+import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TUNING_SEEDS = (100, 101)
 MEASURED = "--splits train --spaces living --top 1 --trace-samples 0 --images 500 --rhos --adaptive-rhos"
@@ -20,11 +22,13 @@ class Arm:
         title: as tables and pictures show it.
         flags: of main_prune_train.py, without rho where it is tuned.
         rhos: to choose from; () for an arm that needs none, or whose flags have it.
+        rho_of: the arm whose chosen rho it takes, scaled so that a living weight moves as far as in the task's first cell.
     """
 
     title: str
     flags: str
     rhos: tuple[float, ...] = ()
+    rho_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,22 @@ class Task:
         """Return the seeds of the runs that count in a cell."""
         return self.seeds + self.first_seeds * (cell == next(iter(self.cells)))
 
+    def masks(self, cell: str) -> tuple[str, float]:
+        """Return a cell's pruning method and its sparsity."""
+        flags = dict(re.findall(r"--(prune-method|sparsity) (\S+)", self.cells[cell]))
+        return flags["prune-method"], float(flags.get("sparsity", 0))
+
+    def scale(self, cell: str) -> float:
+        """Return the factor of rho by which a perturbation spread evenly moves each living weight as far as in the first cell."""
+        first = next(iter(self.cells))
+        return math.sqrt((1 - self.masks(cell)[1]) / (1 - self.masks(first)[1]))
+
+    def has(self, cell: str, arm: str) -> bool:
+        """Return whether an arm is trained in a cell: it is not where it would be the same as another one."""
+        if arm == "unmasked":
+            return self.masks(cell)[0] != "none"
+        return not self.arms[arm].rho_of or self.scale(cell) != 1
+
 
 # fmt: off
 SAM, ONE_STEP = "--optmzr sgd-sam", "--optmzr sgd-sam --sam-v2"
@@ -67,6 +87,7 @@ ARMS = {
     "previous":       Arm("one-step SAM", ONE_STEP, RHOS),
     "msam":           Arm("MSAM", f"{ONE_STEP} --sam-direction momentum", (-0.3, -1, -2, -3, -5)),
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
+    "random-scaled":  Arm("random, scaled", f"{ONE_STEP} --sam-direction random", rho_of="random"),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
     "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
     "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.25, 0.5, 1, 2, 4, 8)),
@@ -185,15 +206,20 @@ class Run:
         return f"{self.cell}-{self.arm}-seed{self.seed}"
 
     @property
-    def tuned(self) -> bool:
-        """Whether its arm has a rho to be chosen."""
-        return bool(TASKS[self.task].arms[self.arm].rhos)
+    def tuned_arm(self) -> str:
+        """The arm whose tuning decides its rho; "" where its flags say everything."""
+        arm = TASKS[self.task].arms[self.arm]
+        return self.arm if arm.rhos else arm.rho_of
+
+    def with_rho(self, chosen: float) -> "Run":
+        """Return it with the rho that was chosen for `tuned_arm`."""
+        return replace(self, rho=chosen if self.tuned_arm == self.arm else chosen * TASKS[self.task].scale(self.cell))
 
     def flags(self) -> list[str]:
         """Return its flags, without those that say where the images are and where the run goes."""
         task = TASKS[self.task]
         flags = [*task.flags.split(), *task.cells[self.cell].split(), *task.arms[self.arm].flags.split()]
-        if self.tuned:
+        if self.tuned_arm:
             flags += ["--sam-rho", f"{self.rho:g}"]
         if self.tuning:
             flags += ["--val-split", str(task.val_split)]
@@ -213,7 +239,7 @@ def finals(task: str, cells: tuple[str, ...], arms: tuple[str, ...]) -> Iterator
     for cell in cells:
         for seed in TASKS[task].seeds_of(cell):
             for arm in arms:
-                if not (arm == "unmasked" and cell == "dense"):  # nothing is masked there
+                if TASKS[task].has(cell, arm):
                     yield Run(task, cell, arm, seed)
 
 

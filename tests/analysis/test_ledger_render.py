@@ -26,7 +26,7 @@ ACCURACIES = {  # by seed
 
 def entry(run, accuracy, *, commit="1234567890", **more):
     """Return an entry of the ledger; one without an accuracy diverged."""
-    flags = {"sam_rho": TASKS[run.task].arms[run.arm].rhos[1]} if run.tuned else {}
+    flags = {"sam_rho": TASKS[run.task].arms[run.tuned_arm].rhos[1]} if run.tuned_arm else {}
     about = {
         "run": run.name, "commit": commit, "mathematics": "abc", "device": "cpu (x86_64, 2 threads)", "torch": "2.14",
         "seconds": 1800.0, "images": f"seed {run.seed}", "flags": flags,

@@ -124,6 +124,10 @@ def value(flag, command):
 # the lists
 
 
+# In a dense network nothing is masked, and at the first cell's sparsity a length per weight is the same length.
+REPEATED = {("dense", "unmasked"), ("random-0.9", "random-scaled"), ("rigl-0.9", "random-scaled")}
+
+
 @pytest.mark.parametrize("listed", [cpu_study, gpu_study])
 def test_a_list_has_every_run_of_its_tasks_once(listed):
     runs = list(listed())
@@ -132,7 +136,7 @@ def test_a_list_has_every_run_of_its_tasks_once(listed):
         finals = {(run.cell, run.arm, run.seed) for run in runs if run.task == task and not run.tuning}
         cells, arms = TASKS[task].cells, TASKS[task].arms
         every = {(cell, arm, seed) for cell in cells for arm in arms for seed in TASKS[task].seeds_of(cell)}
-        assert every - finals == {each for each in every if each[:2] == ("dense", "unmasked")}
+        assert every - finals == {each for each in every if each[:2] in REPEATED}
 
 
 def test_the_parts_of_cifar_have_ten_seeds_in_the_first_cell_and_five_elsewhere():
@@ -145,11 +149,18 @@ def test_a_rho_is_tuned_before_it_counts_and_the_most_telling_runs_come_first():
     runs = list(cpu_study())
     tuned = {(run.task, run.arm): place for place, run in enumerate(runs) if run.tuning}
     for place, run in enumerate(runs):
-        if run.tuned and not run.tuning:
-            assert tuned[run.task, run.arm] < place, run
+        if run.tuned_arm and not run.tuning:
+            assert tuned[run.task, run.tuned_arm] < place, run
     first = [run for run in runs if not run.tuning][: 10 * len(MAIN)]
     assert {(run.task, run.cell, run.arm) for run in first} == {("digits-noise", "random-0.9", arm) for arm in MAIN}
     assert [run.seed for run in first] == [seed for seed in range(10) for _ in MAIN]
+
+
+@pytest.mark.parametrize(("cell", "times"), [("dense", 10**0.5), ("random-0.95", 0.5**0.5), ("random-0.98", 0.2**0.5)])
+def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_were_tuned_on(cell, times):
+    flags = Run("digits-noise", cell, "random-scaled", 0).with_rho(8.0).flags()
+    assert float(value("--sam-rho", flags)) == pytest.approx(8 * times, rel=1e-5)
+    assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
 
 
 def test_other_methods_take_the_rhos_that_the_digits_chose():
@@ -180,7 +191,7 @@ def test_every_command_of_a_list_is_one_that_the_program_takes(listed):
     place = {"": [], "folder": ["--dataset", "folder", "--data-dir", "x"], "cifar10": ["--dataset", "cifar10"]}
     checked, networks = set(), {}
     for run in listed():
-        rho = ARMS[run.arm].rhos[0] if run.tuned and run.rho is None else run.rho
+        rho = ARMS[run.tuned_arm].rhos[0] if run.tuned_arm and run.rho is None else run.rho
         flags = [*replace(run, rho=rho).flags(), *place[TASKS[run.task].images]]
         if (run.task, run.cell, run.arm, rho, run.tuning) not in checked:
             check(*parse(flags))
