@@ -59,7 +59,7 @@ class Compared:
     def rho(self) -> str:
         """Its rho, and nothing for an arm without one."""
         rhos = {entry["flags"].get("sam_rho") for entry in self.runs.values()} - {None}
-        return ", ".join(f"{rho:g}" for rho in sorted(rhos))
+        return ", ".join(f"{rho:.3g}" for rho in sorted(rhos))
 
     @property
     def verdict(self) -> int:
