@@ -163,6 +163,15 @@ def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_w
     assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
 
 
+def test_random_directions_move_each_weight_of_the_paper_s_networks_as_far_as_on_the_digits():
+    length = 8 / 28_639**0.5  # living parameters of ResNet-20 at 90%
+    living = {"0.98": 42_050, "0.95": 97_717, "0.9": 190_496}  # of ResNet-32 of width 2
+    for run in gpu_study():
+        if run.arm == "random":
+            rho = float(value("--sam-rho", run.flags()))
+            assert rho / living[run.cell.split("-")[1]] ** 0.5 == pytest.approx(length, rel=0.06)
+
+
 def test_other_methods_take_the_rhos_that_the_digits_chose():
     for arm in ("sam", "msam", "previous", "random"):
         chosen = json.loads((ROOT / f"results/digits-noise/rho/{arm}.json").read_text())["rho"]
