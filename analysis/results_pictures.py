@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.command import matplotlib_imports, writing_to
 from analysis.comparison import FEWEST, Compared, cell_title
-from experiment.study import MAIN, TASKS
+from experiment.study import TASKS
 from utils.files import write_text_atomically
 
 CAPTIONS = {
@@ -23,10 +23,11 @@ CAPTIONS = {
     ),
     "sparsities": (
         "Gain of the main arms over SGD at several sparsities",
-        "Test accuracy minus that of SGD with the same seed, with 95% intervals. Where nothing else "
-        "is said, masks are random and fixed.",
+        "Test accuracy minus that of SGD with the same seed, with 95% intervals. Random directions move a living weight "
+        "equally far in every network. Where nothing else is said, masks are random and fixed.",
     ),
 }
+OVER_SPARSITIES = ("sam", "previous", "msam", "random-scaled")
 Comparisons = dict[tuple[str, str], list[Compared]]
 Data = list[dict[str, Any]]
 
@@ -49,14 +50,14 @@ def sparsities(comparisons: Comparisons) -> Data:
         cells = [cell for cell in TASKS[task].cells if "batch" not in cell]
         places = []
         for cell in sorted(cells, key=lambda cell: (TASKS[task].masks(cell)[0] == "rigl", TASKS[task].masks(cell)[1])):
-            rows = [
-                row for row in comparisons.get((task, cell), []) if row.arm in MAIN and len(row.differences) >= FEWEST
-            ]
-            if rows:
+            compared = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
+            points = [
+                point(compared[here]) | {"arm": arm.title} for name, arm in TASKS[task].arms.items() if name in OVER_SPARSITIES
+                if (here := name if TASKS[task].has(cell, name) else arm.rho_of) in compared
+            ]  # fmt: skip
+            if points:
                 moving = TASKS[task].masks(cell)[0] == "rigl"
-                places.append(
-                    {"cell": cell_label(task, cell), "moving": moving, "points": [point(row) for row in rows]}
-                )
+                places.append({"cell": cell_label(task, cell), "moving": moving, "points": points})
         if len(places) > 1:
             panels.append({"title": TASKS[task].title, "places": places})
     return panels

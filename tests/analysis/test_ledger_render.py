@@ -10,6 +10,7 @@ from scipy.stats import t as student
 
 from analysis.comparison import compare
 from analysis.ledger import Ledger, main
+from analysis.results_pictures import sparsities
 from experiment.study import TASKS, Run
 
 TASK, CELL = "digits-noise", "random-0.9"
@@ -176,6 +177,20 @@ def test_rendering_twice_changes_nothing_and_a_check_agrees(checkout, capsys):
     files[1].unlink()
     assert checkout.render() == 0
     assert files[1].read_bytes() == before[1][0]  # drawn anew to the same bytes
+
+
+def test_the_picture_over_sparsities_shows_random_directions_of_one_length_per_weight(checkout):
+    gains = {(CELL, "random"): 2.0, ("dense", "random"): 1.0, ("dense", "random-scaled"): 3.0}
+    for (cell, arm), gain in gains.items():
+        checkout.add_cell(cell)
+        for seed, accuracy in enumerate(ACCURACIES["sgd"]):
+            checkout.add(Run(TASK, cell, arm, seed), accuracy + gain)
+    entries = Ledger(checkout.root / "results" / TASK, None).entries
+    (panel,) = sparsities({(TASK, cell): compare(TASK, cell, entries) for cell in ("dense", CELL)})
+    shown = {at["cell"]: {each["arm"]: each["mean"] for each in at["points"]} for at in panel["places"]}
+    assert shown["dense"]["random, scaled"] == 3.0
+    assert shown["90%"]["random, scaled"] == 2.0  # where it is the same as random
+    assert shown["dense"].keys() == {"SAM (two-step)", "one-step SAM", "random, scaled"}
 
 
 def test_a_check_names_what_differs_and_changes_nothing(checkout, capsys):
