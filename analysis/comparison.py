@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -26,6 +26,7 @@ class Compared:
         differences: test accuracies minus those of SGD with the same seed and images, in points.
         difference: their mean and its 95% interval by Student's t; None without pairs.
         p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
+        sharpness_p: the same of the largest eigenvalue, whose differences are in pairs too.
     """
 
     arm: str
@@ -34,6 +35,7 @@ class Compared:
     differences: tuple[float, ...]
     difference: Interval | None
     p: float
+    sharpness_p: float
 
     @property
     def finished(self) -> list[Entry]:
@@ -53,7 +55,7 @@ class Compared:
     @property
     def eigenvalues(self) -> list[float]:
         """Largest eigenvalues of the Hessian on training images, of the runs for which it was measured."""
-        return [value for entry in self.finished if (value := entry.get("sharpness", {}).get("train")) is not None]
+        return [value for entry in self.finished if (value := largest_eigenvalue(entry)) is not None]
 
     @property
     def rho(self) -> str:
@@ -82,25 +84,42 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
             runs[arm] = found
     base = runs.get(BASE, {})
     differences = {arm: pairs(found, base) if arm != BASE else () for arm, found in runs.items()}
-    corrected = dict(zip(differences, holm([paired_p(values) for values in differences.values()]), strict=True))
+    sharper = {arm: pairs(found, base, largest_eigenvalue) if arm != BASE else () for arm, found in runs.items()}
+    p, sharpness_p = (
+        dict(zip(runs, holm([paired_p(values) for values in each.values()]), strict=True))
+        for each in (differences, sharper)
+    )
     return [
         Compared(
             arm, arms[arm].title, found, differences[arm],
-            student_interval(differences[arm]) if differences[arm] else None, corrected[arm],
+            student_interval(differences[arm]) if differences[arm] else None, p[arm], sharpness_p[arm],
         )
         for arm, found in runs.items()
     ]  # fmt: skip
 
 
-def pairs(runs: dict[int, Entry], base: dict[int, Entry]) -> tuple[float, ...]:
-    """Return differences in test accuracy between finished runs of the same seed and images."""
-    return tuple(
-        runs[seed]["final"]["test_top1"] - base[seed]["final"]["test_top1"]
+def accuracy(entry: Entry) -> float:
+    """Return the test accuracy after the last epoch of a finished run, in percent."""
+    return entry["final"]["test_top1"]
+
+
+def largest_eigenvalue(entry: Entry) -> float | None:
+    """Return the largest eigenvalue of the Hessian on training images at a run's end; None where it was not measured."""
+    return entry.get("sharpness", {}).get("train")
+
+
+def pairs(
+    runs: dict[int, Entry], base: dict[int, Entry], figure: Callable[[Entry], float | None] = accuracy
+) -> tuple[float, ...]:
+    """Return differences in a figure between finished runs of the same seed and images, as far as both have it."""
+    both = [
+        (figure(runs[seed]), figure(base[seed]))
         for seed in runs
         if seed in base
         and runs[seed]["state"] == base[seed]["state"] == "finished"
         and runs[seed]["images"] == base[seed]["images"]
-    )
+    ]
+    return tuple(ours - theirs for ours, theirs in both if ours is not None and theirs is not None)
 
 
 def final(entries: Iterable[Entry], name: str) -> list[float]:

@@ -6,7 +6,16 @@ from statistics import mean
 
 from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final
 from analysis.labels import count_text
-from analysis.results_tables import HEADLINE, NOT_RUN, diverged_note, markdown, points, provenance, spread_text
+from analysis.results_tables import (
+    HEADLINE,
+    NOT_RUN,
+    direct_table,
+    diverged_note,
+    markdown,
+    points,
+    provenance,
+    spread_text,
+)
 from experiment.study import TASKS, methods_study
 from utils.statistics import holm, paired_p, student_interval
 
@@ -79,6 +88,7 @@ def noise_table(entries: dict[str, Entry]) -> str:
     if not rows:
         return NOT_RUN
     p = dict(zip(rows, holm([paired_p(row.differences) for row in rows.values()]), strict=True))
+    means = over_methods(cells)
     others = [arm for arm in task.arms if any(arm in arms for arms in cells.values()) and arm != BASE]
     table = [["method", task.arms[BASE].title, *(f"{task.arms[arm].title} minus SGD" for arm in others)]]
     for cell, arms in cells.items():
@@ -87,7 +97,8 @@ def noise_table(entries: dict[str, Entry]) -> str:
             differences = [points(arms[arm].difference, p[cell, arm]) if arm in arms else "" for arm in others]
             table.append([f"`{TASKS['methods-noise'].masks(cell)[0]}`", base, *differences])
     if others:
-        table.append(["mean of the methods", "", *over_methods(cells, others)])
+        told = over_methods_text(means)
+        table.append(["mean of the methods", "", *(told.get(arm, "") for arm in others)])
     count = sum(not math.isnan(corrected) for corrected in p.values())
     notes = [
         "Test accuracy (%), and differences in points with their 95% intervals, in pairs of the same seed. Bold: significant at "
@@ -96,27 +107,32 @@ def noise_table(entries: dict[str, Entry]) -> str:
         *diverged_note(list(rows.values())),
         provenance(entry for row in rows.values() for entry in row.runs.values()),
     ]
-    return "\n\n".join([f"Every run: `{task.flags}`.", markdown(table), "\n".join(f"- {note}" for note in notes)])
+    titles = {arm: task.arms[arm].title for arm in means}
+    direct = direct_table(titles, lambda arm, other: [a - b for a, b in zip(means[arm], means[other], strict=True)])
+    parts = [f"Every run: `{task.flags}`.", markdown(table), "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join([*parts, *(["The means over the methods beside each other:", *direct] if direct else [])])
 
 
-def over_methods(cells: dict[str, dict[str, Compared]], arms: list[str]) -> list[str]:
-    """Return each arm's difference to SGD as a mean over all methods, bold where it stands after Holm's correction over the arms.
-
-    It is "" for an arm that lacks a pair with some method.
-    """
+def over_methods(cells: dict[str, dict[str, Compared]]) -> dict[str, list[float]]:
+    """Return each arm's differences to SGD as means over all methods, seed by seed; without arms that lack a pair somewhere."""
     seeds, means = len(TASKS["methods-noise"].seeds), {}
-    for arm in arms:
+    for arm in TASKS["methods-noise"].arms:
         rows = [found[arm].differences for found in cells.values() if arm in found]
         if [len(row) for row in rows] == [seeds] * len(cells):
             means[arm] = [mean(differences) for differences in zip(*rows, strict=True)]
-    p = dict(zip(means, holm([paired_p(values) for values in means.values()]), strict=True))
-    return [points(student_interval(means[arm]), p[arm]) if arm in means else "" for arm in arms]
+    return means
+
+
+def over_methods_text(means: dict[str, list[float]]) -> dict[str, str]:
+    """Return each arm's difference over all methods, bold where it stands after Holm's correction over the arms."""
+    p = holm([paired_p(values) for values in means.values()])
+    return {arm: points(student_interval(means[arm]), corrected) for arm, corrected in zip(means, p, strict=True)}
 
 
 def noise_headline(entries: dict[str, Entry]) -> str:
     """Return what the arms changed on average over the methods; "" without one that has every run."""
     cells = compared_methods(entries)
-    means = zip(HEADLINE.values(), over_methods(cells, list(HEADLINE)), strict=True)
-    told = "; ".join(f"{title} {text}" for title, text in means if text)
+    texts = over_methods_text(over_methods(cells))
+    told = "; ".join(f"{title} {texts[arm]}" for arm, title in HEADLINE.items() if arm in texts)
     methods = ", ".join(f"`{TASKS['methods-noise'].masks(cell)[0]}`" for cell in cells)
     return f"- **Other methods** on these digits ({methods}), the mean over them: {told}." if told else ""

@@ -1,7 +1,7 @@
 """The study's tables, in Markdown: every arm of a cell beside SGD, and the choice of each rho."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, median_low, stdev
 
@@ -24,9 +24,10 @@ from experiment.study import TASKS, TUNING_SEEDS, Run
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
+NOISE = "noise"  # random directions; where there are scaled ones, these
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
-    ("previous", "random"), ("msam", "random"), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
-    (CONTROL, "late-0.25"), ("previous", "random-scaled"), ("msam", "random-scaled"),
+    ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
+    (CONTROL, "late-0.25"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
@@ -94,7 +95,7 @@ def task_section(
                 f"`{flags}`",
                 cell_table(rows),
                 cell_notes(rows, len(TASKS[task].seeds_of(cell))),
-                *direct_table({row.arm: row for row in rows}),
+                *direct_table({row.arm: row.title for row in rows}, between(rows)),
             ]
     if tuned := tuning_table(task, entries, rhos):
         parts += [f"### {TASKS[task].title}: the choice of rho", tuned]
@@ -115,7 +116,7 @@ def cell_table(rows: list[Compared]) -> str:
             "95% interval": limits(row.difference) if row.difference else "",
             "pairs": str(len(row.differences) or ""),
             "p (Holm)": p_text(row.p),
-            "largest eigenvalue": eigenvalue_text(row.eigenvalues),
+            "largest eigenvalue": eigenvalue_text(row.eigenvalues, row.sharpness_p),
         }
         for row in rows
     ]
@@ -133,9 +134,10 @@ def p_text(p: float) -> str:
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def eigenvalue_text(values: list[float]) -> str:
-    """Return the mean of eigenvalues and their standard deviation."""
-    return mean_and_std_text(values) if len(values) > 1 else f"{values[0]:.4g}" if values else ""
+def eigenvalue_text(values: list[float], p: float) -> str:
+    """Return the mean of eigenvalues and their standard deviation, bold where p says that they differ from those of SGD."""
+    text = mean_and_std_text(values) if len(values) > 1 else f"{values[0]:.4g}" if values else ""
+    return f"**{text}**" if p < LEVEL else text
 
 
 def cell_notes(rows: list[Compared], seeds: int) -> str:
@@ -182,21 +184,28 @@ def diverged_note(rows: list[Compared]) -> list[str]:
     return [f"{count_text(count, 'run')} diverged, and {verb} in no mean and no pair."] if count else []
 
 
-def direct_table(rows: dict[str, Compared]) -> list[str]:
+def direct_table(titles: dict[str, str], differences: Callable[[str, str], Sequence[float]]) -> list[str]:
     """Return a table of the differences between two arms neither of which is SGD; nothing without one.
 
     Args:
-        rows: by arm.
+        titles: of the arms that there are.
+        differences: of two arms, in pairs.
     """
-    found = {both: pairs(rows[both[0]].runs, rows[both[1]].runs) for both in DIRECT if rows.keys() >= set(both)}
-    told = {both: differences for both, differences in found.items() if len(differences) >= FEWEST}
-    corrected = holm([paired_p(differences) for differences in told.values()])
+    noise = "random-scaled" if "random-scaled" in titles else "random"
+    both = [(arm, noise if other == NOISE else other) for arm, other in DIRECT]
+    told = {pair: values for pair in both if titles.keys() >= set(pair) and len(values := differences(*pair)) >= FEWEST}
+    corrected = holm([paired_p(values) for values in told.values()])
     table = [["in pairs", "difference (points)", "95% interval", "pairs", "p (Holm)"]]
-    for ((arm, other), differences), p in zip(told.items(), corrected, strict=True):
-        difference = student_interval(differences)
-        title = f"{rows[arm].title} minus {rows[other].title}"
-        table.append([title, f"{difference.mean:+.2f}", limits(difference), str(len(differences)), p_text(p)])
+    for ((arm, other), values), p in zip(told.items(), corrected, strict=True):
+        difference, title = student_interval(values), f"{titles[arm]} minus {titles[other]}"
+        table.append([title, f"{difference.mean:+.2f}", limits(difference), str(len(values)), p_text(p)])
     return [markdown(table)] if told else []
+
+
+def between(rows: list[Compared]) -> Callable[[str, str], Sequence[float]]:
+    """Return a function that gives the differences of two arms of a cell."""
+    runs = {row.arm: row.runs for row in rows}
+    return lambda arm, other: pairs(runs[arm], runs[other])
 
 
 def provenance(entries: Iterable[Entry]) -> str:

@@ -179,6 +179,32 @@ def test_rendering_twice_changes_nothing_and_a_check_agrees(checkout, capsys):
     assert files[1].read_bytes() == before[1][0]  # drawn anew to the same bytes
 
 
+def test_an_eigenvalue_is_bold_where_its_paired_difference_to_sgd_stands(checkout):
+    eigenvalues = {"sgd": [100.0, 110.0, 130.0], "sam": [50.0, 60.5, 79.0], "previous": [90.0, 70.0, 129.0]}
+    for arm, values in eigenvalues.items():
+        for seed, (accuracy, value) in enumerate(zip(ACCURACIES[arm], values, strict=True)):
+            checkout.add(Run(TASK, CELL, arm, seed), accuracy, sharpness={"train": value})
+    checkout.render()
+    assert checkout.rows()["SAM (two-step), the positive control"][-1] == "**63 ± 15**"
+    assert checkout.rows()["one-step SAM"][-1] == "96 ± 30"
+    t = (50.0 + 49.5 + 51.0) / 3 / (0.7637626158 / math.sqrt(3))
+    (sam,) = (row for row in checkout.compared().values() if row.arm == "sam")
+    assert sam.sharpness_p == pytest.approx(2 * (1 - t / math.sqrt(2 + t * t)))  # of two arms
+
+
+@pytest.mark.parametrize("cell", [CELL, "dense"])
+def test_two_steps_are_compared_with_random_directions_of_the_same_length_per_weight(checkout, cell):
+    checkout.add_cell(cell)
+    for arm, gain in {"random": 1.0, "random-scaled": 2.0}.items():
+        if TASKS[TASK].has(cell, arm):
+            for seed, accuracy in enumerate(ACCURACIES["sgd"]):
+                checkout.add(Run(TASK, cell, arm, seed), accuracy + gain)
+    checkout.render()
+    noise, gain = ("random, scaled", 2.0) if cell == "dense" else ("random", 1.0)
+    assert checkout.rows()[f"SAM (two-step) minus {noise}"][0] == f"{4.0 - gain:+.2f}"
+    assert [row for row in checkout.rows() if "SAM (two-step) minus random" in row] == [f"SAM (two-step) minus {noise}"]
+
+
 def test_the_picture_over_sparsities_shows_random_directions_of_one_length_per_weight(checkout):
     gains = {(CELL, "random"): 2.0, ("dense", "random"): 1.0, ("dense", "random-scaled"): 3.0}
     for (cell, arm), gain in gains.items():
@@ -306,6 +332,7 @@ def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
     ]
     assert rows["`set`"][2].startswith("+1.25 (")
     assert rows["mean of the methods"] == ["", "**+4.00 (+3.80 to +4.20)**", ""]  # MSAM lacks a run
+    assert "SAM (two-step) minus MSAM" not in rows
     headline = checkout.page.read_text().split("frontier -->")[0]
     assert "the mean over them: two-step SAM **+4.00 (+3.80 to +4.20)**.\n" in headline
     assert "No comparison" not in headline
@@ -330,6 +357,8 @@ def test_means_over_methods_are_corrected_over_the_arms(checkout):
             checkout.add(Run("methods-noise", cell, "msam", seed), 90.0 + gain * gains["msam"])
     checkout.render()
     assert [text[:7] for text in checkout.rows()["mean of the methods"][1:]] == ["+1.48 (", "+2.96 ("]
+    between = checkout.rows()["SAM (two-step) minus MSAM"]
+    assert between == ["-1.48", "-2.73 to -0.23", "5", "0.030"]  # the mean itself, with its p
 
 
 def test_methods_with_wrong_labels_are_shown_while_runs_are_missing(checkout):
