@@ -27,6 +27,7 @@ class Compared:
         difference: their mean and its 95% interval by Student's t; None without pairs.
         p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
         sharpness_p: the same of the largest eigenvalue, whose differences are in pairs too.
+        passes: forward and backward passes of a training, those of SGD being 1: the runs' median; NaN where every run diverged.
     """
 
     arm: str
@@ -36,6 +37,7 @@ class Compared:
     difference: Interval | None
     p: float
     sharpness_p: float
+    passes: float
 
     @property
     def finished(self) -> list[Entry]:
@@ -46,11 +48,6 @@ class Compared:
     def diverged(self) -> int:
         """How many runs diverged."""
         return len(self.runs) - len(self.finished)
-
-    @property
-    def passes(self) -> float:
-        """Median of forward and backward passes per step; NaN where every run diverged."""
-        return median(final(self.finished, "passes_per_step")) if self.finished else math.nan
 
     @property
     def eigenvalues(self) -> list[float]:
@@ -93,9 +90,20 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
         Compared(
             arm, arms[arm].title, found, differences[arm],
             student_interval(differences[arm]) if differences[arm] else None, p[arm], sharpness_p[arm],
+            passes(found.values(), TASKS[task].epochs),
         )
         for arm, found in runs.items()
     ]  # fmt: skip
+
+
+def passes(entries: Iterable[Entry], epochs: int) -> float:
+    """Return the median cost of the runs that finished in passes per step, times their length as a multiple of `epochs`."""
+    costs = [
+        entry["final"]["passes_per_step"] * entry["epochs"]["epoch"][-1] / epochs
+        for entry in entries
+        if entry["state"] == "finished"
+    ]
+    return median(costs) if costs else math.nan
 
 
 def accuracy(entry: Entry) -> float:

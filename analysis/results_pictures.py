@@ -17,8 +17,8 @@ from utils.files import write_text_atomically
 
 CAPTIONS = {
     "frontier": (
-        "Gain of every arm over SGD against the passes that a step takes",
-        "Test accuracy minus that of SGD with the same seed, with 95% intervals, by forward and backward passes per step. "
+        "Gain of every arm over SGD against the passes that its training takes",
+        "Test accuracy minus that of SGD with the same seed, with 95% intervals, by forward and backward passes, those of SGD being 1. "
         "Filled: significant at 5% after Holm's correction over the arms of its panel.",
     ),
     "sparsities": (
@@ -113,7 +113,7 @@ def redraw(file: Path, name: str, data: Data) -> None:
 
 
 def draw_frontier(figure: Any, panels: Data) -> None:
-    """Draw panels below each other: a column per arm, columns grouped by passes per step."""
+    """Draw panels below each other: a column per arm, columns grouped by passes."""
     columns = list(dict.fromkeys((each["passes"], each["arm"]) for panel in panels for each in panel["points"]))
     columns.sort(key=lambda column: column[0])  # of equal passes as in the tables
     figure.set_size_inches(max(6.0, 2.0 + 0.42 * len(columns)), 2.0 + 2.3 * len(panels))
@@ -126,7 +126,7 @@ def draw_frontier(figure: Any, panels: Data) -> None:
             at = [place[column] for column in columns if column[0] == group]
             axes.axvspan(at[0] - 0.7, at[-1] + 0.7, color="0.95", zorder=0)
             if axes is rows[0]:
-                text = f"{group:g}" if len(at) < 3 else f"{group:g} passes" if group > 1 else "1 pass per step"
+                text = f"{group:g}" if len(at) < 3 else f"{group:g} passes" if group > 1 else "as many passes as SGD"
                 axes.text(
                     (at[0] + at[-1]) / 2,
                     1.01,

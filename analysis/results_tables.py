@@ -27,7 +27,7 @@ HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "
 NOISE = "noise"  # random directions; where there are scaled ones, these
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
     ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
-    (CONTROL, "late-0.25"),
+    (CONTROL, "late-0.25"), (CONTROL, "sgd-long"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
@@ -108,7 +108,7 @@ def cell_table(rows: list[Compared]) -> str:
         {
             "arm": f"{row.title}, the positive control" if row.arm == CONTROL else row.title,
             "rho": row.rho,
-            "passes per step": "" if math.isnan(row.passes) else f"{row.passes:.3g}",
+            "passes": "" if math.isnan(row.passes) else f"{row.passes:.3g}",
             "test accuracy (%)": spread_text(final(row.finished, "test_top1")),
             "runs": str(len(row.finished)),
             "diverged": str(row.diverged or ""),

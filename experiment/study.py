@@ -24,6 +24,7 @@ class Arm:
         rhos: to choose from; () for an arm that needs none, or whose flags have it.
         rho_of: the arm whose chosen rho it takes, scaled so that a living weight moves as far as in the task's first cell.
         rho: of the first cell where none is chosen, scaled in the others likewise.
+        length: of the training, as a multiple of the task's.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Arm:
     rhos: tuple[float, ...] = ()
     rho_of: str = ""
     rho: float | None = None
+    length: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Task:
         """Return the seeds of the runs that count in a cell."""
         return self.seeds + self.first_seeds * (cell == next(iter(self.cells)))
 
+    @property
+    def epochs(self) -> int:
+        """Return how long a run is, but for arms of another length."""
+        return int(re.findall(r"--epochs (\d+)", self.flags)[0])
+
     def masks(self, cell: str) -> tuple[str, float]:
         """Return a cell's pruning method and its sparsity."""
         flags = dict(re.findall(r"--(prune-method|sparsity) (\S+)", self.cells[cell]))
@@ -91,6 +98,7 @@ ARMS = {
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
     "random-scaled":  Arm("random, scaled", f"{ONE_STEP} --sam-direction random", rho_of="random"),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
+    "sgd-long":       Arm("SGD, twice as long", "--optmzr sgd", length=2),  # at the cost of two-step SAM
     "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
     "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.25, 0.5, 1, 2, 4, 8)),
     "late-0.1":       Arm("SAM in the last 10%", f"{SAM} --sam-from 0.9", RHOS),
@@ -221,7 +229,10 @@ class Run:
     def flags(self) -> list[str]:
         """Return its flags, without those that say where the images are and where the run goes."""
         task = TASKS[self.task]
-        flags = [*task.flags.split(), *task.cells[self.cell].split(), *task.arms[self.arm].flags.split()]
+        arm = task.arms[self.arm]
+        flags = [*task.flags.split(), *task.cells[self.cell].split(), *arm.flags.split()]
+        if arm.length != 1:
+            flags += ["--epochs", str(arm.length * task.epochs)]
         if self.rho is not None:
             flags += ["--sam-rho", f"{self.rho:g}"]
         if self.tuning:

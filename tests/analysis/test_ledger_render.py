@@ -179,6 +179,14 @@ def test_rendering_twice_changes_nothing_and_a_check_agrees(checkout, capsys):
     assert files[1].read_bytes() == before[1][0]  # drawn anew to the same bytes
 
 
+def test_a_training_of_twice_the_length_takes_twice_the_passes(checkout):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "sgd-long", 0), 90.5, epochs={"epoch": [1, 120], "train_top1": [20.0, 60.0]})
+    checkout.render()
+    assert checkout.rows()["SGD, twice as long"][:3] == ["", "2", "90.50"]
+    assert checkout.rows()["SAM (two-step), the positive control"][1] == "2"
+
+
 def test_an_eigenvalue_is_bold_where_its_paired_difference_to_sgd_stands(checkout):
     eigenvalues = {"sgd": [100.0, 110.0, 130.0], "sam": [50.0, 60.5, 79.0], "previous": [90.0, 70.0, 129.0]}
     for arm, values in eigenvalues.items():

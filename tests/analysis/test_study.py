@@ -163,6 +163,12 @@ def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_w
     assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
 
 
+def test_a_longer_training_has_a_multiple_of_its_task_s_epochs():
+    for task, epochs in {"digits-noise": 120, "cifar-clean": 200}.items():
+        args, _ = parse(Run(task, "random-0.9", "sgd-long", 2).flags())
+        assert args.epochs == epochs
+
+
 def test_random_directions_move_each_weight_of_the_paper_s_networks_as_far_as_on_the_digits():
     length = 8 / 28_639**0.5  # living parameters of ResNet-20 at 90%
     living = {"0.98": 42_050, "0.95": 97_717, "0.9": 190_496}  # of ResNet-32 of width 2
