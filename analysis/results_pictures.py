@@ -36,7 +36,7 @@ def frontier(comparisons: Comparisons) -> Data:
     """Return what the picture of cost and gain shows: a panel per task, of its first cell."""
     panels = []
     for task in TASKS:
-        cell = next(iter(TASKS[task].cells))
+        cell = TASKS[task].first
         if points := [point(row) for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST]:
             pairs = max(each["pairs"] for each in points)
             panels.append({"title": f"{TASKS[task].title}: {cell_title(task, cell)}, {pairs} seeds", "points": points})

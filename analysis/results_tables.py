@@ -18,9 +18,9 @@ from analysis.comparison import (
     pairs,
 )
 from analysis.labels import accuracy_text, count_text
-from analysis.study import best_rho, read_rho, tuning_runs
+from analysis.study import best_rho, read_rho
 from analysis.text_table import mean_and_std_text
-from experiment.study import TASKS, TUNING_SEEDS, Run
+from experiment.study import TASKS, TUNING_SEEDS, Run, tuning
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
@@ -46,7 +46,7 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
     """Return what one and two steps changed in the first cell of each task, accuracy and sharpness; "" without runs."""
     lines = []
     for task in TASKS:
-        cell = next(iter(TASKS[task].cells))
+        cell = TASKS[task].first
         rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
         if "previous" not in rows:
             continue
@@ -229,7 +229,7 @@ def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
     """Return the held-out accuracies by which rhos were chosen; "" where there are none."""
     rows, tried, at_an_end = [], [], []
     for name, arm in TASKS[task].arms.items():
-        trials = [run for run in tuning_runs(task, name) if run.name in entries]
+        trials = [run for run in tuning(task, (name,)) if run.name in entries]
         if not trials:
             continue
         chosen = chosen_rho(trials, entries, rhos / f"{name}.json")
@@ -247,7 +247,7 @@ def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
     table = markdown(
         [["arm", "rho: held-out accuracy (%)", *[""] * (width - 2)], *(row + [""] * (width - len(row)) for row in rows)]
     )
-    cell, seeds = cell_title(task, next(iter(TASKS[task].cells))), " and ".join(map(str, TUNING_SEEDS))
+    cell, seeds = cell_title(task, TASKS[task].first), " and ".join(map(str, TUNING_SEEDS))
     notes = [
         f"Mean of the seeds {seeds} after the last epoch, on {TASKS[task].val_split} images held out of training, with their right labels; {cell}. Bold: "
         "chosen, for all cells."

@@ -23,7 +23,7 @@ from statistics import mean
 from analysis.ledger import ROOT, Ledger, git, mathematics, read_run, same_mathematics, telling_flags
 from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, number, parse, plain, resolve
 from experiment.grid import absolute_paths, refuse
-from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run
+from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -114,7 +114,7 @@ class Study(Sweep):
             if (task, arm) in self.chosen:
                 continue
             if not path.exists():
-                trials = [run for run in tuning_runs(task, arm) if run.name in self.ledgers[task].entries]
+                trials = [run for run in tuning(task, (arm,)) if run.name in self.ledgers[task].entries]
                 if len(trials) < len(TUNING_SEEDS) * len(TASKS[task].arms[arm].rhos):
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,12 +216,6 @@ class Study(Sweep):
         for task, ledger in self.ledgers.items():
             print(f"{task}: {len(ledger.entries)} runs in {ledger.folder}, {left[task]} missing")
         return len(self.broken)
-
-
-def tuning_runs(task: str, arm: str) -> list[Run]:
-    """Return the runs by which the rho of an arm is chosen."""
-    cell, arms = next(iter(TASKS[task].cells)), TASKS[task].arms
-    return [Run(task, cell, arm, seed, rho, tuning=True) for rho in arms[arm].rhos for seed in TUNING_SEEDS]
 
 
 def best_rho(trials: list[Run], entries: dict[str, dict]) -> dict:

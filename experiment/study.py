@@ -61,14 +61,19 @@ class Task:
     images: str = ""
     first_seeds: tuple[int, ...] = ()
 
-    def seeds_of(self, cell: str) -> tuple[int, ...]:
-        """Return the seeds of the runs that count in a cell."""
-        return self.seeds + self.first_seeds * (cell == next(iter(self.cells)))
+    @property
+    def first(self) -> str:
+        """The cell in which rhos are chosen."""
+        return next(iter(self.cells))
 
     @property
     def epochs(self) -> int:
-        """Return how long a run is, but for arms of another length."""
+        """How long a run is, but for arms of another length."""
         return int(re.findall(r"--epochs (\d+)", self.flags)[0])
+
+    def seeds_of(self, cell: str) -> tuple[int, ...]:
+        """Return the seeds of the runs that count in a cell."""
+        return (*self.seeds, *self.first_seeds) if cell == self.first else self.seeds
 
     def masks(self, cell: str) -> tuple[str, float]:
         """Return a cell's pruning method and its sparsity."""
@@ -77,12 +82,11 @@ class Task:
 
     def scale(self, cell: str) -> float:
         """Return the factor of rho by which a perturbation spread evenly moves each living weight as far as in the first cell."""
-        first = next(iter(self.cells))
-        return math.sqrt((1 - self.masks(cell)[1]) / (1 - self.masks(first)[1]))
+        return math.sqrt((1 - self.masks(cell)[1]) / (1 - self.masks(self.first)[1]))
 
     def has(self, cell: str, arm: str) -> bool:
         """Return whether an arm is trained in a cell: it is not where it would be the same as another one."""
-        if arm == "unmasked":
+        if "--sam-unmasked" in self.arms[arm].flags:
             return self.masks(cell)[0] != "none"
         return not self.arms[arm].rho_of or self.scale(cell) != 1
 
@@ -107,7 +111,7 @@ ARMS = {
     "previous-minus": Arm("one-step SAM, rho < 0", ONE_STEP, tuple(-rho for rho in (0.02, *RHOS))),
     "momentum":       Arm("momentum, rho > 0", f"{ONE_STEP} --sam-direction momentum", (0.03, 0.1, 0.3, 1, 2, 3, 5)),
     "ema":            Arm("average of gradients", f"{ONE_STEP} --sam-direction ema", (0.1, 0.3, 0.5, 1, 2)),
-    "unmasked":       Arm("one-step SAM, unmasked", f"{ONE_STEP} --sam-unmasked", (0.1, 0.3, 0.5, 1, 2, 3)),  # its norm is spread over pruned weights
+    "unmasked":       Arm("one-step SAM, unmasked", f"{ONE_STEP} --sam-unmasked", (0.1, 0.3, 0.5, 1, 2, 3)),  # its norm is spread over pruned weights, too: larger rhos
 }
 MAIN = ("sgd", "sam", "previous", "msam", "random")
 OTHERS = tuple(name for name in ARMS if name not in MAIN)
@@ -123,6 +127,7 @@ CELLS = {
 DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch resnet --depth 20 --precision fp32 --compile off"
 # A pilot chose the size, two-step SAM against SGD: seeds 0 and 1 with wrong labels, seed 0 with right ones. They do not count.
 CIFAR_PART = "--image-size 16 --train-images 500 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 2 --precision fp32 --compile off --eval-every 100"
+CIFAR_CLEAN = Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, seeds=tuple(range(2, 7)), first_seeds=tuple(range(7, 12)), val_split=5000, measured=MAIN, images="folder")
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
@@ -136,6 +141,7 @@ PER_METHOD = {
     "lth-0.9": "--prune-method lth --sparsity 0.9 --lth-rounds 3 --lth-rewind 20",
     "lth-keep-0.9": "--prune-method lth --sparsity 0.9 --lth-rounds 3 --lth-rewind 20 --lth-keep-weights",
     "lamp-0.9": "--prune-method lamp --sparsity 0.9 --lth-rounds 3 --lth-rewind 20",
+    # in braces: the last checkpoint of that run
     "oneshot-0.9": "--prune-method oneshot --sparsity 0.9 --pretrained {dense-previous-seed0}",
     "final-0.9": "--prune-method final --sparsity 0.9 --recalibrate-bn",
     **{f"{method}-0.98": f"--prune-method {method} --sparsity 0.98" for method in ("random", "snip")},
@@ -180,9 +186,9 @@ PAPER_ARMS = {
 }
 
 TASKS = {
-    "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), 237, MAIN),
-    "cifar-noise": Task("A part of CIFAR-10, 40% of the training labels wrong", f"--label-noise 0.4 {CIFAR_PART}", CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, "folder", tuple(range(7, 12))),
-    "cifar-clean": Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, tuple(range(2, 7)), 5000, MAIN, "folder", tuple(range(7, 12))),
+    "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), val_split=237, measured=MAIN),
+    "cifar-noise": replace(CIFAR_CLEAN, title="A part of CIFAR-10, 40% of the training labels wrong", flags=f"--label-noise 0.4 {CIFAR_PART}"),
+    "cifar-clean": CIFAR_CLEAN,
     "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
     "methods-noise": Task("Digits, 40% of the training labels wrong: other methods", DIGITS, NOISE_CELLS, NOISE_ARMS, tuple(range(5))),
     "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
@@ -245,7 +251,7 @@ def tuning(task: str, arms: tuple[str, ...]) -> Iterator[Run]:
     for arm in arms:
         for seed in TUNING_SEEDS:
             for rho in TASKS[task].arms[arm].rhos:
-                yield Run(task, next(iter(TASKS[task].cells)), arm, seed, rho, tuning=True)
+                yield Run(task, TASKS[task].first, arm, seed, rho, tuning=True)
 
 
 def finals(task: str, cells: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Run]:
@@ -269,15 +275,13 @@ def cpu_study() -> Iterator[Run]:
         yield from tuning(task, MAIN)
         yield from finals(task, (first,), MAIN)
     yield from methods_study()
-    yield from finals("methods-noise", tuple(NOISE_CELLS), ("sgd", "sam", "msam"))
-    yield from finals("methods-noise", tuple(NOISE_CELLS), ("previous", "random"))
-    yield from finals("digits-noise", tuple(others), MAIN)
-    yield from finals("digits-noise", tuple(others), OTHERS)
+    yield from finals("methods-noise", tuple(NOISE_CELLS), tuple(NOISE_ARMS))
+    for task in ("digits-noise", "cifar-noise", "cifar-clean"):
+        yield from finals(task, tuple(others), MAIN)
     for task in ("cifar-noise", "cifar-clean"):
         yield from tuning(task, OTHERS)
         yield from finals(task, (first,), OTHERS)
-    for task in ("cifar-noise", "cifar-clean"):
-        yield from finals(task, tuple(others), MAIN)
+    for task in ("digits-noise", "cifar-noise", "cifar-clean"):
         yield from finals(task, tuple(others), OTHERS)
 
 
@@ -289,9 +293,8 @@ def methods_study() -> Iterator[Run]:
 
 
 def gpu_study() -> Iterator[Run]:
-    """Yield the runs of scripts/study_gpu.sh: all arms of a seed, then the next seed."""
-    for cell in PAPER_CELLS:
-        yield from finals("paper", (cell,), tuple(PAPER_ARMS))
+    """Yield the runs of scripts/study_gpu.sh."""
+    yield from finals("paper", tuple(PAPER_CELLS), tuple(PAPER_ARMS))
 
 
 STUDIES = {"study": cpu_study, "study_gpu": gpu_study}
