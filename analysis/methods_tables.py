@@ -71,7 +71,7 @@ def method_title(cell: str) -> str:
     """Return a method with those of its flags that are its own."""
     flags = re.sub(r"--prune-method | ?--(sparsity|update-interval) \S+", "", TASKS["methods"].cells[cell])
     name, pretrained, _ = flags.partition(" --pretrained")
-    return f"`{name}`" + (" (from the run of `none`)" if pretrained else "")
+    return f"`{name}`" + (" (from the run of `none` with one-step SAM)" if pretrained else "")
 
 
 def compared_methods(entries: dict[str, Entry]) -> dict[str, dict[str, Compared]]:

@@ -315,7 +315,7 @@ def test_every_method_has_a_row_with_both_sparsities(checkout):
     assert rows["`none`"] == ["0.0000", "41.00", "", "14.5", "1.000", "0.100", "", ""]
     assert rows["`random`"] == ["0.9000", "39.00", "42.50", "14.5", "0.174", "0.100", "0.9800", "36.80"]
     assert rows["`mest --mest-soft`"][4] == "0.194"
-    assert rows["`oneshot` (from the run of `none`)"][:2] == ["diverged", "diverged"]
+    assert rows["`oneshot` (from the run of `none` with one-step SAM)"][:2] == ["diverged", "diverged"]
     assert rows["`final --recalibrate-bn`, CrAM+"][1:5] == ["30.00; 40.00", "", "14.5", "2.000"]
     assert "`snip`" not in rows
 
