@@ -163,10 +163,11 @@ def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_w
     assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
 
 
-def test_a_longer_training_has_a_multiple_of_its_task_s_epochs():
-    for task, epochs in {"digits-noise": 120, "cifar-clean": 200}.items():
-        args, _ = parse(Run(task, "random-0.9", "sgd-long", 2).flags())
-        assert args.epochs == epochs
+@pytest.mark.parametrize(("arm", "times"), [("sgd-half", 0.5), ("sgd-long", 2)])
+def test_a_training_of_another_length_has_a_multiple_of_its_task_s_epochs(arm, times):
+    for task, epochs in {"digits-noise": 60, "cifar-clean": 100}.items():
+        args, _ = parse(Run(task, "random-0.9", arm, 2).flags())
+        assert args.epochs == times * epochs
 
 
 def test_random_directions_move_each_weight_of_the_paper_s_networks_as_far_as_on_the_digits():
