@@ -102,7 +102,8 @@ ARMS = {
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
     "random-scaled":  Arm("random, scaled", f"{ONE_STEP} --sam-direction random", rho_of="random"),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
-    "sgd-half":       Arm("SGD, half as long", "--optmzr sgd", length=0.5),  # ending early keeps wrong labels out, too
+    "sgd-quarter":    Arm("SGD, a quarter as long", "--optmzr sgd", length=0.25),  # ending early keeps wrong labels out, too
+    "sgd-half":       Arm("SGD, half as long", "--optmzr sgd", length=0.5),
     "sgd-long":       Arm("SGD, twice as long", "--optmzr sgd", length=2),  # at the cost of two-step SAM
     "nesterov":       Arm("SGD, Nesterov", "--optmzr sgd --nesterov"),
     "asam":           Arm("ASAM (two-step)", f"{SAM} --adaptive", (0.25, 0.5, 1, 2, 4, 8)),

@@ -163,7 +163,7 @@ def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_w
     assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
 
 
-@pytest.mark.parametrize(("arm", "times"), [("sgd-half", 0.5), ("sgd-long", 2)])
+@pytest.mark.parametrize(("arm", "times"), [("sgd-quarter", 0.25), ("sgd-half", 0.5), ("sgd-long", 2)])
 def test_a_training_of_another_length_has_a_multiple_of_its_task_s_epochs(arm, times):
     for task, epochs in {"digits-noise": 60, "cifar-clean": 100}.items():
         args, _ = parse(Run(task, "random-0.9", arm, 2).flags())
