@@ -27,7 +27,7 @@ CAPTIONS = {
         "equally far in every network. Where nothing else is said, masks are random and fixed.",
     ),
 }
-OVER_SPARSITIES = ("sam", "previous", "msam", "random-scaled")
+OVER_SPARSITIES = ("sam", "previous", "msam", "random-scaled", "sgd-half")
 Comparisons = dict[tuple[str, str], list[Compared]]
 Data = list[dict[str, Any]]
 

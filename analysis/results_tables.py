@@ -27,7 +27,8 @@ HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "
 NOISE = "noise"  # random directions; where there are scaled ones, these
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
     ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
-    (CONTROL, "late-0.25"), (CONTROL, "sgd-long"), ("msam", "sgd-half"), (CONTROL, "sgd-half"),
+    (CONTROL, "late-0.25"), (CONTROL, "sgd-long"), ("previous", "sgd-half"), ("msam", "sgd-half"),
+    (CONTROL, "sgd-half"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
