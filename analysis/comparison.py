@@ -27,7 +27,8 @@ class Compared:
         difference: their mean and its 95% interval by Student's t; None without pairs.
         p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
         sharpness_p: the same of the largest eigenvalue, whose differences are in pairs too.
-        passes: forward and backward passes of a training, those of SGD being 1: the runs' median; NaN where every run diverged.
+        passes: forward and backward passes of a training, a pass per step for the task's epochs being 1: the runs' median; NaN
+            where every run diverged.
     """
 
     arm: str

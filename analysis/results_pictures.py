@@ -22,7 +22,7 @@ CAPTIONS = {
         "Filled: significant at 5% after Holm's correction over the arms of its panel.",
     ),
     "sparsities": (
-        "Gain of the main arms over SGD at several sparsities",
+        "Gain over SGD at several sparsities",
         "Test accuracy minus that of SGD with the same seed, with 95% intervals. Random directions move a living weight "
         "equally far in every network. Where nothing else is said, masks are random and fixed.",
     ),

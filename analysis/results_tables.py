@@ -60,7 +60,11 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
         if told := [
             f"{title} {measured[arm]:.3g}" for arm, title in ({BASE: "SGD"} | HEADLINE).items() if arm in measured
         ]:
-            lines.append(f"- **Sharpness** there, the largest eigenvalue of the Hessian at the end: {'; '.join(told)}.")
+            count = len(next(row for row in comparisons[task, cell] if row.arm == "previous").eigenvalues)
+            seeds = f" ({count_text(count, 'seed')})" if count < len(rows["previous"].differences) else ""
+            lines.append(
+                f"- **Sharpness** there, the largest eigenvalue of the Hessian at the end{seeds}: {'; '.join(told)}."
+            )
     return "\n".join(lines)
 
 

@@ -114,7 +114,7 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
     assert "(90% sparse, random, 3 seeds)" in text
     assert "one-step SAM +1.17 (-0.73 to +3.06); two-step SAM **+4.00 (+3.75 to +4.25)**" in text
-    assert "the largest eigenvalue of the Hessian at the end: one-step SAM 320." in text
+    assert "the largest eigenvalue of the Hessian at the end (1 seed): one-step SAM 320." in text
 
 
 def test_a_run_that_diverged_is_counted_and_in_no_mean(checkout):
