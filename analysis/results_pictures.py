@@ -24,9 +24,10 @@ CAPTIONS = {
     "sparsities": (
         "Gain over SGD at several sparsities",
         "Test accuracy minus that of SGD with the same seed, with 95% intervals. Random directions move a living weight "
-        "equally far in every network. Where nothing else is said, masks are random and fixed.",
+        "about equally far in every network. Where nothing else is said, masks are random and fixed.",
     ),
 }
+# Where scaled random directions would repeat the unscaled ones, these stand for them.
 OVER_SPARSITIES = ("sam", "previous", "msam", "random-scaled", "sgd-half")
 Comparisons = dict[tuple[str, str], list[Compared]]
 Data = list[dict[str, Any]]
