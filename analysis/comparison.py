@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from experiment.study import TASKS, Run
+from experiment.flags import parse, resolve
+from experiment.study import TASKS, Arm, Run
 from utils.statistics import Interval, holm, paired_p, student_interval
 
 Entry = dict[str, Any]
@@ -22,6 +23,7 @@ class Compared:
 
     Attributes:
         arm, title: its name and how it is shown.
+        setting: what it was trained with beyond its title, such as `rho 0.2`; "" for nothing.
         runs: entries of all its runs by seed; those that diverged are in no figure.
         differences: test accuracies minus those of SGD with the same seed and images, in points.
         difference: their mean and its 95% interval by Student's t; None without pairs.
@@ -33,6 +35,7 @@ class Compared:
 
     arm: str
     title: str
+    setting: str
     runs: dict[int, Entry]
     differences: tuple[float, ...]
     difference: Interval | None
@@ -54,12 +57,6 @@ class Compared:
     def eigenvalues(self) -> list[float]:
         """Largest eigenvalues of the Hessian on training images, of the runs for which it was measured."""
         return [value for entry in self.finished if (value := largest_eigenvalue(entry)) is not None]
-
-    @property
-    def rho(self) -> str:
-        """Its rho, and nothing for an arm without one."""
-        rhos = {entry["flags"].get("sam_rho") for entry in self.runs.values()} - {None}
-        return ", ".join(f"{rho:.3g}" for rho in sorted(rhos))
 
     @property
     def verdict(self) -> int:
@@ -89,12 +86,20 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
     )
     return [
         Compared(
-            arm, arms[arm].title, found, differences[arm],
+            arm, arms[arm].title, setting_text(arms[arm], found.values()), found, differences[arm],
             student_interval(differences[arm]) if differences[arm] else None, p[arm], sharpness_p[arm],
             passes(found.values(), TASKS[task].epochs),
         )
         for arm, found in runs.items()
     ]  # fmt: skip
+
+
+def setting_text(arm: Arm, entries: Iterable[Entry]) -> str:
+    """Return what an arm's flag of interest was in its runs: `rho 0.2`, `lr 0.05`; "" for an arm without one."""
+    name = arm.tuned.removeprefix("--").replace("-", "_")
+    default = vars(resolve(parse(arm.flags.split())[0]))[name] if arm.values else None
+    values = {entry["flags"].get(name, default) for entry in entries} - {None}
+    return ", ".join(f"{arm.setting.replace('-', ' ')} {value:.3g}" for value in sorted(values))
 
 
 def passes(entries: Iterable[Entry], epochs: int) -> float:

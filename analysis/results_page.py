@@ -15,6 +15,7 @@ from analysis.labels import count_text
 from analysis.ledger import Ledger
 from analysis.methods_tables import methods_table, noise_headline, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
+from analysis.study import CHOSEN
 from experiment.study import STUDIES, TASKS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -51,7 +52,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
         "headlines": first_lines(comparisons, ledgers["methods-noise"]),
         "methods": methods_table(ledgers["methods"]),
         "methods-noise": noise_table(ledgers["methods-noise"]),
-        **{task: task_section(task, ledgers[task], comparisons, results / task / "rho") for task in COMPARED},
+        **{task: task_section(task, ledgers[task], comparisons, results / task / CHOSEN) for task in COMPARED},
     }
     changed, pages = [], {}
     for name in PAGES:

@@ -1,4 +1,4 @@
-"""The study's tables, in Markdown: every arm of a cell beside SGD, and the choice of each rho."""
+"""The study's tables, in Markdown: every arm of a cell beside SGD, and the choice of what is tuned."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from analysis.comparison import (
     pairs,
 )
 from analysis.labels import accuracy_text, count_text
-from analysis.study import best_rho, read_rho
+from analysis.study import best_value, read_choice
 from analysis.text_table import mean_and_std_text
 from experiment.study import TASKS, TUNING_SEEDS, Run, tuning
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
@@ -28,7 +28,7 @@ NOISE = "noise"  # random directions; where there are scaled ones, these
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
     ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
     (CONTROL, "late-0.25"), (CONTROL, "sgd-long"), ("previous", "sgd-half"), ("msam", "sgd-half"),
-    (CONTROL, "sgd-half"),
+    (CONTROL, "sgd-half"), ("previous", "sgd-lr"), (CONTROL, "sgd-lr"), ("previous", "sgd-decay"), (CONTROL, "sgd-decay"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
@@ -82,7 +82,7 @@ def limits(difference: Interval) -> str:
 
 
 def task_section(
-    task: str, entries: dict[str, Entry], comparisons: dict[tuple[str, str], list[Compared]], rhos: Path
+    task: str, entries: dict[str, Entry], comparisons: dict[tuple[str, str], list[Compared]], choices: Path
 ) -> str:
     """Return all tables of a task.
 
@@ -90,7 +90,7 @@ def task_section(
         task: its name.
         entries: its runs.
         comparisons: of all cells that have runs.
-        rhos: folder of the rhos that were chosen.
+        choices: folder of the values that were chosen.
     """
     parts = [f"Every run: `{TASKS[task].flags}`, and SGD with momentum 0.9 where nothing else is said."]
     for cell, flags in TASKS[task].cells.items():
@@ -102,8 +102,8 @@ def task_section(
                 cell_notes(rows, len(TASKS[task].seeds_of(cell))),
                 *direct_table({row.arm: row.title for row in rows}, between(rows)),
             ]
-    if tuned := tuning_table(task, entries, rhos):
-        parts += [f"### {TASKS[task].title}: the choice of rho", tuned]
+    if tuned := tuning_table(task, entries, choices):
+        parts += [f"### {TASKS[task].title}: what was tuned", tuned]
     return "\n\n".join(parts) if len(parts) > 1 else NOT_RUN
 
 
@@ -112,7 +112,7 @@ def cell_table(rows: list[Compared]) -> str:
     table = [
         {
             "arm": f"{row.title}, the positive control" if row.arm == CONTROL else row.title,
-            "rho": row.rho,
+            "setting": row.setting,
             "passes": "" if math.isnan(row.passes) else f"{row.passes:.3g}",
             "test accuracy (%)": spread_text(final(row.finished, "test_top1")),
             "runs": str(len(row.finished)),
@@ -230,27 +230,32 @@ def provenance(entries: Iterable[Entry]) -> str:
     return f"{text}, which compute in {kinds} ways (the files that decide figures differ)." if kinds > 1 else f"{text}."
 
 
-def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
-    """Return the held-out accuracies by which rhos were chosen; "" where there are none."""
+def tuning_table(task: str, entries: dict[str, Entry], choices: Path) -> str:
+    """Return the held-out accuracies by which values were chosen; "" where there are none."""
     rows, tried, at_an_end = [], [], []
     for name, arm in TASKS[task].arms.items():
         trials = [run for run in tuning(task, (name,)) if run.name in entries]
         if not trials:
             continue
-        chosen = chosen_rho(trials, entries, rhos / f"{name}.json")
-        values = best_rho(trials, entries)["held_out"]
-        cells = [f"{rho:g}: {held_out_text(values, rho, trials)}" if f"{rho:g}" in values else "" for rho in arm.rhos]
-        rows.append(
-            [arm.title, *(f"**{text}**" if rho == chosen else text for rho, text in zip(arm.rhos, cells, strict=True))]
-        )
+        chosen = chosen_value(trials, entries, choices / f"{name}.json")
+        held_out = best_value(trials, entries)["held_out"]
+        cells = [
+            f"{value:g}: {held_out_text(held_out, value, trials)}" if f"{value:g}" in held_out else ""
+            for value in arm.values
+        ]
+        bold = [f"**{text}**" if value == chosen else text for value, text in zip(arm.values, cells, strict=True)]
+        rows.append([arm.title, arm.setting.replace("-", " "), *bold])
         tried += [entries[run.name] for run in trials]
-        if chosen in (arm.rhos[0], arm.rhos[-1]):
+        if chosen in (arm.values[0], arm.values[-1]):
             at_an_end.append(f"*{arm.title}*")
     if not rows:
         return ""
     width = max(map(len, rows))
     table = markdown(
-        [["arm", "rho: held-out accuracy (%)", *[""] * (width - 2)], *(row + [""] * (width - len(row)) for row in rows)]
+        [
+            ["arm", "setting", "value: held-out accuracy (%)", *[""] * (width - 3)],
+            *(row + [""] * (width - len(row)) for row in rows),
+        ]
     )
     cell, seeds = cell_title(task, TASKS[task].first), " and ".join(map(str, TUNING_SEEDS))
     notes = [
@@ -265,16 +270,16 @@ def tuning_table(task: str, entries: dict[str, Entry], rhos: Path) -> str:
     return table + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
-def chosen_rho(trials: list[Run], entries: dict[str, Entry], file: Path) -> float | None:
-    """Return the rho that stands in an arm's runs; None as long as none is chosen."""
+def chosen_value(trials: list[Run], entries: dict[str, Entry], file: Path) -> float | None:
+    """Return the value that stands in an arm's runs; None as long as none is chosen."""
     if file.exists():
-        return read_rho(file)["rho"]
-    whole = len(trials) == len(TUNING_SEEDS) * len(TASKS[trials[0].task].arms[trials[0].arm].rhos)
-    return best_rho(trials, entries)["rho"] if whole else None
+        return read_choice(file)["value"]
+    whole = len(trials) == len(TUNING_SEEDS) * len(TASKS[trials[0].task].arms[trials[0].arm].values)
+    return best_value(trials, entries)["value"] if whole else None
 
 
-def held_out_text(values: dict[str, float | None], rho: float, trials: list[Run]) -> str:
+def held_out_text(held_out: dict[str, float | None], value: float, trials: list[Run]) -> str:
     """Return a held-out accuracy, and of how many runs it is where some are missing."""
-    value, count = values[f"{rho:g}"], sum(run.rho == rho for run in trials)
+    accuracy, count = held_out[f"{value:g}"], sum(run.value == value for run in trials)
     missing = f" ({count_text(count, 'run')})" if count < len(TUNING_SEEDS) else ""
-    return ("diverged" if value is None else f"{value:.2f}") + missing
+    return ("diverged" if accuracy is None else f"{accuracy:.2f}") + missing

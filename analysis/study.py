@@ -28,6 +28,7 @@ from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
+CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
 CHECKPOINTS = ("checkpoint.pt", "previous.pt", "best.pt")
 SETTINGS = """
 settings, in the environment:
@@ -45,7 +46,7 @@ class Study(Sweep):
     """A sweep whose list of runs follows from what the ledger has.
 
     Attributes:
-        plan: all runs in their order; rhos that are yet to be chosen are None.
+        plan: all runs in their order; values that are yet to be chosen are None.
         results: the ledger.
         images: flags that say where a task's images are, by the task's kind of images.
         extra: further flags of every run.
@@ -81,10 +82,10 @@ class Study(Sweep):
     def complete(self, run: Run) -> list[str] | None:
         """Return the flags that decide a run, or None where a run before it has to end first."""
         if run.tuned_arm and not run.tuning:
-            rho = self.chosen.get((run.task, run.tuned_arm))
-            if rho is None:
+            value = self.chosen.get((run.task, run.tuned_arm))
+            if value is None:
                 return None
-            run = run.with_rho(rho)
+            run = run.with_value(value)
         flags = run.flags()
         for place, word in enumerate(flags):
             if word.startswith("{"):  # the checkpoint of another run
@@ -96,36 +97,38 @@ class Study(Sweep):
 
     def missing(self) -> list[tuple[Run, list[str] | None]]:
         """List the runs that the ledger lacks, with their flags as far as they are known."""
-        self.choose_rhos()
+        self.choose_values()
         return [
             (run, self.complete(run))
             for run in self.plan
-            if not self.finished(f"{run.task}/{run.name}") and not self.without_rho(run)
+            if not self.finished(f"{run.task}/{run.name}") and not self.without_value(run)
         ]
 
-    def without_rho(self, run: Run) -> bool:
-        """Return whether every rho of a run's arm diverged, so that there is none to train it with."""
+    def without_value(self, run: Run) -> bool:
+        """Return whether every value of a run's arm diverged, so that there is none to train it with."""
         return not run.tuning and self.chosen.get((run.task, run.tuned_arm), 0.0) is None
 
-    def choose_rhos(self) -> None:
-        """Choose the rho of every arm whose tuning is in the ledger, and keep it in a file."""
+    def choose_values(self) -> None:
+        """Choose the value of every arm whose tuning is in the ledger, and keep it in a file."""
         for task, arm in dict.fromkeys((run.task, run.tuned_arm) for run in self.plan if run.tuned_arm):
-            path = self.results / task / "rho" / f"{arm}.json"
+            path = self.results / task / CHOSEN / f"{arm}.json"
             if (task, arm) in self.chosen:
                 continue
             if not path.exists():
                 trials = [run for run in tuning(task, (arm,)) if run.name in self.ledgers[task].entries]
-                if len(trials) < len(TUNING_SEEDS) * len(TASKS[task].arms[arm].rhos):
+                if len(trials) < len(TUNING_SEEDS) * len(TASKS[task].arms[arm].values):
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(path, json.dumps(best_rho(trials, self.ledgers[task].entries)) + "\n")
-            chosen = read_rho(path)
-            if (tried := chosen.get("held_out")) and tried.keys() != {f"{rho:g}" for rho in TASKS[task].arms[arm].rhos}:
+                write_text_atomically(path, json.dumps(best_value(trials, self.ledgers[task].entries)) + "\n")
+            chosen = read_choice(path)
+            if (tried := chosen.get("held_out")) and tried.keys() != {
+                f"{value:g}" for value in TASKS[task].arms[arm].values
+            }:
                 print(
-                    f"note: '{path}' was chosen from other rhos than experiment/study.py has: remove it to choose again",
+                    f"note: '{path}' was chosen from other values than experiment/study.py has: remove it to choose again",
                     file=sys.stderr,
                 )
-            self.chosen[task, arm] = chosen["rho"]
+            self.chosen[task, arm] = chosen["value"]
 
     def next_run(self, left: list[str], running: set[str]) -> str | None:
         """Return the first run that is missing and can start now."""
@@ -218,27 +221,30 @@ class Study(Sweep):
         return len(self.broken)
 
 
-def best_rho(trials: list[Run], entries: dict[str, dict]) -> dict:
-    """Choose the rho with the best mean accuracy on held-out images after the last epoch; one that diverged is out.
+def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
+    """Choose the value with the best mean accuracy on held-out images after the last epoch; one that diverged is out.
 
     Returns:
-        `rho` (None if all diverged; the smaller one of equals), and `held_out` by rho (None where a run diverged).
+        `value` (None if all diverged; the smaller one of equals), and `held_out` by value (None where a run diverged).
     """
     means: dict[float, float | None] = {}
-    for rho in dict.fromkeys(run.rho for run in trials):
-        assert rho is not None
-        tried = [entries[run.name] for run in trials if run.rho == rho]
+    for value in dict.fromkeys(run.value for run in trials):
+        assert value is not None
+        tried = [entries[run.name] for run in trials if run.value == value]
         alive = all(entry["state"] == "finished" for entry in tried)
-        means[rho] = round(mean(entry["epochs"]["val_top1"][-1] for entry in tried), 3) if alive else None
-    known = [(value, -abs(rho), rho) for rho, value in means.items() if value is not None]
-    return {"rho": max(known)[2] if known else None, "held_out": {f"{rho:g}": value for rho, value in means.items()}}
+        means[value] = round(mean(entry["epochs"]["val_top1"][-1] for entry in tried), 3) if alive else None
+    known = [(accuracy, -abs(value), value) for value, accuracy in means.items() if accuracy is not None]
+    return {
+        "value": max(known)[2] if known else None,
+        "held_out": {f"{value:g}": accuracy for value, accuracy in means.items()},
+    }
 
 
-def read_rho(path: Path) -> dict:
-    """Return what a file has that `best_rho` was written to. Raises UsageError where it has no rho."""
+def read_choice(path: Path) -> dict:
+    """Return what a file has that `best_rho` was written to. Raises UsageError where it has no value."""
     try:
         chosen = json.loads(path.read_text())
-        chosen["rho"]
+        chosen["value"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"cannot read '{path}' ({error}): restore it from git, or remove it to choose again"
@@ -339,7 +345,7 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     name, directory, *arguments = argv
     try:
         study, args = prepare(name, directory, arguments, root, program)
-        study.choose_rhos()
+        study.choose_values()
         check_ledger(study)
         if args.dry_run:
             return dry_run(study)
@@ -350,7 +356,7 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
         refuse(str(error))
     for module in IMPORTED_BY_RUNS:  # once, before the forks
         importlib.import_module(module)
-    study.runs = {f"{run.task}/{run.name}": [] for run in study.plan if not study.without_rho(run)}
+    study.runs = {f"{run.task}/{run.name}": [] for run in study.plan if not study.without_value(run)}
     left = [f"{run.task}/{run.name}" for run, _ in study.missing()]
     print(f"{study.output}: {len(study.runs)} runs, {len(study.runs) - len(left)} of them in the ledger", flush=True)
     interrupted = study.train_runs(left, began + 60 * args.minutes)
@@ -371,7 +377,7 @@ def dry_run(study: Study) -> int:
     waiting = len(missing) - len(known)
     print(
         f"{len(known)} runs"
-        + (f", and {waiting} that wait for a rho to be chosen or for a run before them" if waiting else "")
+        + (f", and {waiting} that wait for a value to be chosen or for a run before them" if waiting else "")
     )
     return 0
 

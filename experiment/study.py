@@ -1,7 +1,7 @@
 """What the studies train: tasks, arms, cells and seeds, in the order in which scripts/study.sh and study_gpu.sh run them.
 
-A run is one arm in one cell of one task with one seed. An arm with several `rhos` is tuned first: in its task's first cell,
-each rho with the seeds TUNING_SEEDS, and the accuracy counts on images that are held out of training. The chosen rho then
+A run is one arm in one cell of one task with one seed. An arm with several `values` is tuned first: in its task's first cell,
+each value with the seeds TUNING_SEEDS, and the accuracy counts on images that are held out of training. The chosen value then
 stands in all cells of the task, in runs with all training images and other seeds.
 """
 
@@ -20,19 +20,26 @@ class Arm:
 
     Attributes:
         title: as tables and pictures show it.
-        flags: of main_prune_train.py, without rho where it is tuned.
-        rhos: to choose from; () for an arm that needs none, or whose flags have it.
+        flags: of main_prune_train.py, without the one that is tuned.
+        values: of the tuned flag, to choose from; () where nothing is tuned.
         rho_of: the arm whose chosen rho it takes, scaled so that a living weight moves as far as in the task's first cell.
         rho: of the first cell where none is chosen, scaled in the others likewise.
         length: of the training, as a multiple of the task's.
+        tuned: the flag that is tuned.
     """
 
     title: str
     flags: str
-    rhos: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
     rho_of: str = ""
     rho: float | None = None
     length: float = 1.0
+    tuned: str = "--sam-rho"
+
+    @property
+    def setting(self) -> str:
+        """The name of what is tuned: `rho`, `lr` or `weight-decay`."""
+        return self.tuned.removeprefix("--").removeprefix("sam-")
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,10 @@ class Task:
     Attributes:
         title: for headings.
         flags: of every run.
-        cells: flags by name; rhos are chosen in the first one.
+        cells: flags by name; values are chosen in the first one.
         arms: by name; "sgd" is what the others are compared with.
         seeds: of the runs that count.
-        val_split: images held out where a rho is chosen.
+        val_split: images held out where a value is chosen.
         measured: arms whose sharpness is measured (by analysis.sharpness with the flags MEASURED).
         images: whether it needs the images of CIFAR-10: "folder" for DATA_DIR, "cifar10" for DATA_DIR or a download.
         first_seeds: of further runs that count in the first cell.
@@ -63,7 +70,7 @@ class Task:
 
     @property
     def first(self) -> str:
-        """The cell in which rhos are chosen."""
+        """The cell in which values are chosen."""
         return next(iter(self.cells))
 
     @property
@@ -102,6 +109,8 @@ ARMS = {
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
     "random-scaled":  Arm("random, scaled", f"{ONE_STEP} --sam-direction random", rho_of="random"),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
+    "sgd-lr":         Arm("SGD, learning rate tuned", "--optmzr sgd", (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), tuned="--lr"),  # 0.1 elsewhere
+    "sgd-decay":      Arm("SGD, weight decay tuned", "--optmzr sgd", (1e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02), tuned="--weight-decay"),  # 5e-4 elsewhere
     "sgd-quarter":    Arm("SGD, a quarter as long", "--optmzr sgd", length=0.25),  # ending early keeps wrong labels out, too
     "sgd-half":       Arm("SGD, half as long", "--optmzr sgd", length=0.5),
     "sgd-long":       Arm("SGD, twice as long", "--optmzr sgd", length=2),  # at the cost of two-step SAM
@@ -205,34 +214,35 @@ class Run:
     Attributes:
         task, cell, arm: names.
         seed: of the run.
-        rho: that is tried, where rhos are tuned; otherwise that of the arm, filled in once it is known; None where the arm's
-            flags say everything.
-        tuning: whether it serves to choose a rho.
+        value: of the arm's tuned flag that is tried; in other runs the chosen one, filled in once it is known; None where the
+            arm's flags say everything.
+        tuning: whether it serves to choose a value.
     """
 
     task: str
     cell: str
     arm: str
     seed: int
-    rho: float | None = None
+    value: float | None = None
     tuning: bool = False
 
     @property
     def name(self) -> str:
         """Its name within the task."""
         if self.tuning:
-            return f"tune-{self.cell}-{self.arm}-rho{self.rho:g}-seed{self.seed}"
+            setting = TASKS[self.task].arms[self.arm].setting
+            return f"tune-{self.cell}-{self.arm}-{setting}{self.value:g}-seed{self.seed}"
         return f"{self.cell}-{self.arm}-seed{self.seed}"
 
     @property
     def tuned_arm(self) -> str:
-        """The arm whose tuning decides its rho; "" where its flags say everything."""
+        """The arm whose tuning decides its value; "" where its flags say everything."""
         arm = TASKS[self.task].arms[self.arm]
-        return self.arm if arm.rhos else arm.rho_of
+        return self.arm if arm.values else arm.rho_of
 
-    def with_rho(self, chosen: float) -> "Run":
-        """Return it with the rho that was chosen for `tuned_arm`."""
-        return replace(self, rho=chosen if self.tuned_arm == self.arm else chosen * TASKS[self.task].scale(self.cell))
+    def with_value(self, chosen: float) -> "Run":
+        """Return it with the value that was chosen for `tuned_arm`."""
+        return replace(self, value=chosen if self.tuned_arm == self.arm else chosen * TASKS[self.task].scale(self.cell))
 
     def flags(self) -> list[str]:
         """Return its flags, without those that say where the images are and where the run goes."""
@@ -241,19 +251,19 @@ class Run:
         flags = [*task.flags.split(), *task.cells[self.cell].split(), *arm.flags.split()]
         if arm.length != 1:
             flags += ["--epochs", f"{arm.length * task.epochs:.0f}"]
-        if self.rho is not None:
-            flags += ["--sam-rho", f"{self.rho:g}"]
+        if self.value is not None:
+            flags += [arm.tuned, f"{self.value:g}"]
         if self.tuning:
             flags += ["--val-split", str(task.val_split)]
         return [*flags, "--seed", str(self.seed)]
 
 
 def tuning(task: str, arms: tuple[str, ...]) -> Iterator[Run]:
-    """Yield the runs by which rhos are chosen, arm by arm."""
+    """Yield the runs by which values are chosen, arm by arm."""
     for arm in arms:
         for seed in TUNING_SEEDS:
-            for rho in TASKS[task].arms[arm].rhos:
-                yield Run(task, TASKS[task].first, arm, seed, rho, tuning=True)
+            for value in TASKS[task].arms[arm].values:
+                yield Run(task, TASKS[task].first, arm, seed, value, tuning=True)
 
 
 def finals(task: str, cells: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Run]:

@@ -27,7 +27,10 @@ ACCURACIES = {  # by seed
 
 def entry(run, accuracy, *, commit="1234567890", **more):
     """Return an entry of the ledger; one without an accuracy diverged."""
-    flags = {"sam_rho": TASKS[run.task].arms[run.tuned_arm].rhos[1]} if run.tuned_arm else {}
+    flags = {}
+    if run.tuned_arm:
+        arm = TASKS[run.task].arms[run.tuned_arm]
+        flags[arm.tuned[2:].replace("-", "_")] = arm.values[1]
     about = {
         "run": run.name, "commit": commit, "mathematics": "abc", "device": "cpu (x86_64, 2 threads)", "torch": "2.14",
         "seconds": 1800.0, "images": f"seed {run.seed}", "flags": flags,
@@ -100,7 +103,17 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
     rows, text = checkout.rows(), checkout.page.read_text()
     assert list(rows)[2:5] == ["SGD", "SAM (two-step), the positive control", "one-step SAM"]
     assert rows["SGD"] == ["", "1", "91.00 ± 1.00", "3", "", "", "", "", ""]
-    assert rows["one-step SAM"] == ["0.1", "1", "92.17 ± 1.61", "3", "+1.17", "-0.73 to +3.06", "3", "0.118", "320.5"]
+    assert rows["one-step SAM"] == [
+        "rho 0.1",
+        "1",
+        "92.17 ± 1.61",
+        "3",
+        "+1.17",
+        "-0.73 to +3.06",
+        "3",
+        "0.118",
+        "320.5",
+    ]
     assert "above SGD: *SAM (two-step)*; not told apart from SGD: *one-step SAM*" in text
     assert "SGD ends at 61.0% of the training labels, as they were given." in text
     assert "standard deviation of 0.43 points" in text  # the median of 0.1 and 0.76
@@ -125,7 +138,7 @@ def test_a_run_that_diverged_is_counted_and_in_no_mean(checkout):
     rows = checkout.rows()
     assert rows["arm"].index("diverged") == 4
     assert rows["one-step SAM"][2:5] == ["92.17 ± 1.61", "3", "1"]
-    assert rows["MSAM"] == ["-1", "", "", "0", "1", "", "", "", ""]
+    assert rows["MSAM"] == ["rho -1", "", "", "0", "1", "", "", "", ""]
     assert "2 runs diverged" in checkout.page.read_text()
 
 
@@ -137,29 +150,40 @@ def test_runs_on_other_images_are_no_pair(checkout):
     assert "commits 1234567, fedcba9, which compute in 2 ways" in checkout.page.read_text()
 
 
-def test_the_chosen_rho_is_bold_and_one_at_an_end_is_named(checkout):
+def test_the_chosen_value_is_bold_and_one_at_an_end_is_named(checkout):
     arm = TASKS[TASK].arms["previous"]
-    held_out = dict(zip(arm.rhos, [90.0, 91.0, 92.0, 93.0, 94.0], strict=True))
-    for rho, accuracy in held_out.items():
+    held_out = dict(zip(arm.values, [90.0, 91.0, 92.0, 93.0, 94.0], strict=True))
+    for value, accuracy in held_out.items():
         for seed in (100, 101):
-            run = Run(TASK, CELL, "previous", seed, rho, tuning=True)
+            run = Run(TASK, CELL, "previous", seed, value, tuning=True)
             checkout.add(run, 1.0, epochs={"val_top1": [1.0, accuracy + seed - 100]})
-    checkout.add(Run(TASK, CELL, "previous", 100, arm.rhos[1], tuning=True), None)
+    checkout.add(Run(TASK, CELL, "previous", 100, arm.values[1], tuning=True), None)
     checkout.render()
     cells = checkout.rows()["one-step SAM"]
-    assert cells == ["0.05: 90.50", "0.1: diverged", "0.2: 92.50", "0.3: 93.50", "**0.5: 94.50**"]
+    assert cells == ["rho", "0.05: 90.50", "0.1: diverged", "0.2: 92.50", "0.3: 93.50", "**0.5: 94.50**"]
     assert "may be a better one beyond: *one-step SAM*" in checkout.page.read_text()
-    (checkout.root / "results" / TASK / "rho").mkdir()
-    (checkout.root / "results" / TASK / "rho" / "previous.json").write_text('{"rho": 0.2}')
+    (checkout.root / "results" / TASK / "chosen").mkdir()
+    (checkout.root / "results" / TASK / "chosen" / "previous.json").write_text('{"value": 0.2}')
     assert checkout.render("--check") == 1
     checkout.render()
-    assert checkout.rows()["one-step SAM"][2:] == ["**0.2: 92.50**", "0.3: 93.50", "0.5: 94.50"]
+    assert checkout.rows()["one-step SAM"][3:] == ["**0.2: 92.50**", "0.3: 93.50", "0.5: 94.50"]
+
+
+def test_a_tuned_baseline_says_which_flag_was_chosen(checkout):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "sgd-decay", 0), 92.0)
+    checkout.add(Run(TASK, CELL, "sgd-lr", 0), 92.0, flags={})  # the default is no telling flag
+    checkout.add(Run(TASK, CELL, "sgd-decay", 100, 0.005, tuning=True), 1.0, epochs={"val_top1": [80.0]})
+    checkout.render()
+    assert checkout.rows()["SGD, weight decay tuned"][0] == "weight decay 0.0005"
+    assert checkout.rows()["SGD, learning rate tuned"][0] == "lr 0.1"
+    assert "| SGD, weight decay tuned | weight decay | | | | | 0.005: 80.00 (1 run) |" in checkout.page.read_text()
 
 
 def test_an_unfinished_tuning_has_no_choice(checkout):
     checkout.add(Run(TASK, CELL, "sam", 100, 0.1, tuning=True), 1.0, epochs={"val_top1": [80.0]})
     checkout.render()
-    assert checkout.rows()["SAM (two-step)"] == ["", "0.1: 80.00 (1 run)", "", "", ""]
+    assert checkout.rows()["SAM (two-step)"] == ["rho", "", "0.1: 80.00 (1 run)", "", "", ""]
 
 
 def test_rendering_twice_changes_nothing_and_a_check_agrees(checkout, capsys):

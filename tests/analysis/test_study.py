@@ -1,9 +1,10 @@
-"""The studies: their lists, how a rho is chosen, and what becomes of runs. A script stands in for training, but once."""
+"""The studies: their lists, how a value is chosen, and what becomes of runs. A script stands in for training, but once."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def checkout(study, monkeypatch):
     return study.root
 
 
-def rho_of(results):
-    return json.loads((results / "digits-noise" / "rho" / "late-0.1.json").read_text())
+def choice(results):
+    return json.loads((results / "digits-noise" / "chosen" / "late-0.1.json").read_text())
 
 
 def commands(done):
@@ -158,9 +159,23 @@ def test_a_rho_is_tuned_before_it_counts_and_the_most_telling_runs_come_first():
 
 @pytest.mark.parametrize(("cell", "times"), [("dense", 10**0.5), ("random-0.95", 0.5**0.5), ("random-0.98", 0.2**0.5)])
 def test_scaled_random_directions_move_each_living_weight_as_far_as_those_they_were_tuned_on(cell, times):
-    flags = Run("digits-noise", cell, "random-scaled", 0).with_rho(8.0).flags()
+    flags = Run("digits-noise", cell, "random-scaled", 0).with_value(8.0).flags()
     assert float(value("--sam-rho", flags)) == pytest.approx(8 * times, rel=1e-5)
-    assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_rho(8.0).flags()) == "8"
+    assert value("--sam-rho", Run("digits-noise", cell, "random", 0).with_value(8.0).flags()) == "8"
+
+
+@pytest.mark.parametrize(("arm", "flag"), [("sgd-lr", "--lr"), ("sgd-decay", "--weight-decay"), ("sam", "--sam-rho")])
+def test_an_arm_is_tuned_by_one_flag_which_names_its_trials(arm, flag):
+    trials = [run for run in cpu_study() if (run.task, run.arm, run.tuning) == ("cifar-noise", arm, True)]
+    tried = Counter(value(flag, run.flags()) for run in trials)
+    assert len(tried) >= 5
+    assert set(tried.values()) == {2}
+    name = flag.removeprefix("--").removeprefix("sam-")
+    for run in trials:
+        flags = run.flags()
+        assert run.name == f"tune-random-0.9-{arm}-{name}{value(flag, flags)}-seed{value('--seed', flags)}"
+    final = Run("cifar-noise", "dense", arm, 2).with_value(0.25).flags()
+    assert value(flag, final) == "0.25"
 
 
 @pytest.mark.parametrize(("arm", "times"), [("sgd-quarter", 0.25), ("sgd-half", 0.5), ("sgd-long", 2)])
@@ -182,9 +197,9 @@ def test_random_directions_move_each_weight_of_the_paper_s_networks_as_far_as_on
 
 def test_other_methods_take_the_rhos_that_the_digits_chose():
     for arm in ("sam", "msam", "previous", "random"):
-        chosen = json.loads((ROOT / f"results/digits-noise/rho/{arm}.json").read_text())["rho"]
+        chosen = json.loads((ROOT / f"results/digits-noise/chosen/{arm}.json").read_text())["value"]
         flags, there = (
-            replace(Run(task, cell, arm, 0), rho=chosen).flags()
+            replace(Run(task, cell, arm, 0), value=chosen).flags()
             for task, cell in (("methods-noise", "set-0.9"), ("digits-noise", "random-0.9"))
         )
         assert float(value("--sam-rho", flags)) == chosen
@@ -209,11 +224,11 @@ def test_every_command_of_a_list_is_one_that_the_program_takes(listed):
     checked, networks = set(), {}
     for run in listed():
         if run.tuned_arm and not run.tuning:
-            run = run.with_rho(ARMS[run.tuned_arm].rhos[0])
+            run = run.with_value(ARMS[run.tuned_arm].values[0])
         flags = [*run.flags(), *place[TASKS[run.task].images]]
-        if (run.task, run.cell, run.arm, run.rho, run.tuning) not in checked:
+        if (run.task, run.cell, run.arm, run.value, run.tuning) not in checked:
             check(*parse(flags))
-        checked.add((run.task, run.cell, run.arm, run.rho, run.tuning))
+        checked.add((run.task, run.cell, run.arm, run.value, run.tuning))
         if "--pretrained" not in flags:  # the checkpoint of another run
             networks.setdefault(f"{run.task}/{run.cell}", flags)
     check_flags(networks, [], [])  # builds them too
@@ -221,11 +236,13 @@ def test_every_command_of_a_list_is_one_that_the_program_takes(listed):
 
 def test_tuning_holds_images_out_and_takes_seeds_that_do_not_count():
     for run in cpu_study():
-        assert run.tuning == ("--val-split" in replace(run, rho=run.rho or 1.0).flags()) == (run.seed in TUNING_SEEDS)
+        assert (
+            run.tuning == ("--val-split" in replace(run, value=run.value or 1.0).flags()) == (run.seed in TUNING_SEEDS)
+        )
         assert not run.tuning or run.cell == next(iter(TASKS[run.task].cells))
 
 
-# choosing rho
+# choosing a value
 
 
 def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(study):
@@ -234,8 +251,8 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     results = study.output / "results"
     assert done.returncode == 0, done.stderr
     assert "digits-noise: 11 runs in" in done.stdout
-    chosen = rho_of(results)
-    assert chosen["rho"] == 0.1  # the smaller one of equals
+    chosen = choice(results)
+    assert chosen["value"] == 0.1  # the smaller one of equals
     assert chosen["held_out"] == {"0.05": 60.5, "0.1": 70.5, "0.2": 70.5, "0.3": None, "0.5": 40.5}
     final = json.loads((results / f"{FINAL}.json").read_text())
     assert final["flags"]["sam_rho"] == 0.1
@@ -243,12 +260,12 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     diverged = json.loads((results / "digits-noise/tune-random-0.9-late-0.1-rho0.3-seed100.json").read_text())
     assert diverged["state"] == "diverged"
 
-    (results / "digits-noise/rho/late-0.1.json").write_text('{"rho": 0.2, "held_out": {"0.2": 70}}')
+    (results / "digits-noise/chosen/late-0.1.json").write_text('{"value": 0.2, "held_out": {"0.2": 70}}')
     listed = study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
     (command,) = commands(listed)
     assert value("--sam-rho", command) == "0.2"  # what is written down, whatever the runs say
-    assert "late-0.1.json' was chosen from other rhos than experiment/study.py has" in listed.stderr
-    (results / "digits-noise/rho/late-0.1.json").write_text("{}")
+    assert "late-0.1.json' was chosen from other values than experiment/study.py has" in listed.stderr
+    (results / "digits-noise/chosen/late-0.1.json").write_text("{}")
     refused = study("--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
     assert refused.returncode == 2
     assert "restore it from git, or remove it to choose again" in refused.stderr
@@ -259,7 +276,7 @@ def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
     held_out = dict.fromkeys(["0.05", "0.1", "0.2", "0.3", "0.5"])
     done = study("--only", TUNED, FINAL, EPOCHS="1", HELD_OUT=json.dumps(held_out))
     assert done.returncode == 0
-    assert rho_of(study.output / "results")["rho"] is None
+    assert choice(study.output / "results")["value"] is None
     assert "digits-noise: 10 runs in" in done.stdout
     assert "0 missing" in done.stdout
 
@@ -271,7 +288,7 @@ def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
 
 def test_a_run_that_waits_for_a_rho_is_counted_and_not_begun(study):
     done = study("--dry-run", "--only", TUNED, FINAL)
-    assert done.stdout.splitlines()[-1] == "10 runs, and 1 that wait for a rho to be chosen or for a run before them"
+    assert done.stdout.splitlines()[-1] == "10 runs, and 1 that wait for a value to be chosen or for a run before them"
     assert [value("--sam-rho", command) for command in commands(done)] == ["0.05", "0.1", "0.2", "0.3", "0.5"] * 2
     assert not study.output.exists()
 
