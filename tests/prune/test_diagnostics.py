@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_methods import build, kept, train
+from tiny_network import build, kept, train
 from torch import nn
 
 from models import build_model

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import Tiny, build, global_reference, kept, layers, sample, split, train
+from tiny_network import Tiny, build, global_reference, kept, layers, sample, split, train
 
 from prune import Pruner
 from prune.flops import FlopsMeter, count_flops
