@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sweeps import ROOT, commands, value
 
 from analysis.study import main
 from experiment.checks import check
@@ -16,7 +17,6 @@ from experiment.flags import parse
 from experiment.grid import check_flags
 from experiment.study import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
 
-ROOT = Path(__file__).parents[2]
 # It leaves the files of a run whose accuracy on held-out images HELD_OUT has for its rho; null: it diverges.
 STAND_IN = """
 import json, os, sys
@@ -106,20 +106,12 @@ def choice(results):
     return json.loads((results / "digits-noise" / "chosen" / "late-0.1.json").read_text())
 
 
-def commands(done):
-    return [line.split() for line in done.stdout.splitlines() if "main_prune_train.py" in line]
-
-
 def script(name, directory, *arguments, **settings):
     """Run a script from a directory, without a number of threads in the environment."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
     environment.pop("OMP_NUM_THREADS", None)
     command = ["bash", str(ROOT / f"scripts/{name}.sh"), *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
-
-
-def value(flag, command):
-    return command[command.index(flag) + 1]
 
 
 # the lists
