@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from experiment.flags import parse, resolve
 from experiment.study import TASKS, Arm, Run
 from utils.statistics import Interval, holm, paired_p, student_interval
 
@@ -97,8 +96,7 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
 def setting_text(arm: Arm, entries: Iterable[Entry]) -> str:
     """Return what an arm's flag of interest was in its runs: `rho 0.2`, `lr 0.05`; "" for an arm without one."""
     name = arm.tuned.removeprefix("--").replace("-", "_")
-    default = vars(resolve(parse(arm.flags.split())[0]))[name] if arm.values else None
-    values = {entry["flags"].get(name, default) for entry in entries} - {None}
+    values = {entry["flags"].get(name) for entry in entries} - {None}
     return ", ".join(f"{arm.setting.replace('-', ' ')} {value:.3g}" for value in sorted(values))
 
 

@@ -172,12 +172,12 @@ def test_the_chosen_value_is_bold_and_one_at_an_end_is_named(checkout):
 def test_a_tuned_baseline_says_which_flag_was_chosen(checkout):
     checkout.add_cell()
     checkout.add(Run(TASK, CELL, "sgd-decay", 0), 92.0)
-    checkout.add(Run(TASK, CELL, "sgd-lr", 0), 92.0, flags={})  # the default is no telling flag
+    checkout.add(Run(TASK, CELL, "sgd-lr", 0), 92.0)
     checkout.add(Run(TASK, CELL, "sgd-decay", 100, 0.005, tuning=True), 1.0, epochs={"val_top1": [80.0]})
     checkout.render()
-    assert checkout.rows()["SGD, weight decay tuned"][0] == "weight decay 0.0005"
-    assert checkout.rows()["SGD, learning rate tuned"][0] == "lr 0.1"
-    assert "| SGD, weight decay tuned | weight decay | | | | | 0.005: 80.00 (1 run) |" in checkout.page.read_text()
+    assert checkout.rows()["SGD, weight decay tuned"][0] == "weight decay 0.001"
+    assert checkout.rows()["SGD, learning rate tuned"][0] == "lr 0.02"
+    assert "| SGD, weight decay tuned | weight decay | | | | 0.005: 80.00 (1 run) |" in checkout.page.read_text()
 
 
 def test_an_unfinished_tuning_has_no_choice(checkout):

@@ -13,7 +13,7 @@ from sweeps import ROOT, commands, value
 
 from analysis.study import main
 from experiment.checks import check
-from experiment.flags import parse
+from experiment.flags import parse, resolve
 from experiment.grid import check_flags
 from experiment.study import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
 
@@ -168,6 +168,13 @@ def test_an_arm_is_tuned_by_one_flag_which_names_its_trials(arm, flag):
         assert run.name == f"tune-random-0.9-{arm}-{name}{value(flag, flags)}-seed{value('--seed', flags)}"
     final = Run("cifar-noise", "dense", arm, 2).with_value(0.25).flags()
     assert value(flag, final) == "0.25"
+
+
+def test_no_tuned_flag_has_its_default_among_its_values():
+    """Such a run would be one of another arm, and the ledger takes a run once."""
+    for arm in ARMS.values():
+        default = vars(resolve(parse(arm.flags.split())[0]))[arm.tuned[2:].replace("-", "_")]
+        assert arm.tuned == "--sam-rho" or default not in arm.values
 
 
 @pytest.mark.parametrize(("arm", "times"), [("sgd-quarter", 0.25), ("sgd-half", 0.5), ("sgd-long", 2)])
