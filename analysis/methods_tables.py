@@ -7,7 +7,6 @@ from statistics import mean
 from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final
 from analysis.labels import count_text
 from analysis.results_tables import (
-    HEADLINE,
     NOT_RUN,
     direct_table,
     diverged_note,
@@ -129,10 +128,6 @@ def over_methods_text(means: dict[str, list[float]]) -> dict[str, str]:
     return {arm: points(student_interval(means[arm]), corrected) for arm, corrected in zip(means, p, strict=True)}
 
 
-def noise_headline(entries: dict[str, Entry]) -> str:
-    """Return what the arms changed on average over the methods; "" without one that has every run."""
-    cells = compared_methods(entries)
-    texts = over_methods_text(over_methods(cells))
-    told = "; ".join(f"{title} {texts[arm]}" for arm, title in HEADLINE.items() if arm in texts)
-    methods = ", ".join(f"`{TASKS['methods-noise'].masks(cell)[0]}`" for cell in cells)
-    return f"- **Other methods** on these digits ({methods}), the mean over them: {told}." if told else ""
+def means_over_methods(entries: dict[str, Entry]) -> dict[str, str]:
+    """Return what each arm that has every run changed on average over the methods."""
+    return over_methods_text(over_methods(compared_methods(entries)))

@@ -13,7 +13,7 @@ from analysis.command import writing_to
 from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
-from analysis.methods_tables import methods_table, noise_headline, noise_table
+from analysis.methods_tables import means_over_methods, methods_table, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
 from analysis.study import CHOSEN
 from experiment.study import STUDIES, TASKS
@@ -78,9 +78,9 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
 
 
 def first_lines(comparisons: dict[tuple[str, str], list[Compared]], methods: dict[str, Entry]) -> str:
-    """Return what came out in a line per task, and how to read these lines."""
-    lines = "\n".join(filter(None, [headlines(comparisons), noise_headline(methods)]))
-    return f"{HEADLINES_NOTE}\n\n{lines}" if lines else "No comparison is in the ledger yet."
+    """Return what came out in a table, and how to read it."""
+    table = headlines(comparisons, means_over_methods(methods))
+    return f"{HEADLINES_NOTE}\n\n{table}" if table else "No comparison is in the ledger yet."
 
 
 def tell_unlisted(ledgers: dict[str, dict[str, Entry]]) -> None:

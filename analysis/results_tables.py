@@ -20,10 +20,10 @@ from analysis.comparison import (
 from analysis.labels import accuracy_text, count_text
 from analysis.study import best_value, read_choice
 from analysis.text_table import mean_and_std_text
-from experiment.study import TASKS, TUNING_SEEDS, Run, tuning
+from experiment.study import ARMS, TASKS, TUNING_SEEDS, Run, tuning
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
-HEADLINE = {"previous": "one-step SAM", "sam": "two-step SAM", "msam": "MSAM", "random": "random directions"}
+HEADLINE = (CONTROL, "late-0.25", "msam", "previous", "random", "sgd-decay", "sgd-lr", "sgd-half")
 NOISE = "noise"  # random directions; where there are scaled ones, these
 DIRECT = (  # what a direction buys over noise and over another one, and what a second pass buys
     ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
@@ -32,7 +32,7 @@ DIRECT = (  # what a direction buys over noise and over another one, and what a 
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
-    f"{LEVEL:.0%} after Holm's correction over all arms of its table."
+    f"{LEVEL:.0%} after Holm's correction over all arms of its table. Passes are those of a training, those of SGD being 1."
 )
 NOT_RUN = "No run of it is in the ledger yet."
 
@@ -43,29 +43,30 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
 
-def headlines(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
-    """Return what one and two steps changed in the first cell of each task, accuracy and sharpness; "" without runs."""
-    lines = []
+def headlines(comparisons: dict[tuple[str, str], list[Compared]], other_methods: dict[str, str]) -> str:
+    """Return what the main arms changed in the first cell of each task, a column per task; "" without runs.
+
+    Args:
+        comparisons: of all cells that have runs.
+        other_methods: what arms changed on average over the methods that were trained with wrong labels.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    passes: dict[str, str] = {}
     for task in TASKS:
         cell = TASKS[task].first
         rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
-        if "previous" not in rows:
-            continue
-        parts = [
-            f"{title} {points(rows[arm].difference, rows[arm].p)}" for arm, title in HEADLINE.items() if arm in rows
-        ]
-        where = f"{cell_title(task, cell)}, {count_text(len(rows['previous'].differences), 'seed')}"
-        lines.append(f"- **{TASKS[task].title}** ({where}): {'; '.join(parts)}.")
-        measured = {row.arm: mean(row.eigenvalues) for row in comparisons[task, cell] if row.eigenvalues}
-        if told := [
-            f"{title} {measured[arm]:.3g}" for arm, title in ({BASE: "SGD"} | HEADLINE).items() if arm in measured
-        ]:
-            count = len(next(row for row in comparisons[task, cell] if row.arm == "previous").eigenvalues)
-            seeds = f" ({count_text(count, 'seed')})" if count < len(rows["previous"].differences) else ""
-            lines.append(
-                f"- **Sharpness** there, the largest eigenvalue of the Hessian at the end{seeds}: {'; '.join(told)}."
-            )
-    return "\n".join(lines)
+        if told := {arm: points(rows[arm].difference, rows[arm].p) for arm in HEADLINE if arm in rows}:
+            seeds = count_text(max(len(row.differences) for row in rows.values()), "seed")
+            columns[f"{TASKS[task].title}: {cell_title(task, cell)}, {seeds}"] = told
+            passes = {arm: f"{row.passes:.3g}" for arm, row in rows.items()} | passes
+    if other_methods:
+        noise = TASKS["methods-noise"]
+        columns[f"{noise.title}, their mean, {count_text(len(noise.seeds), 'seed')}"] = other_methods
+    arms = [arm for arm in HEADLINE if any(arm in told for told in columns.values())]
+    table = [["minus SGD (points)", "passes", *columns]]
+    for arm in arms:
+        table.append([ARMS[arm].title, passes.get(arm, ""), *(told.get(arm, "") for told in columns.values())])
+    return markdown(table) if arms else ""
 
 
 def points(difference: Interval | None, p: float) -> str:
