@@ -140,6 +140,9 @@ DIGITS = "--dataset digits --label-noise 0.4 --epochs 60 --batch-size 64 --arch 
 CIFAR_PART = "--image-size 16 --train-images 500 --epochs 100 --batch-size 64 --arch resnet --depth 8 --width 2 --precision fp32 --compile off --eval-every 100"
 CIFAR_CLEAN = Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, seeds=tuple(range(2, 7)), first_seeds=tuple(range(7, 12)), val_split=5000, measured=MAIN, images="folder")
 
+# What the rules add where SGD has the weight decay that held-out images chose for it: each rho is chosen anew.
+DECAY_ARMS = {arm: ARMS[arm] for arm in ("sgd", "previous", "late-0.25", "sam", "msam", "random")}
+
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
 METHODS = "--train-images 10000 --arch resnet --depth 20 --epochs 2 --precision fp32 --compile off"
 STATIC = ("random", "magnitude", "snip", "iter-snip", "force", "grasp", "synflow")
@@ -196,10 +199,22 @@ PAPER_ARMS = {
     "random":       Arm("random", f"{ONE_STEP} --sam-direction random", rho=9.7),
 }
 
+def with_decay(task: Task, decay: float) -> Task:
+    """Return the first cell of a task at another weight decay."""
+    flags, seeds = f"{task.flags} --weight-decay {decay}", task.seeds_of(task.first)
+    cells = {task.first: task.cells[task.first]}
+    return replace(task, title=f"{task.title}, weight decay {decay}", flags=flags, cells=cells, arms=DECAY_ARMS, seeds=seeds, first_seeds=(), measured=())
+
+
+DIGITS_NOISE = Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), val_split=237, measured=MAIN)
+CIFAR_NOISE = replace(CIFAR_CLEAN, title="A part of CIFAR-10, 40% of the training labels wrong", flags=f"--label-noise 0.4 {CIFAR_PART}")
 TASKS = {
-    "digits-noise": Task("Digits, 40% of the training labels wrong", DIGITS, CELLS, ARMS, tuple(range(10)), val_split=237, measured=MAIN),
-    "cifar-noise": replace(CIFAR_CLEAN, title="A part of CIFAR-10, 40% of the training labels wrong", flags=f"--label-noise 0.4 {CIFAR_PART}"),
+    "digits-noise": DIGITS_NOISE,
+    "cifar-noise": CIFAR_NOISE,
     "cifar-clean": CIFAR_CLEAN,
+    "digits-noise-decay": with_decay(DIGITS_NOISE, 0.01),
+    "cifar-noise-decay": with_decay(CIFAR_NOISE, 0.01),
+    "cifar-clean-decay": with_decay(CIFAR_CLEAN, 0.005),
     "methods": Task("Every method once", METHODS, PER_METHOD, METHOD_ARMS, (0,), images="folder"),
     "methods-noise": Task("Digits, 40% of the training labels wrong: other methods", DIGITS, NOISE_CELLS, NOISE_ARMS, tuple(range(5))),
     "paper": Task("The paper's network and length", PAPER, PAPER_CELLS, PAPER_ARMS, tuple(range(5)), images="cifar10"),
@@ -286,6 +301,9 @@ def cpu_study() -> Iterator[Run]:
     for task in ("cifar-noise", "cifar-clean"):
         yield from tuning(task, MAIN)
         yield from finals(task, (first,), MAIN)
+    for task in ("cifar-clean-decay", "digits-noise-decay", "cifar-noise-decay"):
+        yield from tuning(task, tuple(DECAY_ARMS))
+        yield from finals(task, (first,), tuple(DECAY_ARMS))
     yield from methods_study()
     yield from finals("methods-noise", tuple(NOISE_CELLS), tuple(NOISE_ARMS))
     for task in ("digits-noise", "cifar-noise", "cifar-clean"):

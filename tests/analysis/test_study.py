@@ -205,6 +205,19 @@ def test_other_methods_take_the_rhos_that_the_digits_chose():
         assert set(flags) >= set(there) - set(TASKS["digits-noise"].cells["random-0.9"].split())
 
 
+@pytest.mark.parametrize("task", ["digits-noise", "cifar-noise", "cifar-clean"])
+def test_rules_are_tuned_again_at_the_weight_decay_that_was_chosen_for_sgd(task):
+    chosen = json.loads((ROOT / f"results/{task}/chosen/sgd-decay.json").read_text())["value"]
+    for arm in ("sgd", "previous"):
+        run = Run(f"{task}-decay", "random-0.9", arm, 2, 0.1 if arm == "previous" else None)
+        args, before = (parse(each.flags())[0] for each in (run, replace(run, task=task)))
+        assert args.weight_decay == chosen
+        assert vars(args) == vars(before) | {"weight_decay": chosen}
+    runs = [run for run in cpu_study() if run.task == f"{task}-decay" and run.arm == "previous"]
+    assert [run.seed for run in runs if not run.tuning] == list(TASKS[task].seeds_of("random-0.9"))
+    assert len([run for run in runs if run.tuning]) == 2 * 5
+
+
 def test_the_gpu_study_has_98_percent_first_and_whole_seeds():
     runs = list(gpu_study())
     assert len(runs) == 6 * 5 * len(PAPER_ARMS)
