@@ -24,6 +24,7 @@ PAGES = ("README.md", "RESULTS.md", "docs/one-step.md")
 PICTURES = Path("docs/results")
 OPENING = re.compile(r"^<!-- ledger: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- ledger: (\S+) -->\n(?:(?!<!-- ledger).*\n)*?<!-- /ledger -->$", re.MULTILINE)
+DECAY = tuple(name for name in TASKS if name.endswith("-decay"))  # beside each other, apart from the first comparison
 COMPARED = tuple(name for name in TASKS if name not in ("methods", "methods-noise"))
 
 
@@ -44,12 +45,15 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     ledgers = {task: Ledger(results / task, None).entries for task in TASKS}
     tell_unlisted(ledgers)
     comparisons = compare_all(ledgers)
+    first = {key: rows for key, rows in comparisons.items() if key[0] not in DECAY}
+    with_decay = {key: rows for key, rows in comparisons.items() if key[0] in DECAY}
     pictures = {
-        "frontier": results_pictures.frontier(comparisons),
+        "frontier": results_pictures.frontier(first),
         "sparsities": results_pictures.sparsities(comparisons),
     }
     blocks = {
-        "headlines": first_lines(comparisons, ledgers["methods-noise"]),
+        "headlines": first_lines(first, means_over_methods(ledgers["methods-noise"])),
+        "headlines-decay": first_lines(with_decay, {}),
         "methods": methods_table(ledgers["methods"]),
         "methods-noise": noise_table(ledgers["methods-noise"]),
         **{task: task_section(task, ledgers[task], comparisons, results / task / CHOSEN) for task in COMPARED},
@@ -77,9 +81,9 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     return changed
 
 
-def first_lines(comparisons: dict[tuple[str, str], list[Compared]], methods: dict[str, Entry]) -> str:
+def first_lines(comparisons: dict[tuple[str, str], list[Compared]], other_methods: dict[str, str]) -> str:
     """Return what came out in a table, and how to read it."""
-    table = headlines(comparisons, means_over_methods(methods))
+    table = headlines(comparisons, other_methods)
     return f"{HEADLINES_NOTE}\n\n{table}" if table else "No comparison is in the ledger yet."
 
 

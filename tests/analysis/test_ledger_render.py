@@ -173,6 +173,19 @@ def test_the_chosen_value_is_bold_and_one_at_an_end_is_named(checkout):
     assert checkout.rows()["one-step SAM"][3:] == ["**0.2: 92.50**", "0.3: 93.50", "0.5: 94.50"]
 
 
+def test_what_rules_add_at_another_weight_decay_stands_in_a_table_of_its_own(checkout):
+    checkout.add_cell()
+    for arm, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            checkout.add(Run(f"{TASK}-decay", CELL, arm, seed), 2 * accuracy - 90)
+    checkout.page.write_text(PAGE + "\n<!-- ledger: headlines-decay -->\n<!-- /ledger -->\n")
+    checkout.render()
+    assert checkout.rows(headlines=True)["SAM (two-step)"] == ["2", "**+4.00 (+3.75 to +4.25)**"]
+    apart = checkout.page.read_text().partition("headlines-decay -->")[2]
+    assert "| minus SGD (points) | passes | Digits, 40% of the training labels wrong, weight decay 0.01: " in apart
+    assert "| SAM (two-step) | 2 | **+8.00 (+7.50 to +8.50)** |" in apart
+
+
 def test_a_tuned_baseline_says_which_flag_was_chosen(checkout):
     checkout.add_cell()
     checkout.add(Run(TASK, CELL, "sgd-decay", 0), 92.0)
