@@ -25,6 +25,7 @@ PICTURES = Path("docs/results")
 OPENING = re.compile(r"^<!-- ledger: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- ledger: (\S+) -->\n(?:(?!<!-- ledger).*\n)*?<!-- /ledger -->$", re.MULTILINE)
 DECAY = tuple(name for name in TASKS if name.endswith("-decay"))  # beside each other, apart from the first comparison
+NO_COMPARISON = "No comparison is in the ledger yet."
 COMPARED = tuple(name for name in TASKS if name not in ("methods", "methods-noise"))
 
 
@@ -53,7 +54,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     }
     blocks = {
         "headlines": first_lines(first, means_over_methods(ledgers["methods-noise"])),
-        "headlines-decay": first_lines(with_decay, {}),
+        "headlines-decay": headlines(with_decay, {}) or NO_COMPARISON,
         "methods": methods_table(ledgers["methods"]),
         "methods-noise": noise_table(ledgers["methods-noise"]),
         **{task: task_section(task, ledgers[task], comparisons, results / task / CHOSEN) for task in COMPARED},
@@ -84,7 +85,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
 def first_lines(comparisons: dict[tuple[str, str], list[Compared]], other_methods: dict[str, str]) -> str:
     """Return what came out in a table, and how to read it."""
     table = headlines(comparisons, other_methods)
-    return f"{HEADLINES_NOTE}\n\n{table}" if table else "No comparison is in the ledger yet."
+    return f"{HEADLINES_NOTE}\n\n{table}" if table else NO_COMPARISON
 
 
 def tell_unlisted(ledgers: dict[str, dict[str, Entry]]) -> None:
