@@ -29,6 +29,7 @@ DIRECT = (  # what a direction buys over noise and over another one, and what a 
     ("previous", NOISE), ("msam", NOISE), (CONTROL, NOISE), ("msam", "previous"), (CONTROL, "previous"), (CONTROL, "msam"),
     (CONTROL, "late-0.25"), (CONTROL, "sgd-long"), ("previous", "sgd-half"), ("msam", "sgd-half"),
     (CONTROL, "sgd-half"), ("previous", "sgd-lr"), (CONTROL, "sgd-lr"), ("previous", "sgd-decay"), (CONTROL, "sgd-decay"),
+    ("msam", "sgd-lr"), ("msam", "sgd-decay"), ("late-0.25", "sgd-half"), ("late-0.25", "sgd-decay"),
 )  # fmt: skip
 HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
