@@ -241,7 +241,7 @@ def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
 
 
 def read_choice(path: Path) -> dict:
-    """Return what a file has that `best_rho` was written to. Raises UsageError where it has no value."""
+    """Return what a file has that `best_value` was written to. Raises UsageError where it has no value."""
     try:
         chosen = json.loads(path.read_text())
         chosen["value"]

@@ -109,8 +109,8 @@ ARMS = {
     "random":         Arm("random", f"{ONE_STEP} --sam-direction random", (0.1, 0.3, 1, 2, 4, 8, 16, 32)),
     "random-scaled":  Arm("random, scaled", f"{ONE_STEP} --sam-direction random", rho_of="random"),
     "sgd-1e-4":       Arm("SGD, weight decay 1e-4", "--optmzr sgd --weight-decay 1e-4"),  # the SGD arm of the paper's code
-    "sgd-lr":         Arm("SGD, learning rate tuned", "--optmzr sgd", (0.01, 0.02, 0.05, 0.2, 0.5, 1, 2), tuned="--lr"),  # all others have 0.1
-    "sgd-decay":      Arm("SGD, weight decay tuned", "--optmzr sgd", (1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05), tuned="--weight-decay"),  # and 5e-4
+    "sgd-lr":         Arm("SGD, learning rate tuned", "--optmzr sgd", (0.01, 0.02, 0.05, 0.2, 0.5, 1, 2), tuned="--lr"),  # the others have 0.1
+    "sgd-decay":      Arm("SGD, weight decay tuned", "--optmzr sgd", (1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05), tuned="--weight-decay"),  # the others have 5e-4
     "sgd-quarter":    Arm("SGD, a quarter as long", "--optmzr sgd", length=0.25),  # ending early keeps wrong labels out, too
     "sgd-half":       Arm("SGD, half as long", "--optmzr sgd", length=0.5),
     "sgd-long":       Arm("SGD, twice as long", "--optmzr sgd", length=2),  # at the cost of two-step SAM
