@@ -16,7 +16,7 @@ from analysis.ledger import Ledger
 from analysis.methods_tables import means_over_methods, methods_table, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
 from analysis.study import CHOSEN
-from experiment.study import STUDIES, TASKS
+from experiment.study import DECAY_TASKS, STUDIES, TASKS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
@@ -24,7 +24,6 @@ PAGES = ("README.md", "RESULTS.md", "docs/one-step.md")
 PICTURES = Path("docs/results")
 OPENING = re.compile(r"^<!-- ledger: (.*) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- ledger: (\S+) -->\n(?:(?!<!-- ledger).*\n)*?<!-- /ledger -->$", re.MULTILINE)
-DECAY = tuple(name for name in TASKS if name.endswith("-decay"))  # beside each other, apart from the first comparison
 NO_COMPARISON = "No comparison is in the ledger yet."
 COMPARED = tuple(name for name in TASKS if name not in ("methods", "methods-noise"))
 
@@ -46,8 +45,8 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     ledgers = {task: Ledger(results / task, None).entries for task in TASKS}
     tell_unlisted(ledgers)
     comparisons = compare_all(ledgers)
-    first = {key: rows for key, rows in comparisons.items() if key[0] not in DECAY}
-    with_decay = {key: rows for key, rows in comparisons.items() if key[0] in DECAY}
+    first = {key: rows for key, rows in comparisons.items() if key[0] not in DECAY_TASKS}
+    with_decay = {key: rows for key, rows in comparisons.items() if key[0] in DECAY_TASKS}
     pictures = {
         "frontier": results_pictures.frontier(first),
         "sparsities": results_pictures.sparsities(comparisons),

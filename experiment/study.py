@@ -141,6 +141,7 @@ CIFAR_PART = "--image-size 16 --train-images 500 --epochs 100 --batch-size 64 --
 CIFAR_CLEAN = Task("A part of CIFAR-10, right labels", CIFAR_PART, CELLS, ARMS, seeds=tuple(range(2, 7)), first_seeds=tuple(range(7, 12)), val_split=5000, measured=MAIN, images="folder")
 
 # What the rules add where SGD has the weight decay that held-out images chose for it: each rho is chosen anew.
+DECAY_TASKS = ("cifar-clean-decay", "digits-noise-decay", "cifar-noise-decay")
 DECAY_ARMS = {arm: ARMS[arm] for arm in ("sgd", "previous", "late-0.25", "sam", "msam", "random")}
 
 # Two epochs of a part of CIFAR-10: whether every method runs and reaches its sparsity.
@@ -301,7 +302,7 @@ def cpu_study() -> Iterator[Run]:
     for task in ("cifar-noise", "cifar-clean"):
         yield from tuning(task, MAIN)
         yield from finals(task, (first,), MAIN)
-    for task in ("cifar-clean-decay", "digits-noise-decay", "cifar-noise-decay"):
+    for task in DECAY_TASKS:
         yield from tuning(task, tuple(DECAY_ARMS))
         yield from finals(task, (first,), tuple(DECAY_ARMS))
     yield from methods_study()
