@@ -9,6 +9,11 @@ from prune import METHODS
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 
+Reasons = dict[str, tuple[str, str]]  # why a flag has no effect, and what would give it one, by name
+OF_SAM = (
+    "sam_v2", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from", "sam_until", "sam_every",
+)  # fmt: skip
+
 
 def check(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags that contradict each other or would be ignored.
@@ -97,87 +102,89 @@ def may_grow(flags: dict) -> bool:
     return flags["lr_scheduler"] == "constant" and whole and not method.update and not method.tickets
 
 
-def without_effect(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+def without_effect(args: argparse.Namespace) -> Reasons:
     """Return the flags that the others leave without effect, each with the reason and what would give it one."""
-    optimizer, method = OPTIMIZERS[args.optmzr], METHODS[args.prune_method]
-    reasons: dict[str, tuple[str, str]] = {}
+    last = _step_without_effect(args) | _data_and_network_without_effect(args)
+    return _unmasked_without_effect(args) | _masks_without_effect(args) | last
+
+
+def _unmasked_without_effect(args: argparse.Namespace) -> Reasons:
+    """Where pruned weights would not be perturbed even so; the other reasons go before these."""
+    if args.sam_v2 and args.sam_direction == "momentum":
+        return {"sam_unmasked": ("with --sam-direction momentum: pruned weights have none", "take another direction")}
+    if args.adaptive:
+        return {"sam_unmasked": ("with --adaptive, which leaves weights of 0 where they are", "leave --adaptive out")}
+    if args.sparsity_pattern == "channel":
+        still = "with --sparsity-pattern channel, whose dead weights have no gradient"
+        return {"sam_unmasked": (still, "take another pattern")}
+    return {}
+
+
+def _masks_without_effect(args: argparse.Namespace) -> Reasons:
+    method, with_method = METHODS[args.prune_method], f"with --prune-method {args.prune_method}"
+    reasons: Reasons = {}
     for option in method_options():
         if option not in method.options:
             having = [name for name, other in METHODS.items() if option in other.options]
             way = "add" if args.prune_method == "none" else "take"
             way += f" --prune-method {', '.join(having[:-1])}{' or ' if having[1:] else ''}{having[-1]}"
-            reasons[option.name] = f"with --prune-method {args.prune_method}", way
-    if args.prune_method == "none":
-        for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
-            fixed = name in ("sparsity", "sparsity_config") or args.sparsity or args.sparsity_config
-            way = "add --prune-method random" + ("" if fixed else " --sparsity 0.9")
-            reasons[name] = "with --prune-method none", way
-        if not args.pretrained:
-            reasons["keep_masks"] = "without --pretrained", "add --pretrained CKPT"
-        if not args.keep_masks:
-            reasons["sam_unmasked"] = "with --prune-method none", "add --prune-method random --sparsity 0.9"
-    else:
-        own = f"with --prune-method {args.prune_method}, which makes masks of its own"
-        reasons["keep_masks"] = own, "take --prune-method none"
+            reasons[option.name] = with_method, way
+    if args.prune_method != "none":
+        reasons["keep_masks"] = f"{with_method}, which makes masks of its own", "take --prune-method none"
+        if not args.keep_masks and args.sparsity_pattern != "channel":
+            reasons["compact"] = f"with --sparsity-pattern {args.sparsity_pattern}", "take --sparsity-pattern channel"
+        return reasons
+    for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
+        fixed = name in ("sparsity", "sparsity_config") or args.sparsity or args.sparsity_config
+        reasons[name] = with_method, "add --prune-method random" + ("" if fixed else " --sparsity 0.9")
+    if not args.pretrained:
+        reasons["keep_masks"] = "without --pretrained", "add --pretrained CKPT"
+    if not args.keep_masks:
+        reasons["sam_unmasked"] = with_method, "add --prune-method random --sparsity 0.9"
+        reasons["compact"] = with_method, "add --prune-method random --sparsity 0.7 --sparsity-pattern channel"
+    return reasons
+
+
+def _step_without_effect(args: argparse.Namespace) -> Reasons:
+    optimizer, with_optimizer = OPTIMIZERS[args.optmzr], f"with --optmzr {args.optmzr}"
+    reasons: Reasons = {}
     if optimizer.momentum is None:
         sgd = "sgd-sam" if optimizer.sam else "sgd"
-        reasons |= dict.fromkeys(("momentum", "nesterov"), (f"with --optmzr {args.optmzr}", f"take --optmzr {sgd}"))
+        reasons |= dict.fromkeys(("momentum", "nesterov"), (with_optimizer, f"take --optmzr {sgd}"))
     if args.optmzr != "sgd-cram":
-        reasons["cram_sparsities"] = f"with --optmzr {args.optmzr}", "take --optmzr sgd-cram"
+        reasons["cram_sparsities"] = with_optimizer, "take --optmzr sgd-cram"
     if args.optmzr != "sgd-safe":
-        reasons |= dict.fromkeys(
-            ("safe_lambda", "safe_interval"), (f"with --optmzr {args.optmzr}", "take --optmzr sgd-safe")
-        )
+        reasons |= dict.fromkeys(("safe_lambda", "safe_interval"), (with_optimizer, "take --optmzr sgd-safe"))
     if optimizer.rival:
-        own = f"with --optmzr {args.optmzr}, whose step is its own"
-        others = (
-            "sam_v2", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from", "sam_until",
-            "sam_every", "no_norm_decay",
-        )  # fmt: skip
-        reasons |= dict.fromkeys(others, (own, "take --optmzr sgd-sam"))
+        own = f"{with_optimizer}, whose step is its own"
+        reasons |= dict.fromkeys((*OF_SAM, "no_norm_decay"), (own, "take --optmzr sgd-sam"))
     elif not optimizer.sam:
-        way = f"add --optmzr {args.optmzr}-sam"
-        sam = (
-            "sam_v2", "sam_rho", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from",
-            "sam_until", "sam_every",
-        )  # fmt: skip
-        reasons |= dict.fromkeys(sam, (f"with --optmzr {args.optmzr}", way))
+        reasons |= dict.fromkeys((*OF_SAM, "sam_rho"), (with_optimizer, f"add --optmzr {args.optmzr}-sam"))
     elif args.sam_v2:
         reasons["sam_local"] = "with --sam-v2", "leave --sam-v2 out"
         reasons["sam_every"] = "with --sam-v2, which has no second pass to save", "leave --sam-v2 out"
-        if args.sam_direction == "momentum":
-            reasons["sam_unmasked"] = (
-                "with --sam-direction momentum: pruned weights have none",
-                "take another direction",
-            )
     else:
         reasons["sam_direction"] = "on two-step SAM, which perturbs along the gradient of its own batch", "add --sam-v2"
-    if optimizer.sam and args.adaptive:
-        zeros = "with --adaptive, which leaves weights of 0 where they are"
-        reasons.setdefault("sam_unmasked", (zeros, "leave --adaptive out"))
-    if args.sparsity_pattern == "channel" and optimizer.sam:
-        still = "with --sparsity-pattern channel, whose dead weights have no gradient"
-        reasons.setdefault("sam_unmasked", (still, "take another pattern"))
     if args.rho_schedule == "lr" and args.lr_scheduler == "constant" and not args.warmup_epochs:
         reasons["rho_schedule"] = "with a constant learning rate", "take --lr-scheduler cosine or --rho-schedule sqrt"
+    return reasons
+
+
+def _data_and_network_without_effect(args: argparse.Namespace) -> Reasons:
+    with_network, with_data = f"with --arch {args.arch}", f"with --dataset {args.dataset}"
+    reasons: Reasons = {}
     if is_external(args.arch):
-        reasons |= dict.fromkeys(("depth", "width"), (f"with --arch {args.arch}", "take a family of ours"))
+        reasons |= dict.fromkeys(("depth", "width"), (with_network, "take a family of ours"))
     if args.arch != "resnet":
-        reasons["stem"] = f"with --arch {args.arch}", "take --arch resnet"
+        reasons["stem"] = with_network, "take --arch resnet"
     if not args.arch.startswith("torchvision:"):
-        reasons["pretrained_weights"] = f"with --arch {args.arch}", "take --arch torchvision:NAME"
-    if not args.keep_masks:
-        if args.prune_method == "none":
-            channels = "add --prune-method random --sparsity 0.7 --sparsity-pattern channel"
-            reasons["compact"] = "with --prune-method none", channels
-        elif args.sparsity_pattern != "channel":
-            reasons["compact"] = f"with --sparsity-pattern {args.sparsity_pattern}", "take --sparsity-pattern channel"
+        reasons["pretrained_weights"] = with_network, "take --arch torchvision:NAME"
+    if args.dataset not in ("folder", "imagefolder"):
+        reasons["image_size"] = with_data, "take --dataset folder"
+    if args.dataset == "digits":
+        reasons["data_dir"] = with_data, "take --dataset folder"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"
-    if args.dataset not in ("folder", "imagefolder"):
-        reasons["image_size"] = f"with --dataset {args.dataset}", "take --dataset folder"
-    if args.dataset == "digits":
-        reasons["data_dir"] = "with --dataset digits", "take --dataset folder"
     return reasons
 
 
