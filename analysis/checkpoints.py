@@ -10,7 +10,7 @@ from torch import nn
 
 from experiment import build
 from experiment.build import TrainedRun
-from experiment.flags import MAY_CHANGE_ON_RESUME, architecture, number, parse, plain
+from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME, architecture, number, parse, plain
 from models.external import is_own_code
 from training.batch_norm import recalibrated
 from training.checkpoint import load_checkpoint
@@ -106,7 +106,7 @@ def named_again(saved: str, archs: Iterable[str]) -> str | None:
 def study_settings(trained: TrainedRun) -> dict:
     """Return what a run has in common with its repetitions by other seeds: flags, and images where no seed chose them."""
     args = plain(trained.args)
-    own = args.get("train_images") or args.get("label_noise")  # a part, or labels, of this seed
+    own = any(args.get(name) for name in DRAWN_BY_SEED)
     return {k: v for k, v in args.items() if k not in MAY_CHANGE_ON_RESUME | {"seed", "compile"}} | {
         "images": None if own else trained.images
     }

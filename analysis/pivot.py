@@ -90,9 +90,14 @@ def _rows(runs: pd.DataFrame, column: str, settings: list[str]) -> tuple[list[st
     return rows, others
 
 
+def _by_kind(value: object) -> tuple[bool, object]:
+    """A key by which numbers come before words: an interval is 100 steps or `1e`."""
+    return isinstance(value, str), value
+
+
 def _table(runs: pd.DataFrame, column: str, rows: list[str]) -> pd.DataFrame:
     """Fill a table: the settings of each row, then a cell per value of the column."""
-    values = sorted(runs[column].dropna().unique()) + ([None] if runs[column].isna().any() else [])
+    values = sorted(runs[column].dropna().unique(), key=_by_kind) + ([None] if runs[column].isna().any() else [])
     lines = []
     for key, part in runs.groupby(rows, dropna=False, sort=True) if rows else [((), runs)]:
         line = {setting_name(name): value_text(value) for name, value in zip(rows, key, strict=True)}

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
 from experiment.checks import complete_flags
-from experiment.flags import MAY_CHANGE_ON_RESUME
+from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME
 from utils.errors import UsageError
 
 METRIC = "test_top1"
@@ -63,8 +63,18 @@ def begun(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_curves(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Read the evaluated epochs in metrics.csv of each run."""
-    return [pd.read_csv(directory / "metrics.csv").dropna(subset=[METRIC]) for directory in runs["directory"]]
+    """Read the evaluated epochs in metrics.csv of each run.
+
+    Raises:
+        UsageError: a run has no such file, or a damaged one.
+    """
+    curves = []
+    for directory in runs["directory"]:
+        try:
+            curves.append(pd.read_csv(directory / "metrics.csv").dropna(subset=[METRIC]))
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(directory, error) from error
+    return curves
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
@@ -87,12 +97,18 @@ def state_counts(runs: pd.DataFrame) -> str:
 
 
 def _names_of_data(runs: pd.DataFrame) -> pd.Series:
-    """Give the same images one name wherever they lay, and other images another name, even in the same place."""
-    names: dict[str, str] = {}
-    for images, name in zip(runs["images"], runs["data"], strict=True):
-        if isinstance(images, str) and images not in names:
-            names[images] = f"{name} {images[:8]}" if name in names.values() else name
-    found = [names.get(images, name) for images, name in zip(runs["images"], runs["data"], strict=True)]
+    """Give the same images one name wherever they lay, and other images another name, even in the same place.
+
+    Images that the seed chose differ from seed to seed, and keep their name.
+    """
+    names: dict[tuple, dict[str, str]] = {}
+    drawn = runs[[f"--{name}" for name in DRAWN_BY_SEED]].fillna(0)
+    found = []
+    for images, name, seed, how in zip(runs["images"], runs["data"], runs[SEED], drawn.to_numpy(), strict=True):
+        alike = names.setdefault((seed, *how) if any(how) else (), {})
+        if isinstance(images, str) and images not in alike:
+            alike[images] = f"{name} {images[:8]}" if name in alike.values() else name
+        found.append(alike.get(images, name))
     return pd.Series(found, index=runs.index)
 
 
@@ -122,8 +138,12 @@ def _read_run(directory: Path) -> dict:
         result = json.loads((directory / "result.json").read_text())
         figures = {name: value for name, value in result.items() if isinstance(value, int | float) and name != "seed"}
         return row | {"state": "finished"} | figures
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot read the run in '{directory}' ({error}): repair or remove it") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(directory, error) from error
+
+
+def _unreadable(directory: Path, error: Exception) -> UsageError:
+    return UsageError(f"cannot read the run in '{directory}' ({error}): repair or remove it")
 
 
 def _unfinished_state(directory: Path) -> str:

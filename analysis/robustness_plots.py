@@ -47,7 +47,7 @@ def draw(arms: Sequence[tuple[str, list[dict]]], output: Path) -> list[Path]:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     add_legend(figure, handles)
-    return save_figure(figure, output.with_suffix(""))
+    return save_figure(figure, output.with_name(output.name.removesuffix(".json")))
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:

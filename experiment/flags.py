@@ -44,6 +44,9 @@ RESOLVED = ("precision", "compile", "stem")
 
 PATHS = ("data_dir", "sparsity_config", "pretrained", "config")
 
+# With one of these the seed chooses training images or their labels.
+DRAWN_BY_SEED = ("train_images", "val_split", "label_noise")
+
 
 # Keywords of Pruner in the sentences by which prune refuses its arguments, and the flags that they are.
 KEYWORDS = {

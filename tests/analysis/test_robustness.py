@@ -160,6 +160,16 @@ def test_the_command_measures_all_networks_on_the_same_images_and_pairs_seeds(ru
         assert [e["error"] for e in again["corrupted"][name].values()] == [e["error"] for e in errors.values()]
 
 
+def test_seeds_that_hold_out_images_of_their_own_are_averaged(trained_runs, tmp_path, capsys):
+    for seed in (0, 1):
+        directory = tmp_path / f"seed{seed}"
+        assert train(f"{trained_runs.flags} --val-split 3 --seed {seed} --output-dir {directory}".split()) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path), *QUICK.split(), "--output", str(tmp_path / "rho0.05")]) == 0
+    assert re.search(r"^contrast +\S+ ± ", capsys.readouterr().out, re.MULTILINE)
+    assert {path.name for path in tmp_path.glob("rho*")} == {"rho0.05", "rho0.05.png", "rho0.05.pdf"}
+
+
 @pytest.fixture(scope="session")
 def official(trained_runs, tmp_path_factory):
     """Files such as those of CIFAR-10-C, of the test images of the trained runs."""

@@ -118,6 +118,19 @@ def test_runs_on_other_images_or_in_other_processes_are_never_mixed(study, capsy
     assert all(row["unfinished"] == "0" for row in tables["summary"])
 
 
+@pytest.mark.parametrize("drawn", [{"label_noise": 0.4}, {"train_images": 500}, {"val_split": 237}])
+def test_images_and_labels_that_the_seed_chose_are_one_setting(study, drawn, capsys):
+    for seed, (sgd, sam) in enumerate([(90.0, 91.0), (92.0, 95.0)]):
+        study(sgd, images=f"{seed}a" * 20, seed=seed, **drawn)
+        study(sam, images=f"{seed}a" * 20, seed=seed, **drawn, **SAM)
+    study(10.0, images="c" * 40, seed=1, **drawn)  # of other files
+    _, tables = summarize(study.root, capsys)
+    assert [(row["data"], float(row["mean"]), row["runs"]) for row in tables["summary"]] == [
+        ("cifar10", 91.0, "2"), ("cifar10", 93.0, "2"), ("cifar10 cccccccc", 10.0, "1"),
+    ]  # fmt: skip
+    assert [(row["pairs"], float(row["difference"])) for row in tables["paired"]] == [("2", 2.0)]
+
+
 def test_what_did_not_finish_is_shown_and_in_no_mean(study, capsys):
     study(80.0, seed=0)
     broken, cut = study(None, seed=1), study(None, seed=2)
@@ -169,6 +182,8 @@ def test_runs_csv_has_every_run(study, capsys):
         ("empty", "no runs in"),
         ("unfinished", "none of 1 run has finished"),
         ("damaged", "cannot read the run in"),
+        ("list", "cannot read the run in"),
+        ("curveless", "cannot read the run in"),
         ("unwritable", "cannot write to '/proc'"),
         ("pivot", "--pivot names a flag of the runs"),
     ],
@@ -181,6 +196,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(study, case, words, capsys
         study(None)
     elif case == "damaged":
         (study(80.0) / "result.json").write_text("{")
+    elif case == "list":
+        (study(80.0) / "args.json").write_text("[1]")
+    elif case == "curveless":
+        (study(80.0) / "metrics.csv").unlink()
     elif case == "unwritable":
         study(80.0)
         flags = ["--output", "/proc"]
@@ -256,6 +275,16 @@ def test_no_cell_of_a_pivot_mixes_runs_that_differ_in_more_than_the_seed(study, 
     _, tables = pivot(study.root, capsys)
     found = [row["random"] for table in tables for row in cells(table)]
     assert sorted(found) == ["80.00 (1)", "90.00 (1)"]
+
+
+@pytest.mark.parametrize("column", ["update_interval", "prune_method"])
+def test_a_pivot_of_steps_and_epochs_has_steps_first(study, column, capsys):
+    for interval, method in (("1e", "set"), (100, "rigl"), (20, "rigl")):
+        study(90.0, update_interval=interval, prune_method=method)
+    _, (table,) = pivot(study.root, capsys, column)
+    rows = cells(table)
+    found = list(rows[0]) if column == "update_interval" else [row["update interval"] for row in rows]
+    assert found[-3:] == ["20", "100", "1e"]
 
 
 def test_a_pivot_by_optimizer_puts_optimizers_side_by_side(study, capsys):
