@@ -18,7 +18,8 @@ from utils.distributed import launched
 from utils.errors import DamagedError, UsageError
 
 LOCK, RESULT = ".lock", "result.json"
-FILES = (RESULT, NEWEST, PREVIOUS, BEST, "metrics.csv", "args.json")
+BEFORE_CHECKPOINT = {"metrics.csv", "args.json"}  # all that a run leaves that was killed before its first checkpoint
+FILES = (RESULT, NEWEST, PREVIOUS, BEST, *sorted(BEFORE_CHECKPOINT, reverse=True))
 
 
 @dataclass
@@ -97,7 +98,7 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Iterator[Located]:
             checkpoint, source = load_newest(directory / NEWEST)
             # The command is that of the run: what it leaves out is meant to have its default.
             args = resumed_flags(args, set(vars(args)), checkpoint["args"])
-        elif found and not (args.resume and found == ["args.json"]):  # which began and did not finish an epoch
+        elif found and not (args.resume and set(found) <= BEFORE_CHECKPOINT):
             raise UsageError(_taken(directory, args.resume, found))
         newest = directory / NEWEST
         damaged = newest if source and NEWEST in found and not _is_whole(newest, source) else None

@@ -39,6 +39,17 @@ def test_a_directory_without_its_checkpoint_cannot_be_resumed(train, finished):
     assert (bad.code, "no checkpoint.pt to go on from" in bad.err) == (2, True)
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(train, unfinished, finished):
+    for path in unfinished.directory.glob("*.pt"):
+        path.unlink()
+    assert not (unfinished.directory / "result.json").exists()
+    assert "holds a started run" in train(FINISHED).err
+    again = train(f"{FINISHED} --resume auto")
+    assert again.code == 0, again.err
+    expected = (finished.directory / "metrics.csv").read_text().splitlines()
+    assert len((unfinished.directory / "metrics.csv").read_text().splitlines()) == len(expected)
+
+
 def test_files_that_a_killed_save_left_are_removed(train, unfinished):
     (unfinished.directory / ".checkpoint.pt.x.tmp").touch()
     assert train(f"{FINISHED} --resume auto").code == 0
