@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 from analysis.ledger import ROOT, Ledger, git, mathematics, read_run, same_mathematics, telling_flags
-from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, number, parse, plain, resolve
+from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, flag, number, parse, plain, resolve
 from experiment.grid import absolute_paths, refuse
 from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
@@ -299,6 +299,16 @@ def check_ledger(study: Study) -> None:
             )
 
 
+def set_by_study(plan: list[Run]) -> set[str]:
+    """Return the names of the flags that tell its runs apart, or say where a run goes."""
+    names = {"seed", "output_dir", "resume", "evaluate"}
+    for task, cell, arm in {(run.task, run.cell, run.arm) for run in plan}:
+        one = TASKS[task].arms[arm]
+        tuned = f"{one.tuned} 0.1" if one.values or one.rho_of or one.rho else ""
+        names |= parse(f"{TASKS[task].cells[cell]} {one.flags} {tuned}".split())[1]
+    return names
+
+
 def prepare(name: str, directory: str, argv: list[str], root: Path, program: Path) -> tuple[Study, Namespace]:
     """Return the study that the command line and the environment ask for.
 
@@ -311,6 +321,13 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     if epochs := setting("EPOCHS", ""):
         extra += ["--epochs", epochs]
     given = parse(extra)[1]
+    plan = [run for run in STUDIES[name]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
+    if not plan:
+        raise UsageError(
+            f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
+        )
+    for taken in sorted(given & set_by_study(plan)):
+        raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study.py is its list")
     output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{name}"))))
     trial = bool(given - MAY_CHANGE_ON_RESUME)
     folder = setting("DATA_DIR", "")
@@ -319,11 +336,6 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         images["folder"] = images["cifar10"] = ["--dataset", "folder", "--data-dir", os.path.join(directory, folder)]
     if "dataset" in given:
         images = {"": [], "folder": [], "cifar10": []}
-    plan = [run for run in STUDIES[name]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
-    if not plan:
-        raise UsageError(
-            f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
-        )
     known = [run for run in plan if TASKS[run.task].images in images]
     if len(known) < len(plan):
         print(

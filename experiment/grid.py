@@ -50,7 +50,7 @@ NOT_OF_NETWORKS = {
     "sam_every",
     "seed",
 }  # networks that differ in them build alike
-PATHS = ("--data-dir", "--pretrained", "--config")
+PATHS = ("--data-dir", "--pretrained", "--config", "--sparsity-config")
 BY_RUN = ("METHODS", "SPARSITIES")  # settings of every sweep that may be conditions for added flags
 
 Flags = dict[str, list[str]]  # by the name of a run
@@ -203,23 +203,28 @@ def read_grid(text: str, name: str) -> Grid:
 
 def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
     """Yield flags and their values, with relative paths among them taken from a directory."""
+
+    def absolute(flag: str, value: str) -> str:
+        path, colon, function = value.rpartition(":") if flag == "--arch" else (value, "", "")
+        if flag not in PATHS and not (flag == "--arch" and path.endswith(".py")):
+            return value
+        return os.path.realpath(os.path.join(directory, path)) + colon + function
+
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        flag, equals, path = argument.partition("=")
-        if before in PATHS:
-            yield os.path.realpath(os.path.join(directory, argument))
-        elif equals and flag in PATHS:
-            yield f"{flag}={os.path.realpath(os.path.join(directory, path))}"
-        else:
-            yield argument
+        flag, equals, value = argument.partition("=")
+        yield f"{flag}={absolute(flag, value)}" if equals else absolute(before, argument)
 
 
-def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> None:
+def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> Flags:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain.
 
     Args:
         runs: flags of each run.
         of_grid: lists of flags that the grid sets, and the extra ones may not.
         extra: flags of all runs.
+
+    Returns:
+        The runs. Where --config would bring a run a flag that other arms set and its own does not, it gets the default.
     """
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
@@ -227,13 +232,27 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.flags import flag, parse
     from utils.errors import UsageError
 
+    default = vars(parse([])[0])
     run, built = "all runs", set()
+    complete: Flags = {}
     try:
         taken = SET_BY_SWEEP.union(*(parse(flags)[1] for flags in of_grid))
         for name in sorted(taken & parse(extra)[1]):
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
-        for run, flags in runs.items():  # noqa: B007 (the sentence below names it)
+        for run, flags in runs.items():
             args, given = parse_and_replay(flags)
+            # Switches first: a flag that one of them leaves without effect is not replayed.
+            while brought := sorted(
+                (given - parse(flags)[1]) & taken, key=lambda name: (default[name] is not False, name)
+            ):
+                name = brought[0]
+                if default[name] is None:
+                    refuse(
+                        f"--config has {flag(name)}, which the sweep sets where it is meant: give a copy of the file without it"
+                    )
+                flags = [*flags, flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"]
+                args, given = parse_and_replay(flags)
+            complete[run] = flags
             check(args, given)
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
             if network not in built:
@@ -241,3 +260,4 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
             built.add(network)
     except UsageError as error:
         refuse(f"{error} (flags of {run}; no run was started)")
+    return complete

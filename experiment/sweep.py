@@ -294,7 +294,7 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
     sweep = Sweep(output, grid.expand_runs(arms, extra), grid.number("JOBS"), grid.numbers("GPUS"), grid.after, program)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // sweep.jobs)))
     of_grid = [[*arm.flags, *grid.added_flags(arm.chosen)] for arm in arms.values()]
-    check_flags(sweep.runs, of_grid, extra)
+    sweep.runs = check_flags(sweep.runs, of_grid, extra)
     if "--dry-run" in options:
         print(f"{sweep.commands()}\n{len(sweep.runs)} runs")
         return 0

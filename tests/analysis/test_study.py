@@ -370,6 +370,11 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
         (["--only", "digits/*"], {}, "no run of the study has such a TASK/NAME"),
         (["--minutes", "0"], {}, "--minutes"),
         (["--rho", "0.1"], {}, "did you mean --sam-rho?"),
+        (["--seed", "3"], {}, "--seed is set by the study"),
+        (["--output-dir", "x"], {}, "--output-dir is set by the study"),
+        (["--sparsity=0.5"], {}, "--sparsity is set by the study"),
+        (["--sam-rho", "0.1", "--only", "digits-noise/*-random-scaled-*"], {}, "--sam-rho is set by the study"),
+        (["--weight-decay", "0", "--only", "digits-noise/*-sgd-decay-*"], {}, "--weight-decay is set by the study"),
         (["--dry-run"], {"JOBS": "0"}, "JOBS takes one whole number above 0, not '0'"),
     ],
 )

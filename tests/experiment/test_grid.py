@@ -40,6 +40,41 @@ def test_a_sweep_replays_a_file_in_all_its_runs_and_its_own_flags_win(sweep, tmp
     assert refused(sweep("--config=args.json", "--dry-run"))
 
 
+def test_arms_stay_apart_beside_a_file(sweep, tmp_path):
+    flags = {"dataset": "digits", "optmzr": "sgd-sam", "sam_v2": True, "sam_direction": "momentum", "sam_rho": -0.1}
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"args": flags | {"adaptive": True, "lr": 0.2}}))
+    grid = """
+    sgd --optmzr sgd
+    sam --optmzr sgd-sam --sam-rho 0.1
+    samv2 --optmzr sgd-sam --sam-v2 --sam-rho 0.1
+    asam --optmzr sgd-sam --adaptive --sam-rho 0.1 --weight-decay 0
+    """
+    done = sweep("--config", "args.json", "--dry-run", grid=grid)
+    assert done.returncode == 0, done.stderr
+    runs = [parse_and_replay(command[2:])[0] for command in commands(done)]
+    assert [(run.optmzr, run.sam_v2, run.adaptive, run.lr) for run in runs] == [
+        ("sgd", False, False, 0.2), ("sgd-sam", False, False, 0.2), ("sgd-sam", True, False, 0.2), ("sgd-sam", False, True, 0.2),
+    ]  # fmt: skip
+    assert [run.sam_direction for run in runs][2] == "momentum"  # no arm sets it
+    path.write_text(json.dumps({"args": flags | {"weight_decay": 0.01}}))  # without one, it is the optimizer's own
+    refusal = sweep("--config", "args.json", "--dry-run", grid=grid)
+    assert refused(refusal)
+    assert "--config has --weight-decay, which the sweep sets" in refusal.stderr
+
+
+@pytest.mark.parametrize("written", [["--arch", "own.py:build"], ["--arch=own.py:build"]])
+def test_a_network_of_ones_own_is_taken_from_where_the_sweep_was_launched(sweep, tmp_path, written):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\n\ndef build(classes, channels, size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes))\n"
+    )
+    done = sweep("--dry-run", "--dataset", "digits", *written)
+    assert done.returncode == 0, done.stderr
+    for command in commands(done):
+        assert parse(command[2:])[0].arch == f"{tmp_path / 'own.py'}:build"
+
+
 # what is run
 
 
@@ -66,14 +101,14 @@ def test_a_dry_run_lists_every_run_of_a_grid_once_and_does_nothing(sweep, script
     assert not sweep.output.exists()
 
 
-def test_the_table_of_the_paper_has_648_runs(sweep, monkeypatch):
+def test_the_table_of_the_paper_has_756_runs(sweep, monkeypatch):
     monkeypatch.delenv("SEEDS")
     done = sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"))
-    assert done.stdout.splitlines()[-1] == "648 runs"
+    assert done.stdout.splitlines()[-1] == "756 runs"
     part = sweep(
         "--dry-run", grid=grid_of("reproduce_cifar.sh"), ARCHS="vgg", OPTIMIZERS="sgd samv2", DATASETS="cifar10"
     )
-    assert part.stdout.splitlines()[-1] == "108 runs"
+    assert part.stdout.splitlines()[-1] == "126 runs"
     assert {value("--arch", command) for command in commands(part)} == {"vgg"}
 
 
@@ -90,7 +125,7 @@ def test_the_official_profile_trains_as_the_released_scripts_and_the_default_one
     everywhere = set("--batch-size 64 --dense-layers stem shortcut classifier 0.973460".split())
     arms = {"sgd": {"--weight-decay", "1e-4"}, "sam": set(), "samv2": {"--adaptive", "--sam-rho", "0.05"}}
     uniform = {"--sparsity-distribution", "uniform"}
-    methods = {name: set() for name in ("lth", "snip", "grasp")} | {"set": uniform, "rigl": uniform}
+    methods = {name: set() for name in ("lth", "snip", "grasp")} | {"set": uniform, "dsr": uniform, "rigl": uniform}
     methods["mest"] = uniform | set("--mest-soft --mest-lambda 0 --stop-update 0.8125".split())
     assert own == {
         f"{method}-0.98-cifar10-resnet-{arm}-seed0": everywhere | flags - {"0"} | more
