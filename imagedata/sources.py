@@ -214,7 +214,11 @@ def listed(directory: Path, cache: Path) -> dict:
             for file in files:
                 path = os.fsencode(os.path.join(place, file))
                 names.append(path[len(root) + 1 :])
-                sizes.append(os.stat(path).st_size)
+                try:
+                    sizes.append(os.stat(path).st_size)
+                except OSError as error:
+                    what = f"'{os.fsdecode(path)}' is not a readable image ({error.strerror})"
+                    raise UsageError(f"{what}: mend or remove it") from error
         _refuse_empty(directory, name, len(names) - before)
         labels += [label] * (len(names) - before)
     ends = np.cumsum(np.fromiter(map(len, names), dtype=np.int64))

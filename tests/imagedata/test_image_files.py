@@ -113,14 +113,39 @@ def test_any_file_name_is_read_and_what_tools_leave_is_not(photos, tmp_path):
     assert len(data.test.load()) == 6
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def dangle(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_ends_a_run_with_its_name(photos, tmp_path, train, workers):
-    root = shutil.copytree(photos, tmp_path / "photos")
-    (root / "train" / "dog" / "2.bmp").write_bytes(b"no image")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("2.bmp", lambda path: path.write_bytes(b"no image")), ("1.png", flip_a_bit), ("0.jpg", dangle)],
+    ids=["no image", "damaged PNG", "dangling link"],
+)
+def test_a_damaged_image_ends_a_run_with_its_name(photos, tmp_path, train, name, damage, workers):
+    root = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".listed"))
+    damage(root / "train" / "dog" / name)
     bad = train(f"{RUN.format(root)} --workers {workers}", short=False)
     assert bad.code == 2
-    assert "2.bmp' is not a readable image" in bad.err.splitlines()[-1]
+    assert f"{name}' is not a readable image" in bad.err.splitlines()[-1]
     assert "Traceback" not in bad.err
+
+
+def test_the_first_of_several_pictures_in_a_file_is_taken(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "lime", "blue")]
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        frames[0].save(tmp_path / split / "cat" / "0.jpg", format="GIF", save_all=True, append_images=frames[1:])
+    pixels = load_dataset("imagefolder", tmp_path, 16).test.load()
+    assert torch.equal(pixels, torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 16, 16, 3))
 
 
 def test_a_run_on_files_resumes_bit_for_bit_with_any_number_of_workers(photos, train):
