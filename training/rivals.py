@@ -62,7 +62,7 @@ class CrAM(SAM):
         self._at_w: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients at w
         self._kept: Masks = {}
         self.param_groups[0]["cram_step"] = 0  # saved with the other options
-        self.base_optimizer.register_step_pre_hook(lambda *_: self._add_gradients_at_w())
+        self.base_optimizer.register_step_pre_hook(lambda *_: self._end_step())
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -72,11 +72,17 @@ class CrAM(SAM):
         super().first_step(zero_grad)
         step = self.param_groups[0]["cram_step"]
         self._kept = self._largest(self._weights, random.Random(f"{self._seed} {step}").choice(self._sparsities))
+        restored = set(parameters)  # by the step; a frozen weight stays as it is
         for name, mask in self._kept.items():
-            self._weights[name].mul_(mask)
+            if self._weights[name] in restored:
+                self._weights[name].mul_(mask)
 
     @torch.no_grad()
-    def _add_gradients_at_w(self) -> None:
+    def complete_gradients(self) -> None:
+        """Make of h the g + h that the base optimizer steps with: to be called before gradients are clipped or checked.
+
+        `step()` does so where it has not been done.
+        """
         for name, mask in self._kept.items():
             gradient = self._weights[name].grad
             if gradient is not None:
@@ -84,6 +90,9 @@ class CrAM(SAM):
         for p, at_w in self._at_w:
             p.grad = at_w if p.grad is None else p.grad.add_(at_w)
         self._at_w, self._kept = [], {}
+
+    def _end_step(self) -> None:
+        self.complete_gradients()
         self.param_groups[0]["cram_step"] += 1
 
 

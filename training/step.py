@@ -12,6 +12,7 @@ from imagedata.loaders import Batch
 from sam import SAM
 from training.batch_norm import SavedStatistics
 from training.optim import passes_per_step, set_learning_rate, set_radius
+from training.rivals import CrAM
 from training.state import TrainState
 from utils.cuda_graph import GraphedUpdate
 from utils.distributed import ProcessGroup
@@ -166,6 +167,8 @@ class TrainingStep:
         if not self.sam_unmasked:
             pruner.mask_gradients()
         logged = self._measure(sums, at_w, kind) if kind.log else {}
+        if isinstance(optimizer, CrAM):
+            optimizer.complete_gradients()
         if self.clip_grad:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)
         if guard.accepts(optimizer, sums):  # always, except where steps that are not finite are left out

@@ -31,14 +31,24 @@ def batches(count):
     return [(torch.randn(8, 2, 5, 5, **options), torch.rand(8, 5, **options).softmax(1)) for _ in range(count)]
 
 
-def training(name, pattern="unstructured", skip=False, rho=0.1, **rival):
+def training(
+    name, pattern="unstructured", skip=False, rho=0.1, frozen="", spoilt=lambda: False, clip_grad=0.0, **rival
+):
     model = network()
+    if frozen:
+        model.get_submodule(frozen).requires_grad_(False)
     if pattern != "unstructured":
         rival["largest"] = Pruner(model, "final", 0.5, pattern=pattern, total_steps=9).largest
     optimizer = build_optimizer(name, model, LR, DECAY, MOMENTUM, rho=rho, **rival)
     pruner = Pruner(model, optimizers=state_holders(optimizer))
     state = TrainState(model, optimizer, pruner, NonFiniteGuard(model, skip=skip))
-    return model, optimizer, TrainingStep(state, build_objective(model, Execution(), 8), lambda step: LR)
+    objective = build_objective(model, Execution(), 8)
+
+    def spoil(*batch):
+        loss, part = objective(*batch)
+        return (loss * math.inf if spoilt() else loss), part
+
+    return model, optimizer, TrainingStep(state, spoil, lambda step: LR, clip_grad=clip_grad)
 
 
 class Reference:
@@ -174,3 +184,35 @@ def test_a_skipped_step_of_a_rival_leaves_everything_as_it_was(name):
     assert taken == optimizer.param_groups[0][key] == 1
     take(Batch(others, labels, 8))
     assert not torch.equal(model[0].weight, saved["0.weight"])
+
+
+@pytest.mark.parametrize("name", ["sgd-cram", "sgd-safe"])
+def test_frozen_weights_stay_as_they_are(name):
+    model, _, take = training(name, frozen="0")
+    before = model[0].weight.clone()
+    for inputs, targets in batches(3):
+        take(Batch(inputs, targets, 8))
+    assert torch.equal(model[0].weight, before)
+    assert before.all()
+
+
+def test_cram_clips_the_gradient_that_it_steps_with():
+    model, optimizer, take = training("sgd-cram", rho=0.4, clip_grad=0.01)
+    for group in optimizer.param_groups:
+        group.update(momentum=0.0, weight_decay=0.0)
+    for inputs, targets in batches(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        take(Batch(inputs, targets, 8))
+        moved = torch.nn.utils.get_total_norm([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
+        assert moved.item() == pytest.approx(LR * 0.01, rel=1e-4)
+
+
+def test_a_step_of_cram_is_left_out_if_its_first_pass_is_not_finite():
+    passes = iter([False, False, True, False, False, False])
+    model, _, take = training("sgd-cram", skip=True, spoilt=lambda: next(passes))
+    for number, (inputs, targets) in enumerate(batches(3)):
+        before = [p.detach().clone() for p in model.parameters()]
+        take(Batch(inputs, targets, 8))
+        same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert all(same) if number == 1 else not any(same)
+        assert all(p.isfinite().all() for p in model.parameters())
