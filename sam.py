@@ -129,6 +129,11 @@ class SAM(torch.optim.Optimizer):
         if not self._shared.handles:
             self._enter()
 
+    @property
+    def training(self) -> bool:
+        """Whether the weights are at w + e between steps, after `train()`."""
+        return self._shared.training and not self._shared.handles
+
     def eval(self) -> None:
         """Bring w back; `train()` goes on with the same perturbation."""
         self._shared.training = False
@@ -217,7 +222,7 @@ class SAM(torch.optim.Optimizer):
         self._show_kept()
         shared.phase, shared.zeroed = CLOSED, False
         torch.clear_autocast_cache()
-        if shared.training and not shared.handles:
+        if self.training:
             self._perturb()
         return loss
 

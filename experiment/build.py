@@ -68,8 +68,9 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         if checkpoint is None and args.dataset in SIZES:
             foreign.fitting(model, weights, args.pretrained)
     try:
-        # How many steps there will be is known only with the data, and so is what to warn of.
-        pruner(args, model, [], total_steps=2**62, warn=lambda words: None)
+        # How many steps there will be is known only with the data, and so is what to warn of and which interval is too long.
+        known = Namespace(**vars(args) | {"update_interval": None})
+        pruner(known, model, [], total_steps=2**62, warn=lambda words: None)
     except UsageError as error:
         if not (isinstance(error.__cause__, EmptyLayerError) and args.dataset not in SIZES):
             raise

@@ -79,7 +79,7 @@ def skip_zeros(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) ->
         masks: of the weights of its linear layers, by name.
         images: a batch of its inputs, of the size that it will see.
     """
-    layers = {n: layer for n, layer in model.named_modules() if type(layer) is nn.Linear and n in masks}
+    layers = {n: layer for n, layer in model.named_modules() if n and type(layer) is nn.Linear and n in masks}
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(

@@ -14,7 +14,8 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of all convolutions and linear layers by layer name, in the model's order.
 
     The input projections of nn.MultiheadAttention are linear layers too: `in_proj` below the attention's name. Biases and
-    normalisation layers are not prunable. A weight shared by several layers counts once, under the first.
+    normalisation layers are not prunable, nor are weights that are computed from others (`computed_weights`). A weight shared
+    by several layers counts once, under the first.
     """
     weights: dict[str, nn.Parameter] = {}
     seen = set()
@@ -30,6 +31,18 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
                 weights[layer] = weight
                 seen.add(weight)
     return weights
+
+
+def computed_weights(model: nn.Module) -> list[str]:
+    """Return the names of the convolutions and linear layers that mask nothing: their weights are computed from others.
+
+    So they are under torch.nn.utils.parametrizations, such as weight norm.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not isinstance(module.weight, nn.Parameter)
+    ]
 
 
 def depthwise_layers(model: nn.Module) -> set[str]:

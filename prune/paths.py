@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +65,24 @@ def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, d
             module.forward = pool.forward  # type: ignore[method-assign]
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             module.bias = None
+            module.register_forward_hook(_plain)
             module.register_forward_hook(_scaled)
         elif isinstance(module, nn.MultiheadAttention):  # it uses its layers without calling them
             module.register_forward_hook(lambda module, inputs, output: (_scaled(module, inputs, output[0]), None))
     return shadow, weights
+
+
+def _plain(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """Return what torch's own layer would, if that has the same shape: one that standardises its weights makes 0 of ones."""
+    kind: Any = type(module)
+    own: Any = next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn."))
+    if kind.forward is own.forward or not inputs:
+        return output
+    try:
+        plain = own.forward(module, inputs[0])
+    except (RuntimeError, TypeError):  # its weights are of another layer
+        return output
+    return plain if plain.shape == output.shape else output
 
 
 def _scaled(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

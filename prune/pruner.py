@@ -2,7 +2,8 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import compress
 
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 from prune import diagnostics
 from prune.budget import Budget, EmptyLayerError, highest_sparsity
 from prune.compact import compact, expand
-from prune.masks import Masks, depthwise_layers, layers_by_position, prunable_weights, select_layers
+from prune.masks import Masks, computed_weights, depthwise_layers, layers_by_position, prunable_weights, select_layers
 from prune.methods import METHODS, Value
 from prune.paths import reaches_output
 from prune.patterns import Channels, Counts, FanIn, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.schedules import CHANGES, Timing, interval_steps
 from prune.scores import NORMS, Scored, force, magnitude
-from prune.updates import MaskChange, UpdateInputs
+from prune.updates import MaskChange, PruneAndRegrow, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
+ROUNDING = 0.005  # of a sparsity, to units of a pattern
 
 
 class Pruner:
@@ -80,6 +82,10 @@ class Pruner:
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
         self.warn = warn
         self.masks = Masks.of(model)
+        if method != "none" and (computed := computed_weights(model)):
+            self.warn(
+                f"the weights of {_listed(computed)} are computed from others: they stay dense, and are not counted"
+            )
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         self._depthwise = depthwise_layers(model) & shapes.keys()
         self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
@@ -233,26 +239,45 @@ class Pruner:
 
         Args:
             step: the one just taken, counted from 0.
-            skipped: the optimizer left it out, so that there are no gradients to go by; masks change after the next one.
+            skipped: the optimizer left it out. Masks change after the next one, or now if there is none.
         """
         due, self._postponed = self.due(step), False
         if not skipped:
             self._smooth_gradients(step)
-        if due and skipped:
-            self._postponed = True
-        elif due:
+        if due:
             assert self.method.update is not None
             assert self.timing is not None
-            if self.method.update.reads_gradients and not self._gradients:
+            by_gradients = self.method.update.reads_gradients
+            if by_gradients and not self._gradients:
                 raise RuntimeError("masks change by the step's gradients: call mask_gradients(step) after backward()")
-            inputs = UpdateInputs(
-                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
-                self._targets, self.budget.sparsity, self.budget.counts, self._memory,
-            )  # fmt: skip
-            self._change_masks(self.method.update(inputs))
-            self._settled = inputs.fraction >= 1
+            self._postponed = skipped and step + 1 < self.timing.total_steps
+            if not self._postponed:
+                if skipped and by_gradients:  # those of a step that is left out; nothing grows at the end
+                    torch._foreach_zero_(list(self._gradients.values()))
+                with self._unperturbed():
+                    self._update(step)
         self._remember_weights(step)
         self._wake(step + 1)
+
+    def _update(self, step: int) -> None:
+        assert self.method.update is not None
+        assert self.timing is not None
+        inputs = UpdateInputs(
+            self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
+            self._targets, self.budget.sparsity, self.budget.counts, self._memory,
+        )  # fmt: skip
+        self._change_masks(self.method.update(inputs))
+        self._settled = inputs.fraction >= 1
+
+    @contextmanager
+    def _unperturbed(self) -> Iterator[None]:
+        """Bring back the weights that `optimizer.train()` holds at w + e: scores are of w, and so is what masks zero."""
+        holding = [optimizer for optimizer in self.optimizers if getattr(optimizer, "training", False)]
+        for optimizer in holding:
+            optimizer.eval()  # type: ignore[attr-defined]
+        yield
+        for optimizer in holding:
+            optimizer.train()  # type: ignore[attr-defined]
 
     def next_round(self, step: int) -> int:
         """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.
@@ -266,8 +291,14 @@ class Pruner:
         """
         if not self.method.tickets or self.round == self.options["lth_rounds"]:
             return step
-        self.round += 1
-        wanted = 1 - (1 - self.budget.sparsity) ** (self.round / self.options["lth_rounds"])
+        with self._unperturbed():
+            self._begin_round(step, self.round + 1)
+        return int(self.options["lth_rewind"])
+
+    def _begin_round(self, step: int, number: int) -> None:
+        assert self.method.tickets
+        self.round = number
+        wanted = 1 - (1 - self.budget.sparsity) ** (number / self.options["lth_rounds"])
         score = self.method.tickets
         masks = self.pattern.keep(score(self._scored(step)), self.budget.counts(wanted), square=score in NORMS)
         with torch.no_grad():
@@ -280,7 +311,14 @@ class Pruner:
                 for tensor in state.values():
                     if isinstance(tensor, Tensor):
                         tensor.zero_()
-        return int(self.options["lth_rewind"])
+
+    def same_sparsity(self, one: float, other: float) -> bool:
+        """Return whether two sparsities of this training are one but for rounding.
+
+        Masks that move by the units of a pattern come out a little sparser or denser each time.
+        """
+        steady = self.method.moves and not isinstance(self.method.update, PruneAndRegrow)
+        return abs(one - other) <= (ROUNDING if steady else 0)
 
     def due(self, step: int) -> bool:
         """Return whether masks change after a step."""
@@ -452,6 +490,10 @@ class Pruner:
                 raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
             if isinstance(self.pattern, FanIn):
                 raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
+        if self.options.get("mest_soft") and isinstance(self.pattern, FanIn):
+            raise ValueError(
+                "mest_soft drops from a layer as a whole and cannot keep a constant fan-in: leave one of them out"
+            )
 
     def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
         """Return the method's options: those given, and the defaults of the others."""
@@ -615,7 +657,8 @@ class Pruner:
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
         if self._rewinds_weights and self.round == 0 and step + 1 == self.options["lth_rewind"]:
-            self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            with self._unperturbed():
+                self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 def _listed(names: list[str]) -> str:

@@ -102,7 +102,7 @@ READ_GRADIENTS = {gradient, magnitude_gradient}  # of the last training step; ad
 def snip(scored: Scored) -> Scores:
     """Score by |g * w| of the loss on a few images of each class (Lee et al. 2019, equation 6, not normalised)."""
     model, weights = _copy(scored)
-    grads = torch.autograd.grad(_losses(scored, model), list(weights.values()))
+    grads = _gradients(_losses(scored, model), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
@@ -112,7 +112,7 @@ def force(scored: Scored) -> Scores:
     In rounds, a weight that was pruned may come back. With w pruned as well, which is `snip`, it may not: iterative SNIP.
     """
     model, weights = _copy(scored)
-    grads = torch.autograd.grad(_losses(scored, model), list(weights.values()))
+    grads = _gradients(_losses(scored, model), list(weights.values()))
     return {name: (g * scored.initial[name]).abs().detach() for name, g in zip(weights, grads, strict=True)}
 
 
@@ -127,7 +127,7 @@ def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
     leaves = list(weights.values())
     parts = _parts(scored)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        along = _sum(torch.autograd.grad(part(model, temperature), leaves) for part in parts)
+        along = _sum(_gradients(part(model, temperature), leaves) for part in parts)
         curved = _sum(_along_hessian(part(model, temperature), leaves, along) for part in parts)
     return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), curved, strict=True)}
 
@@ -147,7 +147,7 @@ def synflow(scored: Scored) -> Scores:
         for p in model.parameters():
             p.abs_()
     ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
-    grads = torch.autograd.grad(model(ones).sum(), list(weights.values()))
+    grads = _gradients(model(ones).sum(), list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
@@ -168,7 +168,13 @@ def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     weights = prunable_weights(model)
     for p in model.parameters():
         p.grad = None
+        p.requires_grad_()  # a frozen weight is scored as well
     return model, {name: weights[name] for name in scored.weights}
+
+
+def _gradients(output: Tensor, leaves: list[nn.Parameter], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Return the gradients of leaves; 0 for those that the output does not depend on."""
+    return torch.autograd.grad(output, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 
 def _losses(scored: Scored, model: nn.Module) -> Tensor:
@@ -190,9 +196,9 @@ def _parts(scored: Scored) -> list[Callable[[nn.Module, float], Tensor]]:
 
 def _along_hessian(loss: Tensor, leaves: list[nn.Parameter], along: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the product of the loss's Hessian and a direction."""
-    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    grads = _gradients(loss, leaves, create_graph=True)
     product = torch.stack([(a * g).sum() for a, g in zip(along, grads, strict=True)]).sum()
-    return torch.autograd.grad(product, leaves)
+    return _gradients(product, leaves)
 
 
 def _sum(terms: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -160,6 +160,16 @@ def test_no_epoch_of_a_denser_network_counts_as_the_best(train, method):
     assert len(kept["rows"]) == result["best_epoch"]
 
 
+def test_sparsities_that_differ_by_units_of_a_pattern_are_one(train):
+    sparse = "--prune-method rigl --sparsity 0.8 --sparsity-pattern 3x5 --update-interval 2"
+    run = train(f"--width 0.5 --epochs 6 --val-split 300 --optmzr sgd {sparse}")
+    table, result = rows(run.directory), run.json("result.json")
+    best = max(table, key=lambda row: float(row["val_top1"]))
+    assert 0 < max(float(row["sparsity"]) for row in table) - float(best["sparsity"]) < 0.005  # else no trap
+    assert (result["best_epoch"], result["best_test_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
+    assert len(run.checkpoint("best.pt")["state"]["rows"]) == result["best_epoch"]
+
+
 def test_evaluation_every_few_epochs_leaves_cells_empty_and_trains_the_same(train):
     flags = "--epochs 3 --val-split 200 --optmzr sgd-sam --sam-v2 --lr 0.05"
     whole = train(flags, "whole")

@@ -11,7 +11,7 @@ from torch import nn
 from prune.compact import expand
 from prune.masks import Masks
 from training.exported import is_safetensors, read_exported
-from training.state import TrainState, is_best
+from training.state import TrainState
 from utils.errors import DamagedError, UsageError
 from utils.files import load_whole, save_atomically
 
@@ -73,7 +73,7 @@ class CheckpointWriter:
     def save(self, state: TrainState) -> None:
         """Write checkpoint.pt, and best.pt after an epoch that is the best on held-out images."""
         if self.writes:
-            if state.partial is None and is_best(state.rows):
+            if state.partial is None and state.is_best():
                 save_checkpoint(self.directory / BEST, state, self.args, self.data)
             save_checkpoint(self.directory / NEWEST, state, self.args, self.data)
         self.schedule.saved()

@@ -51,9 +51,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor] | None:
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
         return None
     weights = dict(content)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), ""):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights
 
 

@@ -192,7 +192,8 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
             them with one pass a step, without pruning in rounds.
     """
     rows, last = state.rows, state.rows[-1]
-    alike = [row for row in rows if row["sparsity"] == last["sparsity"] and row["test_top1"] is not None]
+    same = state.pruner.same_sparsity
+    alike = [row for row in rows if row["test_top1"] is not None and same(row["sparsity"], last["sparsity"])]
     best = max(alike, key=lambda row: row["val_top1"]) if "val_top1" in last else last
     density = state.pruner.masks.density()
     return {

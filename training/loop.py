@@ -12,7 +12,7 @@ from imagedata.loaders import EvalLoader, TrainLoader
 from prune.flops import FlopsMeter
 from training.checkpoint import CheckpointWriter
 from training.logger import Logger
-from training.state import PartialEpoch, TrainState, is_best
+from training.state import PartialEpoch, TrainState
 from training.step import TrainingStep
 from utils.distributed import ProcessGroup
 from utils.errors import Preempted, TrainingError
@@ -95,7 +95,7 @@ def run_epoch(run: Run) -> None:
     run.logger.log_epoch(state, run.meter.flops)  # on disk before the checkpoint that goes on after it
     signal = pending_signal(run)
     if run.checkpoints and (
-        ended or signal or run.checkpoints.schedule.due_after_epoch(len(state.rows)) or is_best(state.rows)
+        ended or signal or run.checkpoints.schedule.due_after_epoch(len(state.rows)) or state.is_best()
     ):
         run.checkpoints.save(state)
     run.logger.write_row(state)

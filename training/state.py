@@ -65,6 +65,21 @@ class TrainState:
         values = {name: getattr(self, name) for name in (*self._VALUES, "passes")}
         return parts | values | {"partial": vars(self.partial) if self.partial else None}
 
+    def is_best(self) -> bool:
+        """Return whether the last epoch is the best so far on held-out images; False where it was not evaluated on any.
+
+        A sparser network is better than a denser one, whatever that reached: the target is what a run is for.
+        """
+        if self.rows[-1].get("val_top1") is None:
+            return False
+        *earlier, last = (row for row in self.rows if row["val_top1"] is not None)
+
+        def better(row: dict) -> bool:
+            alike = self.pruner.same_sparsity(last["sparsity"], row["sparsity"])
+            return last["val_top1"] > row["val_top1"] if alike else last["sparsity"] > row["sparsity"]
+
+        return all(map(better, earlier))
+
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned.
 
@@ -90,14 +105,3 @@ class TrainState:
                 f"the checkpoint does not fit the network and optimizer of its flags ({name}), and so is damaged or of another "
                 "version of this program: begin anew in another --output-dir"
             ) from error
-
-
-def is_best(rows: list[dict]) -> bool:
-    """Return whether the last epoch is the best so far on held-out images; False where it was not evaluated on any.
-
-    A sparser network is better than a denser one, whatever that reached: the target is what a run is for.
-    """
-    if rows[-1].get("val_top1") is None:
-        return False
-    *earlier, last = ((row["sparsity"], row["val_top1"]) for row in rows if row["val_top1"] is not None)
-    return all(last > row for row in earlier)

@@ -99,6 +99,14 @@ import pytest
             "--sam-unmasked has no effect with --sparsity-pattern channel",
         ),
         ("--update-interval 99e --prune-method gmp --sparsity 0.9", "masks would never change before they stay"),
+        (
+            "--prune-method rigl --sparsity 0.9 --epochs 1 --update-interval 1e",
+            "from step 9 of 12 on: their update interval is 12 steps; take --update-interval 1, which gives 8 changes",
+        ),
+        (
+            "--prune-method mest --mest-soft --sparsity 0.8 --sparsity-pattern fan-in",
+            "--mest-soft drops from a layer as a whole and cannot keep a constant fan-in",
+        ),
         ("--pretrained missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--arch torchvision:resnet18 --depth 20", "--depth has no effect with --arch torchvision:resnet18"),
         ("--arch torchvision:resnet1", "there is no torchvision:resnet1: did you mean resnet"),

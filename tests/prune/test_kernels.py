@@ -75,3 +75,12 @@ def test_a_network_that_reads_its_layers_weights_keeps_its_layers():
     assert type(small.linear1) is nn.Linear
     with torch.inference_mode():
         torch.testing.assert_close(small(tokens), model(tokens))
+
+
+def test_a_network_that_is_one_linear_layer_stays_one():
+    torch.manual_seed(0)
+    model = nn.Linear(2048, 2048)
+    pruner = Pruner(model, "random", 0.995)  # where another form would be faster
+    pruner.choose_masks()
+    x = torch.randn(1, 2048)
+    torch.testing.assert_close(compact(model, pruner.masks, x)(x), model(x))

@@ -130,3 +130,26 @@ def test_lottery_tickets_train_on_where_a_shortcut_is_empty_and_after_a_resume()
     assert again.next_round(10) == 0
     assert {name for name, count in again.masks.alive().items() if count == 0} == names
     assert len(said) == 1
+
+
+class Standardised(nn.Conv2d):
+    """A convolution by weights of mean 0 and deviation 1 in each filter (Qiao et al. 2019)."""
+
+    def forward(self, x):
+        mean, deviation = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / (deviation + 1e-5), self.bias)
+
+
+def test_weights_that_a_layer_standardises_lead_on_as_others_do():
+    def network(kind):
+        torch.manual_seed(0)
+        layers = [kind(3, 8, 3), nn.ReLU(), kind(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 12 * 12, 10)]
+        return nn.Sequential(*layers)
+
+    figures = []
+    for kind in (Standardised, nn.Conv2d):
+        pruner = Pruner(network(kind), "random", 0.9, dense_layers=["0"], warn=lambda words: None)
+        pruner.choose_masks(sample)
+        figures.append(pruner.figures())
+    assert figures[0] == figures[1]
+    assert figures[0]["effective_sparsity"] >= 0.9

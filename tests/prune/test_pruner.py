@@ -9,6 +9,7 @@ from torch import nn
 
 from models import build_model
 from prune import Pruner
+from sam import SAM
 
 
 def resnet(seed: int = 0) -> nn.Module:
@@ -310,3 +311,54 @@ def test_impossible_masks_are_refused_with_one_sentence(kwargs, words):
     with pytest.raises(ValueError, match=words) as error:
         pruned(resnet(), **kwargs)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_computed_from_others_are_named():
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 5)]
+    weight_norm = nn.utils.parametrizations.weight_norm
+    model, said = nn.Sequential(weight_norm(layers[0]), nn.ReLU(), layers[1], weight_norm(layers[2])), []
+    pruner = Pruner(model, "random", 0.9, warn=said.append)
+    assert list(pruner.masks.weights) == ["2"]
+    assert said == ["the weights of 0, 3 are computed from others: they stay dense, and are not counted"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("gmp", {"update_interval": 5}), ("rigl", {"update_interval": 5}), ("final", {}), ("lth", {"lth_rewind": 3})],
+)
+def test_weights_that_sam_perturbs_are_pruned_as_they_are_without_the_perturbation(method, options):
+    """optimizer.train() leaves them at w + e: the same as where the caller brings w back around each change."""
+    ends = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2)).double()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+        pruner = Pruner(model, method, 0.8, total_steps=20, optimizers=[optimizer], **options)
+        pruner.choose_masks()
+        optimizer.train()
+        step = 0
+        while step < 20:
+            optimizer.zero_grad()
+            g = torch.Generator().manual_seed(step)
+            inputs, targets = (
+                torch.randn(8, 10, generator=g, dtype=torch.float64),
+                torch.randint(0, 2, (8,), generator=g),
+            )
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            pruner.mask_gradients(step)
+            optimizer.step()
+            pruner.mask_weights()
+            if by_hand:
+                optimizer.eval()
+            pruner.update_masks(step)
+            step += 1
+            if step == 20:
+                step = pruner.next_round(step)
+            if by_hand:
+                optimizer.train()
+        optimizer.eval()
+        ends.append([p.detach().clone() for p in model.parameters()])
+        assert sum(int(p.count_nonzero()) for p in ends[-1]) == 34 + round(0.2 * 384)
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)

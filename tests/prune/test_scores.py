@@ -180,3 +180,21 @@ def test_lamp_ranks_trained_weights_by_their_square_over_those_not_smaller():
     assert mask.next_round(4) == 0
     assert torch.equal(kept(mask), global_reference(scores, round(0.1 * kept(mask).numel())))
     assert min(mask.masks.alive().values()) > 0
+
+
+@pytest.mark.parametrize("method", ["snip", "iter-snip", "force", "grasp", "synflow"])
+def test_frozen_layers_are_scored_as_others_and_unused_ones_go_first(method):
+    whole, frozen = Tiny(), Tiny()
+    frozen.linear.requires_grad_(False)
+    masks = [Pruner(model, method, 0.5) for model in (whole, frozen)]
+    for mask in masks:
+        mask.choose_masks(sample)
+    for name, expected in masks[0].masks.masks.items():
+        assert torch.equal(masks[1].masks.masks[name], expected)
+    assert not frozen.linear.weight.requires_grad
+    unused = Tiny()
+    unused.spare = nn.Linear(3, 3).double()
+    mask = Pruner(unused, method, 0.5, warn=lambda words: None)
+    mask.choose_masks(sample)
+    if method != "grasp":  # whose scores have both signs
+        assert not mask.masks.masks["spare"].any()

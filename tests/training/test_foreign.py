@@ -33,6 +33,8 @@ def prefixed(state, prefix):
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": prefixed(state, "module."), "optimizer": {"lr": 0.1}},
         lambda state: prefixed(state, "module._orig_mod."),
+        lambda state: prefixed(state, "_orig_mod.module."),
+        lambda state: prefixed(state, "model._orig_mod."),
         lambda state: {**state, "stem.1.num_batches_tracked": torch.tensor(7)},
     ],
 )

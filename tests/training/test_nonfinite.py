@@ -30,7 +30,7 @@ class Training:
         momentum = 0.9 if name.startswith("sgd") else None
         optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
         if METHODS[method].has_interval:
-            sparse["update_interval"] = 2
+            sparse.setdefault("update_interval", 2)
         pruner = Pruner(self.model, method, **sparse, total_steps=100, optimizers=state_holders(optimizer))
         pruner.choose_masks()
         self.state = TrainState(self.model, optimizer, pruner, guard(self.model))
@@ -207,3 +207,18 @@ def test_a_run_stops_at_a_step_that_is_not_finite_and_names_the_way_out(train):
         hopeless = train("--epochs 3 --nonfinite skip --resume auto")  # may change: it is a rule for what went wrong
     assert (hopeless.code, hopeless.err.count("\n")) == (1, 1)
     assert "all were skipped" in hopeless.err
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("final", {}), ("gmp", {"stop_update": 1.0, "update_interval": 70}),
+        ("mest", {"stop_update": 1.0, "mest_soft": True}),
+    ],
+)  # fmt: skip
+def test_a_last_step_that_is_skipped_does_not_lose_the_sparsity(method, options):
+    training = Training("sgd-sam", True, skipping, method=method, sparsity=0.5, **options)
+    for seed in range(100):
+        training.step(seed, spoilt=seed == 99)
+    assert training.state.guard.skipped_steps == 1
+    assert training.state.pruner.masks.sparsity() == pytest.approx(0.5, abs=0.5 / 252)  # weights
