@@ -215,6 +215,17 @@ def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
         yield f"{flag}={absolute(flag, value)}" if equals else absolute(before, argument)
 
 
+def back_to_default(names: set[str]) -> str:
+    """Return the flag that sets one of these to its default, a switch if there is one: it may leave others without effect."""
+    from experiment.flags import flag, parse
+
+    default = vars(parse([])[0])
+    name = min(names, key=lambda name: (default[name] is not False, name))
+    if default[name] is None:
+        refuse(f"--config has {flag(name)}, which only some arms of the sweep set: take it out of a copy of the file")
+    return flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"
+
+
 def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> Flags:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain.
 
@@ -232,7 +243,6 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.flags import flag, parse
     from utils.errors import UsageError
 
-    default = vars(parse([])[0])
     run, built = "all runs", set()
     complete: Flags = {}
     try:
@@ -241,16 +251,8 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
         for run, flags in runs.items():
             args, given = parse_and_replay(flags)
-            # Switches first: a flag that one of them leaves without effect is not replayed.
-            while brought := sorted(
-                (given - parse(flags)[1]) & taken, key=lambda name: (default[name] is not False, name)
-            ):
-                name = brought[0]
-                if default[name] is None:
-                    refuse(
-                        f"--config has {flag(name)}, which the sweep sets where it is meant: give a copy of the file without it"
-                    )
-                flags = [*flags, flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"]
+            while brought := (given - parse(flags)[1]) & taken:  # by --config
+                flags = [*flags, back_to_default(brought)]
                 args, given = parse_and_replay(flags)
             complete[run] = flags
             check(args, given)

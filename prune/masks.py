@@ -34,9 +34,9 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def computed_weights(model: nn.Module) -> list[str]:
-    """Return the names of the convolutions and linear layers that mask nothing: their weights are computed from others.
+    """Return the names of the convolutions and linear layers that masks cannot hold: their weights are computed from others.
 
-    So they are under torch.nn.utils.parametrizations, such as weight norm.
+    So it is under torch.nn.utils.parametrizations, weight norm for one.
     """
     return [
         name

@@ -73,7 +73,10 @@ def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, d
 
 
 def _plain(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """Return what torch's own layer would, if that has the same shape: one that standardises its weights makes 0 of ones."""
+    """Return what torch's own kind of layer makes, if it has the same shape.
+
+    A layer that standardises its weights makes 0 of ones, and would let nothing through.
+    """
     kind: Any = type(module)
     own: Any = next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn."))
     if kind.forward is own.forward or not inputs:

@@ -60,7 +60,7 @@ def test_arms_stay_apart_beside_a_file(sweep, tmp_path):
     path.write_text(json.dumps({"args": flags | {"weight_decay": 0.01}}))  # without one, it is the optimizer's own
     refusal = sweep("--config", "args.json", "--dry-run", grid=grid)
     assert refused(refusal)
-    assert "--config has --weight-decay, which the sweep sets" in refusal.stderr
+    assert "--config has --weight-decay, which only some arms of the sweep set" in refusal.stderr
 
 
 @pytest.mark.parametrize("written", [["--arch", "own.py:build"], ["--arch=own.py:build"]])
