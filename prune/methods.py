@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prune import scores
+from prune.patterns import Channels, FanIn, NofM, Pattern
 from prune.schedules import alternating, at_end, constant, cosine, cubic, parse_interval, steps
 from prune.scores import Score
 from prune.updates import (
@@ -222,3 +223,44 @@ METHODS = {
     "lamp": Method("Lee et al. 2021", None, ("global",), tickets=scores.lamp, options=(LTH_ROUNDS, LTH_REWIND)),
     "oneshot": Method("Han et al. 2015", scores.magnitude, ANY, pretrained=True),
 }  # fmt: skip
+
+
+def complete_options(method: str, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the options of a method: those given, and the defaults of the others.
+
+    Raises:
+        ValueError: one that the method does not have, or a value outside its bounds.
+    """
+    known = {option.name: option for option in METHODS[method].options}
+    for name, value in given.items():
+        if name not in known:
+            can = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"pruning method '{method}' has no option {name}: {can}")
+        known[name].check(value)
+    return METHODS[method].complete(given)
+
+
+def refuse_pattern(method: str, pattern: Pattern, options: Mapping[str, float], by_layer: bool) -> None:
+    """Raise ValueError for a pattern, or a sparsity of its own for each layer, that a method cannot keep."""
+    if METHODS[method].moves and isinstance(pattern, NofM):
+        raise ValueError(
+            f"'{method}' moves weights one by one and cannot keep {pattern.name}: take {pattern.name} with gmp"
+        )
+    if METHODS[method].score is scores.force and isinstance(pattern, Channels):
+        raise ValueError(
+            f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: take "
+            "iter-snip, or another pattern"
+        )
+    update = METHODS[method].update
+    if update is not None and update.reallocates:
+        moves = f"'{method}' moves weights from layer to layer"
+        if by_layer:
+            raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
+        if isinstance(pattern, Channels):
+            raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
+        if isinstance(pattern, FanIn):
+            raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
+    if options.get("mest_soft") and isinstance(pattern, FanIn):
+        raise ValueError(
+            "mest_soft drops from a layer as a whole and cannot keep a constant fan-in: leave one of them out"
+        )

@@ -4,22 +4,22 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from prune import diagnostics
-from prune.budget import Budget, EmptyLayerError, highest_sparsity
+from prune.budget import Budget, highest_sparsity
 from prune.compact import compact, expand
+from prune.connectivity import Connectivity, listed
 from prune.masks import Masks, computed_weights, depthwise_layers, layers_by_position, prunable_weights, select_layers
-from prune.methods import METHODS, Value
-from prune.paths import reaches_output
-from prune.patterns import Channels, Counts, FanIn, NofM, find_pattern
+from prune.methods import METHODS, Value, complete_options, refuse_pattern
+from prune.patterns import Channels, Counts, NofM, find_pattern
 from prune.regrowth import LastValues
-from prune.schedules import CHANGES, Timing, interval_steps
-from prune.scores import NORMS, Scored, force, magnitude
+from prune.rounds import Rounds
+from prune.schedules import Timing, interval_steps
+from prune.scores import NORMS, Scored, magnitude
 from prune.updates import MaskChange, PruneAndRegrow, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -84,14 +84,14 @@ class Pruner:
         self.masks = Masks.of(model)
         if method != "none" and (computed := computed_weights(model)):
             self.warn(
-                f"the weights of {_listed(computed)} are computed from others: they stay dense, and are not counted"
+                f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
             )
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
-        self._depthwise = depthwise_layers(model) & shapes.keys()
-        self.dense_layers = select_layers(list(shapes), list(dense_layers), self._depthwise, layers_by_position(model))
+        depthwise = depthwise_layers(model) & shapes.keys()
+        self.dense_layers = select_layers(list(shapes), list(dense_layers), depthwise, layers_by_position(model))
         dense = {name for matches in self.dense_layers.values() for name in matches}
         self.pattern = find_pattern(pattern, model, dense)
-        complete = self._complete(method, options)
+        complete = complete_options(method, options)
         interval = complete.pop("update_interval", None)
         self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
         choices = self.method.distributions
@@ -106,29 +106,28 @@ class Pruner:
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
-        self.timing = self._timing(method, total_steps)
-        self._refuse_patterns(method, layer_sparsity is not None)
-        if self.timing is not None and interval is not None:
-            steps = interval_steps(interval, steps_per_epoch)
-            self.timing = self._with_interval(self.timing, steps, usual="update_interval" not in options)
+        refuse_pattern(method, self.pattern, self.options, by_layer=layer_sparsity is not None)
+        self._rounds = Rounds.of(model, self.options, total_steps) if self.method.tickets else None
+        self.timing: Timing | None = None  # when masks change, if they do
+        if self.method.update:
+            if total_steps is None:
+                raise ValueError(f"pruning method '{method}' changes masks during training and needs total_steps")
+            self.timing = Timing.until(self.options.get("stop_update", 1.0), total_steps)
+            if interval is not None:
+                steps = interval_steps(interval, steps_per_epoch)
+                self.timing = self.timing.every(steps, usual="update_interval" not in options, warn=warn)
+        self._connectivity = Connectivity(model, self.masks, depthwise, warn)
         self._compacted = False  # another network is trained in place of the model
         self.ever_alive: dict[str, Tensor] = {}
-        self.round = 0
         self._targets: dict[str, int] = {}  # living units of each layer or group, where masks move at a constant budget
         self._last_values: LastValues | None = None  # of channels, where they come and go
         self._postponed = False
-        self._rewound: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}  # of these, where an update goes by an average
         self._memory: dict[str, Tensor] = {}  # what an update leaves for the next one
         self._first: dict[str, Tensor] = {}  # masks, where they move
-        self._paths: dict[str, float] = {}  # what check_layers has found of them
         self._overlap = torch.ones(())  # of the masks before and after the last change
-        self._input_shape: tuple[int, ...] | None = None
-        self._checked = -1  # version of the masks that check_layers has seen
-        self._warned: set[str] = set()
-        self._settled = False  # masks came to their last change
-        self._lost_filters = 0  # depthwise ones, that check_layers has warned of
+        self._settled = not self.method.update  # masks came to their last change
 
     def choose_masks(self, sample: Sample | None = None) -> None:
         """Score the weights, choose the masks and zero what they drop.
@@ -141,7 +140,7 @@ class Pruner:
         """
         if sample is not None:
             inputs, _ = sample(1)
-            self._input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
+            self._connectivity.input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
         if self.method.update and isinstance(self.pattern, Channels):
             self._last_values = LastValues(self.model, self.masks, self.pattern)
         rounds = int(self.options.get("score_rounds", 1)) if self.method.score else 0
@@ -280,37 +279,28 @@ class Pruner:
             optimizer.train()  # type: ignore[attr-defined]
 
     def next_round(self, step: int) -> int:
-        """Return the step to go on with at the end of training: the same one to stop, or the one to rewind to.
-
-        Iterative magnitude pruning (Frankle and Carbin 2019; with rewinding, Frankle et al. 2020, algorithm 1): prune the
-        trained weights, put those of step `lth_rewind` in their place, and train again from there. Learning-rate rewinding
-        (Renda et al. 2020), and LAMP, keep the trained weights and go back only in the schedule.
+        """Return the step to go on with at the end of training: the same one to stop, or the one that a round begins at.
 
         Raises:
             EmptyLayerError: see `check_layers`.
         """
-        if not self.method.tickets or self.round == self.options["lth_rounds"]:
+        rounds, score = self._rounds, self.method.tickets
+        if rounds is None or rounds.number == rounds.count:
             return step
+        assert score is not None
+        rounds.number += 1
         with self._unperturbed():
-            self._begin_round(step, self.round + 1)
-        return int(self.options["lth_rewind"])
-
-    def _begin_round(self, step: int, number: int) -> None:
-        assert self.method.tickets
-        self.round = number
-        wanted = 1 - (1 - self.budget.sparsity) ** (number / self.options["lth_rounds"])
-        score = self.method.tickets
-        masks = self.pattern.keep(score(self._scored(step)), self.budget.counts(wanted), square=score in NORMS)
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items() if self._rewinds_weights else ():
-                tensor.copy_(self._rewound[name])
-        self.masks.set(masks)
-        self.check_layers()
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                for tensor in state.values():
-                    if isinstance(tensor, Tensor):
-                        tensor.zero_()
+            counts = self.budget.counts(rounds.sparsity(self.budget.sparsity))
+            masks = self.pattern.keep(score(self._scored(step)), counts, square=score in NORMS)
+            rounds.restore()
+            self.masks.set(masks)
+            self.check_layers()
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    for tensor in state.values():
+                        if isinstance(tensor, Tensor):
+                            tensor.zero_()
+        return rounds.rewind
 
     def same_sparsity(self, one: float, other: float) -> bool:
         """Return whether two sparsities of this training are one but for rounding.
@@ -348,32 +338,9 @@ class Pruner:
             EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
                 `choose_masks` had no sample to tell whether other layers lead around it.
         """
-        if self._checked == self.masks.version:
-            return
-        alive = self.masks.alive()
-        empty = [name for name, count in alive.items() if count == 0]
-        if empty and self._input_shape is None:
-            raise self._too_sparse(empty, "give choose_masks a sample if other layers lead around it, ", scores)
-        sparse = any(count < self.masks.weights[name].numel() for name, count in alive.items())
-        if sparse and self._input_shape is not None and not self._connects(self.masks.masks):
-            raise self._too_sparse(empty, "no path leads from the input to the output; " if empty else "", scores)
-        if new := [name for name in empty if name not in self._warned]:
-            self.warn(f"no weight is left in {_listed(new)}; other layers still lead from the input to the output")
-            self._warned.update(new)
-        if self._settled or not self.method.update:
-            empty_filters, filters = self.masks.empty_filters(self._depthwise)
-            if empty_filters > self._lost_filters and not isinstance(self.pattern, Channels):
-                self._lost_filters = empty_filters
-                self.warn(
-                    f"{empty_filters:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep "
-                    "them, name depthwise among the dense layers"
-                )
-        self._paths = diagnostics.path_figures(self.model, self.masks, self._input_shape) if sparse else {}
-        sentence = diagnostics.collapse(self._paths, self.masks.sparsity())
-        if sentence and "collapse" not in self._warned:
-            self._warned.add("collapse")
-            self.warn(sentence)
-        self._checked = self.masks.version
+        self._connectivity.check(
+            lambda: self._ways_out(scores), lost_filters=self._settled and not isinstance(self.pattern, Channels)
+        )
 
     def figures(self) -> dict[str, float]:
         """Return what the masks have become, by name: see `diagnostics`. Waits for the device.
@@ -387,14 +354,11 @@ class Pruner:
             figures["overlap_with_first"] = diagnostics.overlap(self._first.values(), now).item()
             figures["overlap_with_last"] = self._overlap.item()
         self.check_layers()
-        return figures | self._paths
+        return figures | self._connectivity.figures
 
     def extra_epochs(self, total_steps: int, steps_per_epoch: int) -> int:
         """Return the number of epochs, begun ones counted, that later rounds add to one training."""
-        if not self.method.tickets:
-            return 0
-        of_a_round = -(-(total_steps - int(self.options["lth_rewind"])) // steps_per_epoch)
-        return int(self.options["lth_rounds"]) * of_a_round
+        return self._rounds.extra_epochs(total_steps, steps_per_epoch) if self._rounds else 0
 
     def ever_alive_fraction(self) -> float:
         """Return the fraction of prunable weights that were alive at any time: the ITOP rate (Liu et al. 2021)."""
@@ -416,9 +380,7 @@ class Pruner:
             line += f"; {len(self.budget.dense)} layers ({dense:,} weights) stay dense"
             line += f", the others have {dead / (total - dense):.4f}"
             if self.dense_layers:
-                line += (
-                    f" ({'; '.join(f'{pattern}: {_listed(names)}' for pattern, names in self.dense_layers.items())})"
-                )
+                line += f" ({'; '.join(f'{pattern}: {listed(names)}' for pattern, names in self.dense_layers.items())})"
         if isinstance(self.pattern, Channels) and self.masks.masks:
             units = torch.cat(list(self.pattern.pool(self.masks.masks).values()))
             return f"{line}; {int((units == 0).sum()):,} of {len(units):,} channels are gone"
@@ -433,16 +395,15 @@ class Pruner:
             "masks": self.masks.state_dict(),
             "targets": self._targets,
             "ever_alive": {name: mask.bool() for name, mask in self.ever_alive.items()},
-            "round": self.round,
             "postponed": self._postponed,
             "momentum": self._momentum,
             "memory": self._memory,
             "first": {name: mask.bool() for name, mask in self._first.items()},
             "overlap": self._overlap,
-            "rewound": self._rewound,
-            "input_shape": self._input_shape,
+            "input_shape": self._connectivity.input_shape,
             "last_values": self._last_values.state_dict() if self._last_values else {},
             "awake": self._last_values is not None and self._last_values.awake,
+            **(self._rounds.state_dict() if self._rounds else {}),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -454,16 +415,17 @@ class Pruner:
         ):
             raise ValueError("its masks are of filters alone, as an earlier version made them, and not of channels")
         self.masks.load_state_dict(state["masks"])
-        self._targets, self.round = dict(state["targets"]), state["round"]
+        self._targets = dict(state["targets"])
         self._postponed = state.get("postponed", False)
-        self._input_shape = state.get("input_shape")
+        self._connectivity.input_shape = state.get("input_shape")
         self.ever_alive = self._like_weights(state["ever_alive"])
         self._first = self._like_weights(state.get("first", {}))
         self._overlap = state.get("overlap", self._overlap)
         self._momentum = self._like_weights(state.get("momentum", {}))
         device = next((weight.device for weight in self.masks.weights.values()), None)
         self._memory = {name: tensor.to(device, copy=True) for name, tensor in state.get("memory", {}).items()}
-        self._rewound = dict(state["rewound"])
+        if self._rounds:
+            self._rounds.load_state_dict(state)
         if state.get("last_values"):
             assert isinstance(self.pattern, Channels)
             self._last_values = LastValues(self.model, self.masks, self.pattern)
@@ -474,82 +436,6 @@ class Pruner:
         """Return copies in the dtype, layout and device of the weights."""
         weights = self.masks.weights
         return {n: torch.empty_like(weights[n], requires_grad=False).copy_(tensor) for n, tensor in tensors.items()}
-
-    def _refuse_patterns(self, method: str, by_layer: bool) -> None:
-        """Raise ValueError for a pattern, or a sparsity by layer, that the method cannot have."""
-        if self.method.score is force and isinstance(self.pattern, Channels):
-            raise ValueError(
-                f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: "
-                "take iter-snip, or another pattern"
-            )
-        if self.method.update is not None and self.method.update.reallocates:
-            moves = f"'{method}' moves weights from layer to layer"
-            if by_layer:
-                raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
-            if isinstance(self.pattern, Channels):
-                raise ValueError(f"{moves}, and a channel is part of several: take another pattern, or set or rigl")
-            if isinstance(self.pattern, FanIn):
-                raise ValueError(f"{moves} and cannot keep a constant fan-in: take another pattern, or set or rigl")
-        if self.options.get("mest_soft") and isinstance(self.pattern, FanIn):
-            raise ValueError(
-                "mest_soft drops from a layer as a whole and cannot keep a constant fan-in: leave one of them out"
-            )
-
-    def _complete(self, method: str, given: dict[str, Value]) -> dict[str, Value]:
-        """Return the method's options: those given, and the defaults of the others."""
-        known = {option.name: option for option in self.method.options}
-        for name, value in given.items():
-            if name not in known:
-                can = f"it has {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"pruning method '{method}' has no option {name}: {can}")
-            known[name].check(value)
-        return self.method.complete(given)
-
-    def _timing(self, method: str, total_steps: int | None) -> Timing | None:
-        """Return when masks change, if they do: each step. Raises ValueError for a training that is too short for it."""
-        if self.method.tickets and total_steps is not None and self.options["lth_rewind"] >= total_steps:
-            raise ValueError(
-                f"cannot rewind to step {self.options['lth_rewind']} of a training of {total_steps} steps: take lth_rewind=0, "
-                f"or another step below {total_steps}"
-            )
-        if self.method.update is None:
-            return None
-        if total_steps is None:
-            raise ValueError(f"pruning method '{method}' changes masks during training and needs total_steps")
-        if self.method.moves and isinstance(self.pattern, NofM):
-            name = self.pattern.name
-            raise ValueError(f"'{method}' moves weights one by one and cannot keep {name}: take {name} with gmp")
-        # An interval comes later; without one the last change is the only one.
-        timing = Timing(total_steps, total_steps, self.options.get("stop_update", 1.0))
-        if timing.last < 2:
-            raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
-        return timing
-
-    def _with_interval(self, timing: Timing, interval: int, usual: bool) -> Timing:
-        """Return when masks change.
-
-        Args:
-            timing: without the interval.
-            interval: steps between two changes.
-            usual: it is the method's default, which is shortened where a training has too few changes.
-
-        Raises:
-            ValueError: an interval that was asked for and leaves no change before the last.
-        """
-        shorter = max(1, (timing.last - 1) // CHANGES)
-        stay = f"before they stay, from step {timing.last} of {timing.total_steps} on"
-        if usual and shorter < interval:
-            self.warn(
-                f"masks change every {shorter} steps, {(timing.last - 1) // shorter} times {stay}; every {interval} steps, as "
-                f"usual, it would be {(timing.last - 1) // interval}"
-            )
-            interval = shorter
-        elif interval >= timing.last:
-            raise ValueError(
-                f"masks would never change {stay}: their update interval is {interval} steps; take update_interval={shorter}, which gives "
-                f"{(timing.last - 1) // shorter} changes, or train for longer"
-            )
-        return replace(timing, interval=interval)
 
     def _scored(self, step: int, sample: Sample | None = None) -> Scored:
         """Return what scores look at after a step (-1: before training)."""
@@ -577,21 +463,14 @@ class Pruner:
         torch._foreach_mul_(list(self._momentum.values()), self.method.update.smoothing)
         torch._foreach_add_(list(self._momentum.values()), list(self._gradients.values()))
 
-    def _connects(self, alive: Mapping[str, Tensor]) -> bool:
-        """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""
-        if self._input_shape is None:
-            return all(bool(mask.any()) for mask in alive.values())
-        return reaches_output(self.model, alive, self._input_shape)
-
-    def _too_sparse(self, empty: list[str], reason: str, scores: dict[str, Tensor] | None) -> EmptyLayerError:
-        """Return the error for a sparsity that leaves layers, or all paths, without a weight. It says what works."""
-        what = f"layer '{empty[0]}' without a weight" if empty else "no path of weights through the network"
+    def _ways_out(self, scores: dict[str, Tensor] | None) -> list[str]:
+        """Return what mends masks that are too sparse, in phrases."""
         highest = 0.0
         if scores and self.budget.distribution:
 
             def works(sparsity: float) -> bool:
                 counts = self.budget.counts(sparsity)
-                return self._connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
+                return self._connectivity.connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
 
             highest = highest_sparsity(works, self.budget.sparsity)
         ways = [f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity"]
@@ -599,9 +478,7 @@ class Pruner:
             ways.append("distribution=erk")
         if self.pattern.name != "unstructured":
             ways.append("take a finer pattern")
-        return EmptyLayerError(
-            f"this sparsity leaves {what}: {reason}{', or '.join(ways)}, or keep layers dense by name"
-        )
+        return ways
 
     @torch.no_grad()
     def _change_masks(self, change: MaskChange) -> None:
@@ -650,18 +527,8 @@ class Pruner:
         if self._last_values:
             self._last_values.wake(self.grows_by_gradient(step))
 
-    @property
-    def _rewinds_weights(self) -> bool:
-        return bool(self.method.tickets) and not self.options.get("lth_keep_weights", True)
-
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""
-        if self._rewinds_weights and self.round == 0 and step + 1 == self.options["lth_rewind"]:
+        if self._rounds and self._rounds.remembers(step):
             with self._unperturbed():
-                self._rewound = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-
-
-def _listed(names: list[str]) -> str:
-    """Return the first names, and the number of the others."""
-    more = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+                self._rounds.remember()

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 CHANGES = 20  # of the masks, that a training has at least where nobody says when they change
 
@@ -50,6 +51,41 @@ class Timing:
     def last(self) -> int:
         """Return the number of steps before the last change."""
         return max(1, round(self.stop * self.total_steps))
+
+    @classmethod
+    def until(cls, stop: float, total_steps: int) -> "Timing":
+        """Return the timing of one change, the last. Raises ValueError for a training that is too short for it."""
+        timing = cls(total_steps, total_steps, stop)
+        if timing.last < 2:
+            raise ValueError(f"masks would never change: they stay from step 1 of {total_steps} on; train for longer")
+        return timing
+
+    def every(self, interval: int, usual: bool, warn: Callable[[str], None]) -> "Timing":
+        """Return the timing with changes at an interval, too.
+
+        Args:
+            interval: steps between two changes.
+            usual: it is the method's default, which is shortened where a training has too few changes.
+            warn: is called with a sentence where it is shortened.
+
+        Raises:
+            ValueError: an interval that was asked for and leaves no change before the last.
+        """
+        changes = self.last - 1  # at most, before the last
+        shorter = max(1, changes // CHANGES)
+        stay = f"before they stay, from step {self.last} of {self.total_steps} on"
+        if usual and shorter < interval:
+            warn(
+                f"masks change every {shorter} steps, {changes // shorter} times {stay}; every {interval} steps, as usual, it "
+                f"would be {changes // interval}"
+            )
+            interval = shorter
+        elif interval >= self.last:
+            raise ValueError(
+                f"masks would never change {stay}: their update interval is {interval} steps; take update_interval={shorter}, "
+                f"which gives {changes // shorter} changes, or train for longer"
+            )
+        return replace(self, interval=interval)
 
     def due(self, step: int) -> bool:
         """Return whether masks change after a step."""
