@@ -22,7 +22,7 @@ from prune.flops import FlopsMeter, count_flops, summary_table
 from training.checkpoint import CheckpointSchedule, CheckpointWriter
 from training.logger import Logger, run_result
 from training.loop import Run, fit
-from training.optim import OPTIMIZERS, passes_per_step, state_holders
+from training.optim import OPTIMIZERS, passes_per_step
 from utils.device import device_name, keep_freed_memory, kernels_restored
 from utils.errors import memory_errors
 from utils.signals import Interruption
@@ -64,7 +64,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
 
     # optimizer
     optimizer = build.optimizer(args, model, total_steps)
-    pruner.optimizers = state_holders(optimizer)
+    pruner.optimizers = [optimizer]
 
     # step
     flops, passes = count_flops(pruner.model, data.image_shape), passes_per_step(optimizer)

@@ -33,7 +33,7 @@ from models import build_model
 from prune import METHODS, Pruner
 from sam import SAM
 from training.logger import git_revision, versions
-from training.optim import build_optimizer, state_holders
+from training.optim import build_optimizer
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
@@ -276,7 +276,7 @@ def optimizer_alone(report: Report, setting: Setting) -> None:
     if device.type == "cpu":
         report.target("CPU: SAM.v2's own cost at most 0.8 of a default SGD step", cost, most=0.8)
     count = sum(p.numel() for p in model.parameters())
-    floats = sum(t.numel() for o in state_holders(ours) for s in o.state.values() for t in s.values() if t is not None)
+    floats = sum(t.numel() for s in ours.state.values() for t in s.values() if t is not None)
     kept = "numbers a parameter that SAM.v2 with SGD keeps"
     report.add(kept, round(floats / count, 3), "")
     report.add("the same, tensor by tensor", usual.floats() / count, "")

@@ -16,7 +16,7 @@ from prune import METHODS
 from prune.flops import FlopsMeter, count_flops
 from training.logger import Logger
 from training.loop import Run, evaluate, train_epoch
-from training.optim import passes_per_step, state_holders
+from training.optim import passes_per_step
 from utils.precision import Execution
 
 BATCH = 128
@@ -67,7 +67,7 @@ class Loop:
         loader, evaluators = build.loaders(args, data, normalize, device, execution)
         steps = args.epochs * loader.steps_per_epoch
         self.optimizer = build.optimizer(args, self.model, steps)
-        self.pruner = build.pruner(args, self.model, state_holders(self.optimizer), steps)
+        self.pruner = build.pruner(args, self.model, [self.optimizer], steps)
         self.pruner.choose_masks(loader.sample)
         state = build.state(args, self.model, self.optimizer, self.pruner)
         # A logged step measures no ascent: an epoch of few steps has too large a share of them.

@@ -35,7 +35,7 @@ from prune.kernels import GatheredLinear
 from prune.patterns import Channels
 from training.exported import pack
 from training.logger import git_revision, versions
-from training.optim import build_optimizer, state_holders
+from training.optim import build_optimizer
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.device import device_name, keep_freed_memory, pick_device, use_deterministic_kernels
@@ -168,7 +168,7 @@ def _bytes(model: nn.Module, pruner: Pruner) -> int:
 def training(setting: Setting, model: nn.Module, pruner: Pruner, execution: Execution) -> Callable[[], object]:
     """Return a function that takes a step of one-step SAM on a batch of random images."""
     optimizer = build_optimizer("sgd-sam", model, lr=1e-3, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=True)
-    pruner.optimizers = state_holders(optimizer)
+    pruner.optimizers = [optimizer]
     objective = build_objective(model.train(), execution, setting.batch)
     take = TrainingStep(TrainState(model, optimizer, pruner), objective, lambda step: 1e-3, graphed=execution.graphed)
     targets = torch.full((setting.batch, CLASSES), 1 / CLASSES, device=setting.device)

@@ -14,7 +14,7 @@ from models import build_model
 from prune import METHODS, Pruner
 from prune.compact import compact
 from prune.kernels import semi_structured
-from training.optim import build_optimizer, radius, state_holders
+from training.optim import build_optimizer, radius
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -35,9 +35,7 @@ class Run:
         self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
         options = {"update_interval": 4} if METHODS[method].has_interval else {}
-        self.pruner = Pruner(
-            self.model, method, sparsity, total_steps=64, optimizers=state_holders(optimizer), **options
-        )
+        self.pruner = Pruner(self.model, method, sparsity, total_steps=64, optimizers=[optimizer], **options)
         g = torch.Generator().manual_seed(0)
         images = Images(torch.randint(256, (256, 16, 16, 3), dtype=torch.uint8, generator=g), torch.arange(256) % 5)
         normalize = Normalize(**channel_statistics(images), device=device)

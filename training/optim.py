@@ -103,11 +103,6 @@ def build_optimizer(
     return kind.base(groups, **options)
 
 
-def state_holders(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that remember something of each weight: SAM shares its state with its base optimizer."""
-    return [optimizer]
-
-
 def passes_per_step(optimizer: torch.optim.Optimizer) -> int:
     """Return the number of forward-backward passes of a training step that perturbs; others take one."""
     return 2 if isinstance(optimizer, SAM) and not optimizer.v2 else 1

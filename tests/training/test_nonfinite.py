@@ -10,7 +10,7 @@ from torch import nn
 from imagedata.loaders import Batch
 from prune import METHODS, Pruner
 from training.nonfinite import NonFiniteGuard
-from training.optim import build_optimizer, state_holders
+from training.optim import build_optimizer
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -31,7 +31,7 @@ class Training:
         optimizer = build_optimizer(name, self.model, lr=0.05, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
         if METHODS[method].has_interval:
             sparse.setdefault("update_interval", 2)
-        pruner = Pruner(self.model, method, **sparse, total_steps=100, optimizers=state_holders(optimizer))
+        pruner = Pruner(self.model, method, **sparse, total_steps=100, optimizers=[optimizer])
         pruner.choose_masks()
         self.state = TrainState(self.model, optimizer, pruner, guard(self.model))
         objective = build_objective(self.model, Execution(), 8 // accumulate)

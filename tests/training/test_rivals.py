@@ -11,7 +11,7 @@ from torch import nn
 from imagedata.loaders import Batch
 from prune import Pruner
 from training.nonfinite import NonFiniteGuard
-from training.optim import build_optimizer, passes_per_step, state_holders
+from training.optim import build_optimizer, passes_per_step
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -40,7 +40,7 @@ def training(
     if pattern != "unstructured":
         rival["largest"] = Pruner(model, "final", 0.5, pattern=pattern, total_steps=9).largest
     optimizer = build_optimizer(name, model, LR, DECAY, MOMENTUM, rho=rho, **rival)
-    pruner = Pruner(model, optimizers=state_holders(optimizer))
+    pruner = Pruner(model, optimizers=[optimizer])
     state = TrainState(model, optimizer, pruner, NonFiniteGuard(model, skip=skip))
     objective = build_objective(model, Execution(), 8)
 

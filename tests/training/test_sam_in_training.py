@@ -10,7 +10,7 @@ from torch import nn
 from imagedata.loaders import Batch
 from prune import Pruner
 from training.nonfinite import NonFiniteGuard
-from training.optim import build_optimizer, radius, state_holders
+from training.optim import build_optimizer, radius
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -41,7 +41,7 @@ def training(
     guard=None, seed=0, **options,
 ):  # fmt: skip
     optimizer = build_optimizer("sgd-sam", model, 9.0, DECAY, MOMENTUM, rho=9.0, v2=v2, direction=direction, seed=seed)
-    pruner = Pruner(model, "random" if sparsity else "none", sparsity, optimizers=state_holders(optimizer))
+    pruner = Pruner(model, "random" if sparsity else "none", sparsity, optimizers=[optimizer])
     pruner.choose_masks()
     state = TrainState(model, optimizer, pruner, guard or NonFiniteGuard())
     window = {"since": since, "until": until, "every": every}

@@ -7,7 +7,7 @@ from torch import nn
 
 from imagedata.loaders import Batch
 from prune import Pruner
-from training.optim import build_optimizer, state_holders
+from training.optim import build_optimizer
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -29,7 +29,7 @@ def batches(count):
 def training(v2, method="random", **options):
     model = network()
     optimizer = build_optimizer("sgd-sam", model, lr=LR, weight_decay=0.0, momentum=MOMENTUM, rho=RHO, v2=v2)
-    pruner = Pruner(model, method, 0.7, total_steps=40, optimizers=state_holders(optimizer), **options)
+    pruner = Pruner(model, method, 0.7, total_steps=40, optimizers=[optimizer], **options)
     pruner.choose_masks()
     state = TrainState(model, optimizer, pruner)
     objective = build_objective(model, Execution(), 8)

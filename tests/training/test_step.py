@@ -13,7 +13,7 @@ from imagedata.loaders import Batch, TrainLoader
 from models import build_model
 from prune import METHODS, Pruner
 from prune.flops import FlopsMeter, count_flops
-from training.optim import OPTIMIZERS, build_optimizer, state_holders
+from training.optim import OPTIMIZERS, build_optimizer
 from training.state import TrainState
 from training.step import TrainingStep, build_objective
 from utils.precision import Execution
@@ -164,7 +164,7 @@ def test_no_step_waits_for_the_device_whatever_it_does_to_the_masks(method, patt
         options["distribution"] = "erk"  # no layer comes out empty
     if METHODS[method].has_interval:
         options["update_interval"] = 2
-    pruner = Pruner(model, method, **options, total_steps=16, optimizers=state_holders(optimizer))
+    pruner = Pruner(model, method, **options, total_steps=16, optimizers=[optimizer])
     images = Images(torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 5)
     normalize = Normalize(**channel_statistics(images), device=torch.device("cpu"))
     augmentation = Augmentation(40, 20, seed=0, pad=1, flip=True)
