@@ -10,7 +10,7 @@ from experiment.checks import complete_flags
 from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME
 from utils.errors import UsageError
 
-METRIC = "test_top1"
+METRIC, HELD_OUT = "test_top1", "val_top1"
 RHO, SPARSITY, SEED = "--sam_rho", "--sparsity", "--seed"
 # Resolved by the length of a run and so by its optimizer: it tells no settings apart.
 COMPILE = "--compile"

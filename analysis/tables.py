@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from analysis.labels import accuracy_text, count_text, setting_name, value_text
-from analysis.results import METRIC, RHO, SEED, begun, state_counts
+from analysis.results import HELD_OUT, METRIC, RHO, SEED, begun, state_counts
 from utils.statistics import student_interval
 
 
@@ -19,17 +19,24 @@ def summary(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     Returns:
         One row per combination: its settings, `mean` and `std` in percent (a single run has no std), the number of `runs`
         in them and of `unfinished` ones (incomplete or failed), and `best`: whether its mean is the highest of two or more
-        that differ only in optimizer and rho.
+        that differ only in optimizer and rho. Where runs have images held out there are also `held_out` and `held_out_std`,
+        and the best are best on these.
     """
     finished = runs["state"] == "finished"
     columns = ["optimizer", *settings]
-    groups = runs.assign(value=runs[METRIC].where(finished)).groupby(columns, dropna=False, sort=True)
+    figures = {"value": runs[METRIC].where(finished)}
+    if HELD_OUT in runs:
+        figures["held_out"] = runs[HELD_OUT].where(finished)
+    groups = runs.assign(**figures).groupby(columns, dropna=False, sort=True)
     table = groups["value"].agg(["mean", "std", "count"]).rename(columns={"count": "runs"})
     table["unfinished"] = groups["state"].agg(lambda states: int(states.isin(["incomplete", "failed"]).sum()))
+    if HELD_OUT in runs:
+        table["held_out"], table["held_out_std"] = groups["held_out"].mean(), groups["held_out"].std()
     table = table.reset_index()
     shared = [name for name in settings if name != RHO]
-    rivals = table.groupby(shared, dropna=False)["mean"] if shared else table.assign(all=0).groupby("all")["mean"]
-    table["best"] = (table["mean"] == rivals.transform("max")) & (rivals.transform("count") > 1)
+    judged = "held_out" if "held_out" in table else "mean"
+    rivals = table.groupby(shared, dropna=False)[judged] if shared else table.assign(all=0).groupby("all")[judged]
+    table["best"] = (table[judged] == rivals.transform("max")) & (rivals.transform("count") > 1)
     return table.sort_values([*shared, "optimizer", *([RHO] if RHO in settings else [])], ignore_index=True)
 
 
@@ -62,11 +69,16 @@ def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
 
 
 def readable(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
-    """Format a summary as text, with `mean ± std` in one column and the best ones bold."""
-    out = table.drop(columns=["mean", "std", "best"])
-    accuracy = [accuracy_text(mean, std) for mean, std in zip(table["mean"], table["std"], strict=True)]
-    best = [bold.format(text) if is_best else text for text, is_best in zip(accuracy, table["best"], strict=True)]
-    out.insert(len(out.columns) - 2, "test accuracy (%)", best)
+    """Format a summary as text, with `mean ± std` in one column. Bold are the best, in the column that they are best in."""
+    out = table.drop(columns=["mean", "std", "held_out", "held_out_std", "best"], errors="ignore")
+    shown = {"held-out accuracy (%)": ("held_out", "held_out_std")} if "held_out" in table else {}
+    shown["test accuracy (%)"] = ("mean", "std")
+    judged = next(iter(shown))
+    for title, (mean, std) in shown.items():
+        texts = [accuracy_text(*pair) for pair in zip(table[mean], table[std], strict=True)]
+        if title == judged:
+            texts = [bold.format(text) if best else text for text, best in zip(texts, table["best"], strict=True)]
+        out.insert(len(out.columns) - 2, title, texts)
     return as_text(out)
 
 
@@ -85,7 +97,9 @@ def latex(table: pd.DataFrame) -> str:
     escape = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "±": r"$\pm$"})
     text = readable(table, "{}").map(lambda cell: cell.translate(escape))
     text = text.rename(columns=lambda name: name.translate(escape))
-    accuracy = next(name for name in text.columns if "accuracy" in name)
+    accuracy = next(
+        name for name in text.columns if "accuracy" in name
+    )  # the first is the one that the best are best in
     text.loc[table["best"].to_numpy(), accuracy] = text[accuracy].map(r"\textbf{{{}}}".format)
     return text.to_latex(index=False, escape=False)
 
@@ -116,8 +130,9 @@ def page(runs: pd.DataFrame, settings: list[str]) -> str:
     table = summary(known, settings)
     parts = [state_counts(runs), to_markdown(readable(table))]
     if table["best"].any():
-        chosen = " A rho that is chosen by it is chosen on the test images." if RHO in settings else ""
-        parts.append(f"Bold: the highest mean of a setting.{chosen}")
+        held_out = "held_out" in table
+        chosen = "" if held_out or RHO not in settings else " A rho that is chosen by it is chosen on the test images."
+        parts.append(f"Bold: the highest mean of a setting{' on held-out images' if held_out else ''}.{chosen}")
     pairs = paired(known, settings)
     if not pairs.empty:
         parts.append("In pairs of the same seed and settings, minus the base optimizer without SAM:")

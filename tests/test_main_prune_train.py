@@ -190,6 +190,9 @@ def test_evaluation_every_few_epochs_leaves_cells_empty_and_trains_the_same(trai
     best = max(found[1:], key=lambda row: float(row["val_top1"]))
     assert (result["best_epoch"], result["best_test_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
     assert result["max_over_epochs_test_top1"] == max(float(row["test_top1"]) for row in found[1:])
+    assert {n: result[n] for n in ("val_top1", "val_loss")} == {
+        n: float(found[-1][n]) for n in ("val_top1", "val_loss")
+    }
     assert len(run.checkpoint("best.pt")["state"]["rows"]) == result["best_epoch"]
 
 

@@ -179,8 +179,9 @@ class Logger:
 def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images: int) -> dict:
     """Return what result.json holds.
 
-    The headline is the last epoch's `test_top1`, which is always evaluated. `best_test_top1` is the test accuracy of the epoch that was best on the
-    held-out images, or of the last epoch where none are held out. `max_over_epochs_test_top1` was picked on the test
+    The headline is the last epoch's `test_top1`, which is always evaluated. `val_top1` and `val_loss` of held-out images
+    are the last epoch's too: settings are chosen by them. `best_test_top1` is the test accuracy of the epoch that was best
+    on the held-out images, or of the last epoch where none are held out. `max_over_epochs_test_top1` was picked on the test
     images and estimates nothing. Both are of evaluated epochs with the sparsity of the last: a denser network is another
     one.
 
@@ -199,6 +200,7 @@ def run_result(state: TrainState, meter: FlopsMeter, args: dict, schedule_images
     return {
         "test_top1": last["test_top1"],
         "test_loss": last["test_loss"],
+        **{name: last[name] for name in ("val_top1", "val_loss") if name in last},
         "best_test_top1": best["test_top1"],
         "best_epoch": best["epoch"],
         "max_over_epochs_test_top1": max(row["test_top1"] for row in alike),

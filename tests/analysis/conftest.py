@@ -65,7 +65,7 @@ RUN_FLAGS = {
 def study(tmp_path):
     """study(accuracy, flag=value, ...) leaves a run; without an accuracy one that did not finish."""
 
-    def add(accuracy, images=None, processes=1, epochs_done=2, **flags):
+    def add(accuracy, images=None, processes=1, epochs_done=2, held_out=None, **flags):
         directory = tmp_path / "study" / f"run{len(list(tmp_path.glob('study/*')))}"
         directory.mkdir(parents=True)
         args = RUN_FLAGS | flags | {"output_dir": str(directory)}
@@ -77,6 +77,8 @@ def study(tmp_path):
         (directory / "metrics.csv").write_text("epoch,test_top1\n" + lines)
         if accuracy:
             result = {"test_top1": accuracy, "sparsity": 0.9, "seed": args["seed"], "args": args}
+            if held_out:
+                result["val_top1"] = held_out
             (directory / "result.json").write_text(json.dumps(result))
         return directory
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +62,22 @@ def test_the_best_is_marked_within_each_setting(study, capsys):
     assert {p.name for p in (study.root / "summary").glob("*.png")} == {
         "accuracy_over_epochs.png", "accuracy_against_rho.png", "accuracy_against_sparsity.png",
     }  # fmt: skip
+
+
+def test_a_rho_is_marked_by_held_out_images_where_runs_have_them(study, capsys):
+    for seed in (0, 1):
+        for rho, held_out, test in [(0.05, 70.0, 93.0), (0.1, 80.0, 91.0), (0.2, 75.0, 92.0)]:
+            study(test + seed, held_out=held_out + 2 * seed, val_split=237, seed=seed, **SAM | {"sam_rho": rho})
+    out, tables = summarize(study.root, capsys)
+    assert [(row["--sam_rho"], float(row["held_out"]), row["best"]) for row in tables["summary"]] == [
+        ("0.05", 71.0, "False"), ("0.1", 81.0, "True"), ("0.2", 76.0, "False"),
+    ]  # fmt: skip
+    assert "| held-out accuracy (%)   | test accuracy (%)   |" in out
+    assert re.search(r"\*\*81\.00 ± 1\.41\*\* +\| 91\.50 ± 0\.71", out)
+    assert out.count("**") == 2
+    assert "Bold: the highest mean of a setting on held-out images.\n" in out
+    assert "is chosen on the test images" not in out
+    assert r"\textbf{81.00 $\pm$ 1.41} & 91.50" in (study.root / "summary" / "summary.tex").read_text()
 
 
 def test_adaptive_and_two_step_arms_are_lines_of_their_own(study, capsys):
