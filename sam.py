@@ -40,8 +40,8 @@ class SAM(torch.optim.Optimizer):
     Two-step SAM (`v2=False`; Foret et al., ICLR 2021) takes the gradient at w_t for d: run forward and backward before
     `first_step(zero_grad=True)` as well. Adaptive SAM is Kwon et al., ICML 2021, without their eta = 0.01.
 
-    The norm is global. Weights come back bit for bit, by copy. A direction whose norm is not finite perturbs nothing, and
-    nothing here waits for the device. docs/sam.md has the directions, recipes, and what is refused.
+    The norm is global. Weights come back bit for bit, by copy. A direction whose norm is not finite perturbs nothing
+    (without a norm, only what is finite in it does), and nothing here waits for the device. docs/sam.md has the directions, recipes, and what is refused.
 
     Args:
         params: parameters or groups of them, as for any optimizer; `rho` and `adaptive` are options of a group.
@@ -241,7 +241,9 @@ class SAM(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as any optimizer does."""
         super().zero_grad(set_to_none)
-        self._shared.zeroed = True
+        self._shared.zeroed = (
+            not self._has_gradients()
+        )  # zeros cannot be told from gradients without waiting for the device
 
     @torch.no_grad()
     def perturbation_stats(self) -> tuple[Tensor, Tensor]:
@@ -517,6 +519,10 @@ class SAM(torch.optim.Optimizer):
             self.zero_grad()
             if self.v2 and not shared.handles:
                 self._enter()
+        elif not (
+            shared.zeroed or shared.handles
+        ):  # train() or perturbed() has begun the step: gradients are the last one's
+            self.zero_grad()
         try:
             with torch.enable_grad():
                 loss = closure()

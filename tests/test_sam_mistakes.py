@@ -73,6 +73,21 @@ def test_a_closure_that_does_not_zero_gradients_computes_those_of_its_batch(v2):
         assert_same(weights(model), weights(other))
 
 
+@pytest.mark.parametrize("mode", ["train", "perturbed", "zeros"])
+def test_a_closure_sees_no_gradient_of_the_step_before(mode):
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.1, rho=0.5)
+    if mode == "train":
+        optimizer.train()
+    for _ in range(3):  # the gradient of a linear loss is the same everywhere
+        if mode == "zeros":
+            optimizer.zero_grad(set_to_none=False)
+        with optimizer.perturbed() if mode == "perturbed" else nullcontext():
+            optimizer.step(lambda: weight.sum().backward())
+    optimizer.eval()
+    assert weight.tolist() == pytest.approx([-0.3, -0.3], rel=1e-12)
+
+
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
 def test_a_closure_after_first_step_is_the_rest_of_the_step(v2):
     model, other = network(), network()
