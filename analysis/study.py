@@ -58,6 +58,7 @@ class Study(Sweep):
     images: dict[str, list[str]] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
     root: Path | None = ROOT
+    writes: bool = False
 
     def __post_init__(self):
         self.ledgers = {task: Ledger(self.results / task, self.root) for task in {run.task: 0 for run in self.plan}}
@@ -109,26 +110,27 @@ class Study(Sweep):
         return not run.tuning and self.chosen.get((run.task, run.tuned_arm), 0.0) is None
 
     def choose_values(self) -> None:
-        """Choose the value of every arm whose tuning is in the ledger, and keep it in a file."""
+        """Choose the value of every arm whose tuning is in the ledger, and keep it in a file if this study writes."""
         for task, arm in dict.fromkeys((run.task, run.tuned_arm) for run in self.plan if run.tuned_arm):
             path = self.results / task / CHOSEN / f"{arm}.json"
-            if (task, arm) in self.chosen:
+            if (task, arm) in self.chosen and (path.exists() or not self.writes):
                 continue
-            if not path.exists():
-                trials = [run for run in tuning(task, (arm,)) if run.name in self.ledgers[task].entries]
-                if len(trials) < len(TUNING_SEEDS) * len(TASKS[task].arms[arm].values):
-                    continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(path, json.dumps(best_value(trials, self.ledgers[task].entries)) + "\n")
-            chosen = read_choice(path)
-            if (tried := chosen.get("held_out")) and tried.keys() != {
-                f"{value:g}" for value in TASKS[task].arms[arm].values
-            }:
-                print(
-                    f"note: '{path}' was chosen from other values than experiment/study.py has: remove it to choose again",
-                    file=sys.stderr,
-                )
-            self.chosen[task, arm] = chosen["value"]
+            best = self.best(task, arm)
+            if path.exists():
+                chosen = read_choice(path)
+                check_choice(path, chosen, TASKS[task].arms[arm].values, best)
+                self.chosen[task, arm] = chosen["value"]
+            elif best:
+                self.chosen[task, arm] = best["value"]
+                if self.writes:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_text_atomically(path, json.dumps(best) + "\n")
+
+    def best(self, task: str, arm: str) -> dict | None:
+        """Return what `best_value` makes of an arm's tuning, or None where the ledger has not all of it."""
+        entries, values = self.ledgers[task].entries, TASKS[task].arms[arm].values
+        trials = [run for run in tuning(task, (arm,)) if run.name in entries]
+        return best_value(trials, entries) if len(trials) == len(TUNING_SEEDS) * len(values) else None
 
     def next_run(self, left: list[str], running: set[str]) -> str | None:
         """Return the first run that is missing and can start now."""
@@ -175,10 +177,8 @@ class Study(Sweep):
                 raise
         from analysis import sharpness
 
-        directory = self.output / run
-        device = [
-            f"--device={word}" for before, word in zip(self.extra, self.extra[1:], strict=False) if before == "--device"
-        ]
+        directory, args = self.output / run, parse(self.extra)[0]
+        device = ["--device", "cpu" if args.no_cuda else args.device]
         if not (directory / "sharpness.json").exists():
             sys.exit(sharpness.main([str(directory / "checkpoint.pt"), *MEASURED.split(), *device]))
 
@@ -193,7 +193,8 @@ class Study(Sweep):
         if code == -signal.SIGTERM:  # told to end where it had nothing to save
             return False
         try:
-            if code == 0 or (code == 1 and (directory / "args.json").exists()):
+            diverged = code == 1 and (directory / "args.json").exists() and not (directory / "result.json").exists()
+            if code == 0 or diverged:
                 ledger = self.ledgers[task]
                 ledger.write(ledger.check(read_run(directory)))
                 if not any(f"{{{directory.name}}}" in " ".join(cell.split()) for cell in TASKS[task].cells.values()):
@@ -250,6 +251,31 @@ def read_choice(path: Path) -> dict:
             f"cannot read '{path}' ({error}): restore it from git, or remove it to choose again"
         ) from error
     return chosen
+
+
+def check_choice(path: Path, chosen: dict, values: tuple[float, ...], best: dict | None) -> None:
+    """Note that a file was chosen from other values than there are now.
+
+    Args:
+        path: of the file.
+        chosen: what it has.
+        values: to choose from now.
+        best: what `best_value` makes of the ledger's runs now, where all are there.
+
+    Raises:
+        UsageError: from these values the ledger's runs say another one.
+    """
+    tried = chosen.get("held_out", {}).keys()
+    if tried and tried != {f"{value:g}" for value in values}:
+        print(
+            f"note: '{path}' was chosen from other values than experiment/study.py has: remove it to choose again",
+            file=sys.stderr,
+        )
+    elif best and chosen["value"] != best["value"]:
+        raise UsageError(
+            f"'{path}' has {chosen['value']}, and the runs in the ledger say {best['value']}: remove it to choose again, and the "
+            "runs that were trained with it"
+        )
 
 
 def dirty(root: Path) -> bool:
@@ -364,6 +390,7 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
         if study.root and (not study.began_with or dirty(study.root)):
             refuse("the ledger takes runs of a git checkout without changes: commit them, or train in another worktree")
         lock = study.lock()
+        study.writes = True
     except UsageError as error:
         refuse(str(error))
     for module in IMPORTED_BY_RUNS:  # once, before the forks

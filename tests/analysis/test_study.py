@@ -292,6 +292,46 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     assert "Traceback" not in refused.stderr
 
 
+def test_a_choice_that_the_ledger_contradicts_is_refused_and_a_dry_run_writes_none(study):
+    held_out = {"0.05": 60, "0.1": 70, "0.2": 65, "0.3": 50, "0.5": 40}
+    done = study("--only", TUNED, FINAL, EPOCHS="1", HELD_OUT=json.dumps(held_out))
+    assert done.returncode == 0, done.stderr
+    path = study.output / "results/digits-noise/chosen/late-0.1.json"
+    chosen = choice(study.output / "results")
+    path.write_text(json.dumps(chosen | {"value": 0.3}))
+    refused = study("--only", TUNED, FINAL, EPOCHS="1")
+    assert refused.returncode == 2
+    assert "has 0.3, and the runs in the ledger say 0.1: remove it to choose again" in refused.stderr
+    path.unlink()
+    listed = study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
+    assert value("--sam-rho", commands(listed)[0]) == "0.1"
+    assert not path.exists()
+
+
+def test_a_run_without_its_sharpness_has_failed_and_is_measured_by_the_next_launch(study, monkeypatch):
+    code = [1]
+
+    def measure(argv):
+        (study.root.parent / "asked").write_text(json.dumps(argv))
+        if not code[0]:
+            found = {"train": {"living": {"eigenvalues": [{"value": 7.0}]}}}
+            (Path(argv[0]).parent / "sharpness.json").write_text(json.dumps([found]))
+        return code[0]
+
+    monkeypatch.setattr("analysis.sharpness.main", measure)
+    only = ("--only", "digits-noise/random-0.9-sgd-seed0", "--device=cpu")
+    failed = study(*only, EPOCHS="1")
+    assert failed.returncode == 1
+    assert "failed: digits-noise/random-0.9-sgd-seed0" in failed.stderr
+    assert not list((study.output / "results").glob("*/*.json"))
+    assert json.loads((study.root.parent / "asked").read_text())[-2:] == ["--device", "cpu"]
+    (study.output / "digits-noise/random-0.9-sgd-seed0/checkpoint.pt").touch()
+    code[0] = 0
+    assert study(*only, EPOCHS="1").returncode == 0
+    (entry,) = (study.output / "results").glob("*/*.json")
+    assert json.loads(entry.read_text())["sharpness"] == {"train": 7.0}
+
+
 def test_an_arm_whose_every_rho_diverged_has_no_runs_that_count(study):
     held_out = dict.fromkeys(["0.05", "0.1", "0.2", "0.3", "0.5"])
     done = study("--only", TUNED, FINAL, EPOCHS="1", HELD_OUT=json.dumps(held_out))
