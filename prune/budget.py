@@ -265,6 +265,10 @@ class Budget:
                 raise ValueError(f"there is no prunable layer '{name}': the nearest name is '{nearest}'")
             if not 0 <= value < 1:
                 raise ValueError(f"the sparsity of layer '{name}' has to be at least 0 and less than 1, not {value:g}")
+            if value and name in self.dense:
+                raise ValueError(
+                    f"layer '{name}' has sparsity {value:g} and is among the dense layers: leave it out of one of them"
+                )
         self.dense |= self._shapes.keys() - by_layer.keys()
         return {name: value for name, value in by_layer.items() if name not in self.dense}
 

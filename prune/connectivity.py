@@ -1,4 +1,4 @@
-"""Whether living weights lead from the input of a network to its output."""
+"""Refuses masks that cut a network in two, and warns of layers and filters that they empty."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -6,16 +6,15 @@ from torch import Tensor, nn
 
 from prune import diagnostics
 from prune.budget import EmptyLayerError
-from prune.masks import Masks
+from prune.masks import Masks, listed
 from prune.paths import reaches_output
 
 
 class Connectivity:
-    """Refuses masks that cut a network in two, and warns of what they come close to.
+    """Looks at the masks of a network as they change: an error where no path is left, a warning where little is.
 
     Args:
         model: the network.
-        masks: of its weights, looked at once in each version.
         depthwise: names of the layers each of whose filters reads one channel; of these, filters without a weight are
             warned of.
         warn: is called with a sentence.
@@ -25,43 +24,44 @@ class Connectivity:
         figures: effective sparsity and idle units, see `diagnostics.path_figures`; none of dense masks.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks, depthwise: Collection[str], warn: Callable[[str], None]):
-        self._model, self._masks, self._depthwise, self._warn = model, masks, depthwise, warn
+    def __init__(self, model: nn.Module, depthwise: Collection[str], warn: Callable[[str], None]):
+        self._model, self._depthwise, self._warn = model, depthwise, warn
         self.input_shape: tuple[int, ...] | None = None
         self.figures: dict[str, float] = {}
         self._seen = -1  # version of the masks
         self._warned: set[str] = set()
         self._lost_filters = 0
 
-    def check(self, ways: Callable[[], list[str]], lost_filters: bool) -> None:
+    def check(self, masks: Masks, ways: Callable[[], list[str]], warn_of_filters: bool) -> None:
         """Look at masks that have changed. Waits for the device.
 
         Args:
+            masks: of the network's weights, looked at once in each version.
             ways: returns what mends masks that leave no path, in phrases.
-            lost_filters: whether to warn of depthwise filters without a weight.
+            warn_of_filters: whether to warn of depthwise filters without a weight.
 
         Raises:
             EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
                 the shape of the input is not known.
         """
-        if self._seen == self._masks.version:
+        if self._seen == masks.version:
             return
-        alive = self._masks.alive()
+        alive = masks.alive()
         empty = [name for name, count in alive.items() if count == 0]
-        sparse = any(count < self._masks.weights[name].numel() for name, count in alive.items())
-        if sparse and not self.connects(self._masks.masks):
+        sparse = any(count < masks.weights[name].numel() for name, count in alive.items())
+        if sparse and not self.connects(masks.masks):
             raise self._cut(empty, ways())
         if new := [name for name in empty if name not in self._warned]:
             self._warn(f"no weight is left in {listed(new)}; other layers still lead from the input to the output")
             self._warned.update(new)
-        if lost_filters:
-            self._warn_of_filters()
-        self.figures = diagnostics.path_figures(self._model, self._masks, self.input_shape) if sparse else {}
-        sentence = diagnostics.collapse(self.figures, self._masks.sparsity())
+        if warn_of_filters:
+            self._warn_of_filters(masks)
+        self.figures = diagnostics.path_figures(self._model, masks, self.input_shape) if sparse else {}
+        sentence = diagnostics.collapse(self.figures, masks.sparsity())
         if sentence and "collapse" not in self._warned:
             self._warned.add("collapse")
             self._warn(sentence)
-        self._seen = self._masks.version
+        self._seen = masks.version
 
     def connects(self, alive: Mapping[str, Tensor]) -> bool:
         """Return whether masks leave a path through the network or, where its input is not known, no layer empty."""
@@ -79,18 +79,12 @@ class Connectivity:
             f"this sparsity leaves {what}: {reason}{', or '.join(ways)}, or keep layers dense by name"
         )
 
-    def _warn_of_filters(self) -> None:
+    def _warn_of_filters(self, masks: Masks) -> None:
         """Warn of depthwise filters without a weight, where there are more than before."""
-        empty, filters = self._masks.empty_filters(self._depthwise)
+        empty, filters = masks.empty_filters(self._depthwise)
         if empty > self._lost_filters:
             self._lost_filters = empty
             self._warn(
                 f"{empty:,} of {filters:,} depthwise filters have no weight, which cuts their channels off; to keep them, name "
                 "depthwise among the dense layers"
             )
-
-
-def listed(names: list[str]) -> str:
-    """Return the first names, and the number of the others."""
-    more = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

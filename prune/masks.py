@@ -196,3 +196,9 @@ class Masks:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Set the masks that `state_dict` returned."""
         self.set(state)
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

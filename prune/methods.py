@@ -63,6 +63,8 @@ class Option:
                 raise ValueError(f"{self.name} {error}") from error
             return
         assert not isinstance(value, str)
+        if type(self.default) is int and value != int(value):
+            raise ValueError(f"{self.name} has to be a whole number, not {value:g}")
         fits = (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -131,7 +133,6 @@ class Method:
         update: changes the masks during training.
         tickets: trains in rounds, each with fewer weights: those that score highest at the end of the one before.
         pretrained: prunes trained weights and needs them.
-        reads_images: its score looks at training images.
         options: what can be set beside the sparsity.
         own_defaults: a function from the options that were given to the defaults that are not those of the options.
     """
@@ -142,7 +143,6 @@ class Method:
     update: Update | None = None
     tickets: Score | None = None
     pretrained: bool = False
-    reads_images: bool = False
     options: tuple[Option, ...] = ()
     own_defaults: Callable[[Mapping[str, Value]], Mapping[str, Value]] = lambda given: {}
 
@@ -170,10 +170,10 @@ METHODS = {
     # at initialisation
     "random": Method("Liu et al. 2022", scores.random),
     "magnitude": Method("Frankle et al. 2021", scores.magnitude, ("erk", "uniform", "balanced", "global")),
-    "snip": Method("Lee et al. 2019", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES,)),
-    "grasp": Method("Wang et al. 2020", scores.grasp, ANY, reads_images=True, options=(SCORE_IMAGES,)),
-    "iter-snip": Method("de Jorge et al. 2021", scores.snip, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
-    "force": Method("de Jorge et al. 2021", scores.force, ANY, reads_images=True, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "snip": Method("Lee et al. 2019", scores.snip, ANY, options=(SCORE_IMAGES,)),
+    "grasp": Method("Wang et al. 2020", scores.grasp, ANY, options=(SCORE_IMAGES,)),
+    "iter-snip": Method("de Jorge et al. 2021", scores.snip, ANY, options=(SCORE_IMAGES, SCORE_ROUNDS)),
+    "force": Method("de Jorge et al. 2021", scores.force, ANY, options=(SCORE_IMAGES, SCORE_ROUNDS)),
     "synflow": Method(
         "Tanaka et al. 2020", scores.synflow, ("global",), options=(SCORE_ROUNDS,),
         own_defaults=lambda given: {"score_rounds": 100},

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from prune import diagnostics
 from prune.budget import Budget, highest_sparsity
 from prune.compact import compact, expand
-from prune.connectivity import Connectivity, listed
-from prune.masks import Masks, computed_weights, depthwise_layers, layers_by_position, prunable_weights, select_layers
+from prune.connectivity import Connectivity
+from prune.masks import (
+    Masks,
+    computed_weights,
+    depthwise_layers,
+    layers_by_position,
+    listed,
+    prunable_weights,
+    select_layers,
+)
 from prune.methods import METHODS, Value, complete_options, refuse_pattern
 from prune.patterns import Channels, Counts, NofM, find_pattern
 from prune.regrowth import LastValues
@@ -116,7 +124,7 @@ class Pruner:
             if interval is not None:
                 steps = interval_steps(interval, steps_per_epoch)
                 self.timing = self.timing.every(steps, usual="update_interval" not in options, warn=warn)
-        self._connectivity = Connectivity(model, self.masks, depthwise, warn)
+        self._connectivity = Connectivity(model, depthwise, warn)
         self._compacted = False  # another network is trained in place of the model
         self.ever_alive: dict[str, Tensor] = {}
         self._targets: dict[str, int] = {}  # living units of each layer or group, where masks move at a constant budget
@@ -244,28 +252,27 @@ class Pruner:
         if not skipped:
             self._smooth_gradients(step)
         if due:
-            assert self.method.update is not None
             assert self.timing is not None
-            by_gradients = self.method.update.reads_gradients
-            if by_gradients and not self._gradients:
-                raise RuntimeError("masks change by the step's gradients: call mask_gradients(step) after backward()")
             self._postponed = skipped and step + 1 < self.timing.total_steps
             if not self._postponed:
-                if skipped and by_gradients:  # those of a step that is left out; nothing grows at the end
-                    torch._foreach_zero_(list(self._gradients.values()))
-                with self._unperturbed():
-                    self._update(step)
+                self._update(step, skipped)
         self._remember_weights(step)
         self._wake(step + 1)
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, skipped: bool) -> None:
         assert self.method.update is not None
         assert self.timing is not None
-        inputs = UpdateInputs(
-            self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
-            self._targets, self.budget.sparsity, self.budget.counts, self._memory,
-        )  # fmt: skip
-        self._change_masks(self.method.update(inputs))
+        if self.method.update.reads_gradients:
+            if not self._gradients:
+                raise RuntimeError("masks change by the step's gradients: call mask_gradients(step) after backward()")
+            if skipped:  # those of a step that is left out; nothing grows at the end
+                torch._foreach_zero_(list(self._gradients.values()))
+        with self._unperturbed():
+            inputs = UpdateInputs(
+                self._scored(step), self.masks.masks, self.pattern, self.timing.fraction(step), self.timing.number(step),
+                self._targets, self.budget.sparsity, self.budget.counts, self._memory,
+            )  # fmt: skip
+            self._change_masks(self.method.update(inputs))
         self._settled = inputs.fraction >= 1
 
     @contextmanager
@@ -338,9 +345,8 @@ class Pruner:
             EmptyLayerError: no path of living weights leads from the input to the output, or a layer is empty and
                 `choose_masks` had no sample to tell whether other layers lead around it.
         """
-        self._connectivity.check(
-            lambda: self._ways_out(scores), lost_filters=self._settled and not isinstance(self.pattern, Channels)
-        )
+        filters_stay = self._settled and not isinstance(self.pattern, Channels)
+        self._connectivity.check(self.masks, lambda: self._ways_out(scores), warn_of_filters=filters_stay)
 
     def figures(self) -> dict[str, float]:
         """Return what the masks have become, by name: see `diagnostics`. Waits for the device.
@@ -396,6 +402,7 @@ class Pruner:
             "targets": self._targets,
             "ever_alive": {name: mask.bool() for name, mask in self.ever_alive.items()},
             "postponed": self._postponed,
+            "settled": self._settled,
             "momentum": self._momentum,
             "memory": self._memory,
             "first": {name: mask.bool() for name, mask in self._first.items()},
@@ -417,6 +424,7 @@ class Pruner:
         self.masks.load_state_dict(state["masks"])
         self._targets = dict(state["targets"])
         self._postponed = state.get("postponed", False)
+        self._settled = state.get("settled", self._settled)
         self._connectivity.input_shape = state.get("input_shape")
         self.ever_alive = self._like_weights(state["ever_alive"])
         self._first = self._like_weights(state.get("first", {}))

@@ -37,7 +37,8 @@ class Rounds:
                 f"cannot rewind to step {rewind} of a training of {total_steps} steps: take lth_rewind=0, or another step below "
                 f"{total_steps}"
             )
-        return cls(model, int(options["lth_rounds"]), rewind, bool(options.get("lth_keep_weights", True)))
+        keep_weights = bool(options.get("lth_keep_weights", True))  # LAMP always does, and has no such option
+        return cls(model, int(options["lth_rounds"]), rewind, keep_weights)
 
     def sparsity(self, final: float) -> float:
         """Return the sparsity of the round at hand: each keeps the same fraction of what the last one kept."""

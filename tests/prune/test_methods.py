@@ -170,6 +170,7 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
         ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.6}, "the sparsity by layer fixes the sparsity at 0.5"),
         ({"layer_sparsity": {"conv": 0.5}, "distribution": "erk"}, "leaves nothing to distribute"),
         ({"layer_sparsity": {}}, "every layer is to stay dense"),
+        ({"layer_sparsity": {"conv": 0.5}, "dense_layers": ["conv"]}, "has sparsity 0.5 and is among the dense layers"),
         ({"pattern": "2:4", "dense_layers": ["*"]}, "every layer is to stay dense"),
         (
             {"layer_sparsity": {"conv": 0.5, "classifier": 0.999}},
@@ -202,6 +203,11 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
             {"method": "rigl", "sparsity": 0.5, "drop_fractoin": 0.2},
             "it has update_interval, stop_update, drop_fraction",
         ),
+        (
+            {"method": "iter-snip", "sparsity": 0.5, "score_rounds": 0.5},
+            "score_rounds has to be a whole number, not 0.5",
+        ),
+        ({"method": "lth", "sparsity": 0.5, "lth_rounds": 0.5}, "lth_rounds has to be a whole number, not 0.5"),
         ({"method": "random", "sparsity": 0.5, "lth_rounds": 2}, "'random' has no option lth_rounds: it has none"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from models import build_model
-from prune import Pruner
+from prune import EmptyLayerError, Pruner
+from prune.masks import Masks
 from sam import SAM
 
 
@@ -235,6 +236,21 @@ def test_depthwise_filters_without_a_weight_are_counted_and_told_and_can_be_kept
     assert f"; {empty + int((model.first.weight == 0).sum())} of 32 filters have no weight" in pruner.describe()
     kept = Pruner(Depthwise(), "random", 0.01, dense_layers=["depthwise"])
     assert kept.budget.dense == {"second", "third"}
+    saved, told = pruner.state_dict(), []  # a resumed run that has no change of masks before it tells it, too
+    again = Pruner(model, method, 0.5, "uniform", total_steps=8, warn=told.append, **options)
+    again.load_state_dict(saved)
+    again.check_layers()
+    assert [words for words in told if "depthwise filters" in words] == [sentence]
+
+
+def test_masks_that_others_put_in_place_are_the_ones_looked_at():
+    pruner = Pruner(Depthwise())
+    pruner.masks.set({"second": torch.zeros_like(pruner.masks.weights["second"])})
+    loaded, other = Pruner(pruner.model), Masks.of(pruner.model)
+    other.set(pruner.masks.state_dict())
+    loaded.masks = other
+    with pytest.raises(EmptyLayerError, match="layer 'second' without a weight"):
+        loaded.check_layers()
 
 
 def test_the_method_none_changes_nothing():
