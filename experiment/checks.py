@@ -3,7 +3,17 @@
 import argparse
 from pathlib import Path
 
-from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, absolute, flag, method_options, parse, plain
+from experiment.flags import (
+    MAY_CHANGE_ON_RESUME,
+    PATHS,
+    RESOLVED,
+    absolute,
+    flag,
+    method_options,
+    parse,
+    plain,
+    resolve,
+)
 from models.external import is_external, is_own_code
 from prune import METHODS
 from training.optim import OPTIMIZERS
@@ -26,6 +36,7 @@ def check(args: argparse.Namespace, given: set[str]) -> None:
         reason, way = useless[name]
         raise UsageError(f"{flag(name)} has no effect {reason}: {way}, or leave it out")
     _check_sparsity(args)
+    _check_granet(args, given)
     _check_rivals(args)
     _check_training(args)
 
@@ -114,6 +125,10 @@ def _unmasked_without_effect(args: argparse.Namespace) -> Reasons:
         return {"sam_unmasked": ("with --sam-direction momentum: pruned weights have none", "take another direction")}
     if args.adaptive:
         return {"sam_unmasked": ("with --adaptive, which leaves weights of 0 where they are", "leave --adaptive out")}
+    if args.prune_method == "final":
+        return {
+            "sam_unmasked": ("with --prune-method final, which prunes nothing before the end", "take another method")
+        }
     if args.sparsity_pattern == "channel":
         still = "with --sparsity-pattern channel, whose dead weights have no gradient"
         return {"sam_unmasked": (still, "take another pattern")}
@@ -153,6 +168,9 @@ def _step_without_effect(args: argparse.Namespace) -> Reasons:
         reasons |= dict.fromkeys(("momentum", "nesterov"), (with_optimizer, f"take --optmzr {sgd}"))
     if args.optmzr != "sgd-cram":
         reasons["cram_sparsities"] = with_optimizer, "take --optmzr sgd-cram"
+    elif ":" in args.sparsity_pattern:
+        fixed = f"with --sparsity-pattern {args.sparsity_pattern}, which fixes the sparsity"
+        reasons["cram_sparsities"] = fixed, "take another pattern"
     if args.optmzr != "sgd-safe":
         reasons |= dict.fromkeys(("safe_lambda", "safe_interval"), (with_optimizer, "take --optmzr sgd-safe"))
     if optimizer.rival:
@@ -203,6 +221,18 @@ def _check_sparsity(args: argparse.Namespace) -> None:
         raise UsageError("--sam-unmasked perturbs pruned weights, which --compact takes out: leave one of them out")
     if METHODS[method].pretrained and not (args.pretrained or args.pretrained_weights):
         raise UsageError(f"--prune-method {method} prunes trained weights: give them by --pretrained CKPT")
+
+
+def _check_granet(args: argparse.Namespace, given: set[str]) -> None:
+    if "granet_until" in given and args.granet_until > (stop := resolve(args).stop_update):
+        raise UsageError(
+            f"--granet-until {args.granet_until:g} comes after masks have stopped changing, at --stop-update {stop:g}: lower it, "
+            "or raise that"
+        )
+    if "granet_start" in given and args.sparsity is not None and args.granet_start > args.sparsity:
+        raise UsageError(
+            f"--granet-start {args.granet_start:g} is sparser than --sparsity {args.sparsity:g}, at which it ends: lower it"
+        )
 
 
 def _check_rivals(args: argparse.Namespace) -> None:

@@ -221,7 +221,7 @@ def back_to_default(names: set[str]) -> str:
 
     default = vars(parse([])[0])
     name = min(names, key=lambda name: (default[name] is not False, name))
-    if default[name] is None:
+    if default[name] in (None, []):
         refuse(f"--config has {flag(name)}, which only some arms of the sweep set: take it out of a copy of the file")
     return flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"
 
@@ -240,7 +240,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
     from experiment.config import parse_and_replay
-    from experiment.flags import flag, parse
+    from experiment.flags import flag, parse, resolve
     from utils.errors import UsageError
 
     run, built = "all runs", set()
@@ -258,7 +258,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
             check(args, given)
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
             if network not in built:
-                check_on_meta(args)
+                check_on_meta(resolve(args))
             built.add(network)
     except UsageError as error:
         refuse(f"{error} (flags of {run}; no run was started)")

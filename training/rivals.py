@@ -110,8 +110,8 @@ class SAFE(SAM):
         sparsity: of P.
         strength: l, that the pull rises to.
         interval: K.
-        total_steps: of the training.
         largest: what P keeps; None ranks all convolution and linear weights together.
+        total_steps: of the training.
         **base_kwargs: passed to the base optimizer.
     """
 
@@ -123,8 +123,9 @@ class SAFE(SAM):
         sparsity: float = 0.95,
         strength: float = 1e-3,
         interval: int = 32,
-        total_steps: int = 1,
         largest: Largest | None = None,
+        *,
+        total_steps: int,
         **base_kwargs: Any,
     ):
         super().__init__(model.parameters(), base_optimizer, rho, v2=False, **base_kwargs)

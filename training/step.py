@@ -213,7 +213,10 @@ class TrainingStep:
 
     def _look_at_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> AtWeights | None:
         """Run a pass at w for the log alone: gradients and batch norm's statistics are as before."""
-        with torch.random.fork_rng(devices=[]):  # dropout of the step is the same whether it is logged or not
+        # Dropout of the step is the same whether it is logged or not, but where it is drawn inside a CUDA graph.
+        device = inputs.device
+        eager = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        with torch.random.fork_rng(devices=[device] if eager else []):
             sums = self._backward(inputs, targets, kind, keep_statistics=True)
         if not self.sam_unmasked:
             self.state.pruner.mask_gradients()

@@ -162,6 +162,19 @@ import pytest
             "--rho-schedule lr --lr-scheduler constant --optmzr sgd-sam --sam-v2",
             "--rho-schedule has no effect with a constant learning rate",
         ),
+        ("--optmzr sgd-sam --sam-unmasked --prune-method final --sparsity 0.9", "--sam-unmasked has no effect with"),
+        (
+            "--optmzr sgd-cram --cram-sparsities 0.9 --prune-method final --sparsity-pattern 2:4",
+            "--cram-sparsities has no effect with --sparsity-pattern 2:4, which fixes the sparsity",
+        ),
+        (
+            "--prune-method granet --sparsity 0.9 --granet-until 0.8",
+            "comes after masks have stopped changing, at --stop-update 0.75",
+        ),
+        (
+            "--prune-method granet --sparsity 0.9 --granet-start 0.95",
+            "--granet-start 0.95 is sparser than --sparsity 0.9",
+        ),
         ("--resume missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--evaluate missing.pt", "there is no checkpoint 'missing.pt'"),
         ("--resume auto --evaluate missing.pt", "give one of them"),

@@ -61,6 +61,13 @@ def test_arms_stay_apart_beside_a_file(sweep, tmp_path):
     refusal = sweep("--config", "args.json", "--dry-run", grid=grid)
     assert refused(refusal)
     assert "--config has --weight-decay, which only some arms of the sweep set" in refusal.stderr
+    path.write_text(
+        json.dumps({"args": {"dataset": "digits", "prune_method": "random", "sparsity": 0.5, "dense_layers": ["stem"]}})
+    )
+    lists = "one --optmzr sgd --dense-layers classifier\n    other --optmzr sgd"
+    refusal = sweep("--config", "args.json", "--dry-run", grid=lists)
+    assert refused(refusal)
+    assert "--config has --dense-layers, which only some arms of the sweep set" in refusal.stderr
 
 
 @pytest.mark.parametrize("written", [["--arch", "own.py:build"], ["--arch=own.py:build"]])
@@ -178,6 +185,10 @@ def test_paths_are_relative_to_where_the_sweep_was_called(sweep, trained, tmp_pa
     network = DIGITS.split()
     (command, _) = commands(sweep("--dry-run", *network, "--pretrained=a=b.pt"))
     assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
+    pruned = sweep(
+        "--dry-run", "--dataset", "digits", "--width", "0.25", "--depth", "8", "--pretrained=a=b.pt", METHODS="oneshot"
+    )
+    assert pruned.returncode == 0, pruned.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -39,6 +39,8 @@ def training(
         model.get_submodule(frozen).requires_grad_(False)
     if pattern != "unstructured":
         rival["largest"] = Pruner(model, "final", 0.5, pattern=pattern, total_steps=9).largest
+    if name == "sgd-safe":
+        rival.setdefault("total_steps", 100)
     optimizer = build_optimizer(name, model, LR, DECAY, MOMENTUM, rho=rho, **rival)
     pruner = Pruner(model, optimizers=[optimizer])
     state = TrainState(model, optimizer, pruner, NonFiniteGuard(model, skip=skip))
