@@ -225,35 +225,36 @@ METHODS = {
 }  # fmt: skip
 
 
-def complete_options(method: str, given: Mapping[str, Value]) -> dict[str, Value]:
+def complete_options(name: str, given: Mapping[str, Value]) -> dict[str, Value]:
     """Return the options of a method: those given, and the defaults of the others.
 
     Raises:
         ValueError: one that the method does not have, or a value outside its bounds.
     """
-    known = {option.name: option for option in METHODS[method].options}
-    for name, value in given.items():
-        if name not in known:
+    method = METHODS[name]
+    known = {option.name: option for option in method.options}
+    for option, value in given.items():
+        if option not in known:
             can = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"pruning method '{method}' has no option {name}: {can}")
-        known[name].check(value)
-    return METHODS[method].complete(given)
+            raise ValueError(f"pruning method '{name}' has no option {option}: {can}")
+        known[option].check(value)
+    return method.complete(given)
 
 
-def refuse_pattern(method: str, pattern: Pattern, options: Mapping[str, float], by_layer: bool) -> None:
+def refuse_pattern(name: str, pattern: Pattern, options: Mapping[str, float], by_layer: bool) -> None:
     """Raise ValueError for a pattern, or a sparsity of its own for each layer, that a method cannot keep."""
-    if METHODS[method].moves and isinstance(pattern, NofM):
+    method = METHODS[name]
+    if method.moves and isinstance(pattern, NofM):
         raise ValueError(
-            f"'{method}' moves weights one by one and cannot keep {pattern.name}: take {pattern.name} with gmp"
+            f"'{name}' moves weights one by one and cannot keep {pattern.name}: take {pattern.name} with gmp"
         )
-    if METHODS[method].score is scores.force and isinstance(pattern, Channels):
+    if method.score is scores.force and isinstance(pattern, Channels):
         raise ValueError(
-            f"'{method}' lets what was pruned come back by its gradient, which a channel without weights does not have: take "
+            f"'{name}' lets what was pruned come back by its gradient, which a channel without weights does not have: take "
             "iter-snip, or another pattern"
         )
-    update = METHODS[method].update
-    if update is not None and update.reallocates:
-        moves = f"'{method}' moves weights from layer to layer"
+    if method.update is not None and method.update.reallocates:
+        moves = f"'{name}' moves weights from layer to layer"
         if by_layer:
             raise ValueError(f"{moves}: leave layer_sparsity out, or take set or rigl")
         if isinstance(pattern, Channels):
