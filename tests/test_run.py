@@ -54,7 +54,7 @@ def test_bad_input_is_a_usage_error_and_nothing_is_written(tmp_path, monkeypatch
 
 
 def test_a_run_that_goes_wrong_is_a_training_error(tmp_path):
-    with pytest.raises(TrainingError, match="the loss is"):
+    with pytest.raises(TrainingError, match=r"the loss is|the weights are no longer finite"):  # by how a CPU rounds
         run(FLAGS | {"lr": 1e18, "output_dir": tmp_path / "diverged"})
     tickets = {
         "prune-method": "lth",

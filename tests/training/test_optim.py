@@ -50,7 +50,13 @@ def test_settings_reach_the_optimizer(name):
     model = nn.Linear(2, 2)
     options = {"momentum": 0.8, "nesterov": True} if name.startswith("sgd") else {}
     sam = {"rho": 0.7, "v2": True, "adaptive": True, "direction": "ema"} if not OPTIMIZERS[name].rival else {"rho": 0.7}
-    sam |= {"sparsity": 0.5} if name == "sgd-safe" else {"sparsities": [0.5]} if name == "sgd-cram" else {}
+    sam |= (
+        {"sparsity": 0.5, "total_steps": 9}
+        if name == "sgd-safe"
+        else {"sparsities": [0.5]}
+        if name == "sgd-cram"
+        else {}
+    )
     optimizer = build_optimizer(name, model, lr=0.3, weight_decay=0.02, **sam, **options)
     base = getattr(optimizer, "base_optimizer", optimizer)
     assert (

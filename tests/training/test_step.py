@@ -27,7 +27,8 @@ def build(name="sgd", v2=False, sparsity=None, seed=0, smooth_eps=0.0, lr_at=lam
     mask = Pruner(model, "random" if sparsity else "none", sparsity)
     mask.choose_masks()
     momentum = 0.9 if name.startswith("sgd") else None
-    optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2)
+    rival = {"total_steps": 100} if name == "sgd-safe" else {}
+    optimizer = build_optimizer(name, model, lr=9.0, weight_decay=0.01, momentum=momentum, rho=0.3, v2=v2, **rival)
     objective = build_objective(model, Execution(), 8 // options.get("accumulate", 1), smooth_eps)
     return TrainingStep(TrainState(model, optimizer, mask), objective, lr_at, **options)
 
