@@ -1,8 +1,10 @@
 """What main_prune_train.py measures of a trained network: --evaluate, --recalibrate-bn, --sharpness, --robustness."""
 
+import itertools
 from argparse import Namespace
 
 import torch
+from torch import nn
 
 from analysis import corrupted, hessian
 from analysis.command import throttled
@@ -42,51 +44,66 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     Raises:
         Preempted: a signal came.
     """
-    model = run.state.pruner.whole(run.state.model)
-    device, group, say = run.loader.device, run.group, run.logger.say
     found = {name: earlier[name] for name in (*RECALIBRATED, *MEASURED) if name in earlier}
-    if measured_names(args) and group.any(run.interruption.signal is not None, device):
+    if measured_names(args) and run.group.any(run.interruption.signal is not None, run.loader.device):
         raise Preempted("ended by a signal after the last step: --resume auto goes on with the measurements")
+    model = run.state.pruner.whole(run.state.model)
     if args.recalibrate_bn:
-        inputs = (run.loader.batch(step).inputs for step in range(run.loader.steps_per_epoch))
-        model = recalibrated(model, inputs, run.execution)
-        group.reduce(model, torch.zeros(1, device=device), gradients=False)  # statistics of all processes' images
-        figures = evaluate(model, run.evaluators["test"], run.execution, group)
-        found |= dict(zip(RECALIBRATED, figures, strict=True))
-        say(f"with batch norm's statistics estimated anew: test accuracy {figures[1]:.2f}%")
-    interrupted = "--resume auto goes on with the measurements"
-    checkpoint, step = run.logger.directory / "checkpoint.pt", run.state.global_step
-    if args.sharpness and group.is_main:
-        advice = f"python -m analysis.sharpness {checkpoint} with a --batch-size below {hessian.Settings.batch_size}"
-
-        def watch(what: str) -> None:
-            if run.interruption.signal:
-                raise Preempted(f"ended by {run.interruption.signal}: {interrupted}")
-            say(what)
-
-        # A signal is only noted: raised inside a derivative, Preempted would come out as an error of torch.
-        with usage_errors(), memory_errors(advice), run.interruption.finishing():
-            sharpness = hessian.measure(model, run.state.pruner.masks, data, normalize, device, watch=watch)
-        found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | sharpness
-        run.logger.scalars("sharpness", hessian.scalars(sharpness), step)
-    if args.robustness and group.is_main:
-        settings = corrupted.Settings()
-        advice = f"python -m analysis.robustness {checkpoint} with a --batch-size below {settings.batch_size}"
-        images = corrupted.CorruptedImages(data.test, settings)
-        show, done = throttled(say, seconds=60), 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            if run.interruption.signal:
-                raise Preempted(f"ended by {run.interruption.signal}: {interrupted}")
-            show(f"robustness: {done:,} of {len(images):,} batches of test images")
-
-        with memory_errors(advice), run.interruption.finishing():
-            (robustness,), _ = corrupted.measure([corrupted.Network(model, normalize)], images, device, advance=advance)
-        found["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | robustness
-        run.logger.scalars("robustness", corrupted.scalars(robustness), step)
+        model, figures = _recalibrate(run, model)
+        found |= figures
+    if args.sharpness and run.group.is_main:
+        found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | _sharpness(run, model, data, normalize)
+    if args.robustness and run.group.is_main:
+        found["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | _robustness(run, model, data, normalize)
     return found
+
+
+def _recalibrate(run: Run, model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    """Return the network with batch norm's statistics estimated anew, and its figures on the test images."""
+    inputs = (run.loader.batch(step).inputs for step in range(run.loader.steps_per_epoch))
+    model = recalibrated(model, inputs, run.execution)
+    run.group.reduce(model, torch.zeros(1, device=run.loader.device), gradients=False)  # of all processes' images
+    figures = evaluate(model, run.evaluators["test"], run.execution, run.group)
+    run.logger.say(f"with batch norm's statistics estimated anew: test accuracy {figures[1]:.2f}%")
+    return model, dict(zip(RECALIBRATED, figures, strict=True))
+
+
+def _sharpness(run: Run, model: nn.Module, data: Dataset, normalize: Normalize) -> dict:
+    command = f"python -m analysis.sharpness {run.logger.directory / 'checkpoint.pt'}"
+    advice = f"{command} with a --batch-size below {hessian.Settings.batch_size}"
+
+    def watch(what: str) -> None:
+        _exit_if_signalled(run)
+        run.logger.say(what)
+
+    # A signal is only noted: raised inside a derivative, Preempted would come out as an error of torch.
+    with usage_errors(), memory_errors(advice), run.interruption.finishing():
+        found = hessian.measure(model, run.state.pruner.masks, data, normalize, run.loader.device, watch=watch)
+    run.logger.scalars("sharpness", hessian.scalars(found), run.state.global_step)
+    return found
+
+
+def _robustness(run: Run, model: nn.Module, data: Dataset, normalize: Normalize) -> dict:
+    settings = corrupted.Settings()
+    command = f"python -m analysis.robustness {run.logger.directory / 'checkpoint.pt'}"
+    advice = f"{command} with a --batch-size below {settings.batch_size}"
+    images = corrupted.CorruptedImages(data.test, settings)
+    show, done = throttled(run.logger.say, seconds=60), itertools.count(1)
+
+    def advance() -> None:
+        _exit_if_signalled(run)
+        show(f"robustness: {next(done):,} of {len(images):,} batches of test images")
+
+    networks = [corrupted.Network(model, normalize)]
+    with memory_errors(advice), run.interruption.finishing():
+        (found,), _ = corrupted.measure(networks, images, run.loader.device, advance=advance)
+    run.logger.scalars("robustness", corrupted.scalars(found), run.state.global_step)
+    return found
+
+
+def _exit_if_signalled(run: Run) -> None:
+    if run.interruption.signal:
+        raise Preempted(f"ended by {run.interruption.signal}: --resume auto goes on with the measurements")
 
 
 def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:

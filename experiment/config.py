@@ -83,13 +83,13 @@ def read_recipe(path: Path) -> dict:
 def _not_default(told: Mapping) -> set[str]:
     """Return the names of flags that have another value than they would have had if they had not been given."""
     default = vars(parse([])[0])
-    decide = {name for name, value in default.items() if value is not None} | {"sparsity_config"}
-    unset = {name: value if name in decide else None for name, value in told.items()}
-    otherwise = vars(resolve(Namespace(**unset))) | {name: default[name] for name in decide}
-    names = {name for name, value in told.items() if value not in (None, otherwise[name])}
-    # A default may depend on a flag that was given: what would not come out as it was is given too.
-    again = vars(resolve(Namespace(**default | {name: told[name] for name in names})))
-    return names | {name for name, value in told.items() if value not in (None, again[name])}
+    names = {name for name, value in told.items() if default[name] is not None and value != default[name]}
+    while True:  # a default may depend on a flag that was given
+        again = vars(resolve(Namespace(**default | {name: told[name] for name in names})))
+        missing = {name for name, value in told.items() if value not in (None, again[name])} - names
+        if not missing:
+            return names
+        names |= missing
 
 
 def as_argv(flags: Mapping[str, object] | Iterable[str]) -> list[str]:

@@ -116,19 +116,12 @@ class Grid:
     def expand_arms(self) -> dict[str, Arm]:
         """Return each arm by its name, for every combination of the grid's own settings."""
         own = {name: self.value(name).split() for name in self.settings if name not in SETTINGS}
+        taken = self.named_values(own)
         arms: dict[str, Arm] = {}
-        taken = set()
-        for name, only in PLACE.findall(" ".join(itertools.chain(*self.added))):
-            if name not in (*own, *BY_RUN):
-                refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
-            taken |= {(name, value) for value in [*only.split("|"), *self.settings[name][0].split()]}
         for values in itertools.product(*own.values()):
             chosen = dict(zip(own, values, strict=True))
             for arm in self.arms:
                 places = PLACE.findall(" ".join(arm))
-                for name, _ in places:
-                    if name not in own:
-                        refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
                 if any(only and only != chosen[name] for name, only in places):
                     continue
                 name, *flags = (fill_in(word, chosen) for word in arm)
@@ -140,6 +133,15 @@ class Grid:
             if (name, value) not in taken:
                 refuse(f"{name}: no arm of this sweep is for '{value}'")
         return arms
+
+    def named_values(self, own: dict[str, list[str]]) -> set[tuple[str, str]]:
+        """Return the values that lines of added flags are for. Refuses names of the grid that no setting has."""
+        added, arms = (PLACE.findall(" ".join(itertools.chain(*lines))) for lines in (self.added, self.arms))
+        for places, settings in ((added, {*own, *BY_RUN}), (arms, own)):
+            for name, _ in places:
+                if name not in settings:
+                    refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
+        return {(name, value) for name, only in added for value in [*only.split("|"), *self.settings[name][0].split()]}
 
     def added_flags(self, chosen: dict[str, str]) -> list[str]:
         """Return the flags that are added where settings have these values, whatever those have that are not among them."""
