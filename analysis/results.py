@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.labels import count_text, optimizer_name
 from experiment.checks import complete_flags
-from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME
+from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME, SAM_FLAGS
 from utils.errors import UsageError
 
 METRIC, HELD_OUT = "test_top1", "val_top1"
@@ -15,10 +15,7 @@ RHO, SPARSITY, SEED = "--sam_rho", "--sparsity", "--seed"
 # Resolved by the length of a run and so by its optimizer: it tells no settings apart.
 COMPILE = "--compile"
 # Flags that the column `optimizer` stands for.
-OPTIMIZER_FLAGS = (
-    "--optmzr", "--sam_v2", "--adaptive", "--sam_local", "--sam_unmasked", "--sam_direction", "--rho_schedule", "--sam_from",
-    "--sam_until", "--sam_every",
-)  # fmt: skip
+OPTIMIZER_FLAGS = ("--optmzr", *(f"--{name}" for name in SAM_FLAGS))
 
 
 def read_runs(directories: list[Path]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from experiment.flags import (
     MAY_CHANGE_ON_RESUME,
     PATHS,
     RESOLVED,
+    SAM_FLAGS,
     absolute,
     flag,
     method_options,
@@ -20,9 +21,6 @@ from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 
 Reasons = dict[str, tuple[str, str]]  # why a flag has no effect, and what would give it one, by name
-OF_SAM = (
-    "sam_v2", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from", "sam_until", "sam_every",
-)  # fmt: skip
 
 
 def check(args: argparse.Namespace, given: set[str]) -> None:
@@ -175,9 +173,9 @@ def _step_without_effect(args: argparse.Namespace) -> Reasons:
         reasons |= dict.fromkeys(("safe_lambda", "safe_interval"), (with_optimizer, "take --optmzr sgd-safe"))
     if optimizer.rival:
         own = f"{with_optimizer}, whose step is its own"
-        reasons |= dict.fromkeys((*OF_SAM, "no_norm_decay"), (own, "take --optmzr sgd-sam"))
+        reasons |= dict.fromkeys((*SAM_FLAGS, "no_norm_decay"), (own, "take --optmzr sgd-sam"))
     elif not optimizer.sam:
-        reasons |= dict.fromkeys((*OF_SAM, "sam_rho"), (with_optimizer, f"add --optmzr {args.optmzr}-sam"))
+        reasons |= dict.fromkeys((*SAM_FLAGS, "sam_rho"), (with_optimizer, f"add --optmzr {args.optmzr}-sam"))
     elif args.sam_v2:
         reasons["sam_local"] = "with --sam-v2", "leave --sam-v2 out"
         reasons["sam_every"] = "with --sam-v2, which has no second pass to save", "leave --sam-v2 out"

@@ -25,6 +25,11 @@ from utils.precision import PRECISIONS
 SCHEDULES, RHO_SCHEDULES = ("cosine", "step", "constant"), ("constant", "lr", "sqrt")
 DIRECTIONS = ("previous", "momentum", "ema", "random")
 
+# What tells one SAM from another, beside its rho.
+SAM_FLAGS = (
+    "sam_v2", "adaptive", "sam_local", "sam_unmasked", "sam_direction", "rho_schedule", "sam_from", "sam_until", "sam_every",
+)  # fmt: skip
+
 # Flags that may differ when a run is resumed, and do not name it: they do not touch the mathematics, except that
 # `nonfinite` does where a run without it would have ended.
 MAY_CHANGE_ON_RESUME = {

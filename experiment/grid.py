@@ -37,19 +37,6 @@ SETTING = re.compile(r"([A-Z][A-Z0-9_]*)\s*=\s*([^#]*?)\s*(?:#\s*(.*))?")
 PLACE = re.compile(r"\{([A-Z][A-Z0-9_]*)(?:=([^{}]*))?\}")
 NEAR = 0.76  # difflib's ratio: RHO is nearer than this to RHOS, and SPARSITY to SPARSITIES; CPUS is not to GPUS
 SET_BY_SWEEP = {"prune_method", "sparsity", "sparsity_config", "seed", "epochs", "output_dir", "resume", "evaluate"}
-NOT_OF_NETWORKS = {
-    "dataset",
-    "optmzr",
-    "sam_v2",
-    "sam_rho",
-    "adaptive",
-    "sam_direction",
-    "rho_schedule",
-    "sam_from",
-    "sam_until",
-    "sam_every",
-    "seed",
-}  # networks that differ in them build alike
 PATHS = ("--data-dir", "--pretrained", "--config", "--sparsity-config")
 BY_RUN = ("METHODS", "SPARSITIES")  # settings of every sweep that may be conditions for added flags
 
@@ -242,9 +229,10 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
     from experiment.config import parse_and_replay
-    from experiment.flags import flag, parse, resolve
+    from experiment.flags import SAM_FLAGS, flag, parse, resolve
     from utils.errors import UsageError
 
+    not_of_networks = {"dataset", "optmzr", "sam_rho", "seed", *SAM_FLAGS}  # networks that differ in them build alike
     run, built = "all runs", set()
     complete: Flags = {}
     try:
@@ -258,7 +246,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
                 args, given = parse_and_replay(flags)
             complete[run] = flags
             check(args, given)
-            network = str(sorted((name, value) for name, value in vars(args).items() if name not in NOT_OF_NETWORKS))
+            network = str(sorted((name, value) for name, value in vars(args).items() if name not in not_of_networks))
             if network not in built:
                 check_on_meta(resolve(args))
             built.add(network)
