@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis.labels import accuracy_text, count_text, setting_name, value_text
-from analysis.results import METRIC, RHO, SPARSITY, begun, state_counts, varying
+from analysis.run_table import METRIC, RHO, SPARSITY, begun, state_counts, varying
 from analysis.tables import to_markdown
 from utils.errors import UsageError
 

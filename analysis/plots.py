@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import MOST_ENTRIES, add_legend, line_style
 from analysis.labels import setting_name, value_text
-from analysis.results import METRIC, RHO, SPARSITY, read_curves
+from analysis.run_table import METRIC, RHO, SPARSITY, read_curves
 
 SIZE = (7, 5)
 SYMBOLS = {RHO: "\N{GREEK SMALL LETTER RHO}"}

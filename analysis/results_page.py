@@ -13,7 +13,7 @@ from analysis.command import writing_to
 from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
-from analysis.methods_tables import means_over_methods, methods_table, noise_table
+from analysis.results_methods import means_over_methods, methods_table, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
 from analysis.study import CHOSEN
 from experiment.study import DECAY_TASKS, STUDIES, TASKS

@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
     with matplotlib_imports():  # here: --help and the sentence about a missing package need none of them
         from analysis import pivot, plots, tables
         from analysis.figures import SUFFIXES, save_figure
-        from analysis.results import RHO, SPARSITY, begun, read_runs, varying
+        from analysis.run_table import RHO, SPARSITY, begun, read_runs, varying
     runs = read_runs(args.directories)
     known, settings = begun(runs), varying(runs)
     pairs = tables.paired(known, settings)

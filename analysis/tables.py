@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from analysis.labels import accuracy_text, count_text, setting_name, value_text
-from analysis.results import HELD_OUT, METRIC, RHO, SEED, begun, state_counts
+from analysis.run_table import HELD_OUT, METRIC, RHO, SEED, begun, state_counts
 from utils.statistics import student_interval
 
 

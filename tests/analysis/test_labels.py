@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.labels import optimizer_name
-from analysis.results import OPTIMIZER_FLAGS
+from analysis.run_table import OPTIMIZER_FLAGS
 from experiment.flags import parse, plain, resolve
 
 

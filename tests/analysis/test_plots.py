@@ -5,7 +5,7 @@ import pytest
 
 from analysis.figures import log_ticks
 from analysis.plots import draw_against, draw_over_epochs
-from analysis.results import RHO, read_runs
+from analysis.run_table import RHO, read_runs
 from analysis.surface_plots import draw_contours, draw_lines, draw_surfaces
 
 SAM = {"optmzr": "sgd-sam", "sam_v2": True}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.results import read_curves
+from analysis.run_table import read_curves
 from analysis.summarize import main
 
 SAM = {"optmzr": "sgd-sam", "sam_v2": True, "sam_rho": 0.05}
