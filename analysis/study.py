@@ -25,11 +25,11 @@ from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, flag, number
 from experiment.grid import absolute_paths, refuse
 from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
+from training.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
 CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
-CHECKPOINTS = ("checkpoint.pt", "previous.pt", "best.pt")
 SETTINGS = """
 settings, in the environment:
   JOBS        runs at a time ({jobs})
@@ -90,7 +90,7 @@ class Study(Sweep):
         flags = run.flags()
         for place, word in enumerate(flags):
             if word.startswith("{"):  # the checkpoint of another run
-                needed = self.output / run.task / word.strip("{}") / "checkpoint.pt"
+                needed = self.output / run.task / word.strip("{}") / NEWEST
                 if not (self.finished(f"{run.task}/{needed.parent.name}") and needed.exists()):
                     return None
                 flags[place] = str(needed)
@@ -161,7 +161,7 @@ class Study(Sweep):
                     raise UsageError("it was begun with other flags")
                 if self.root:
                     same_mathematics(json.loads((directory / "args.json").read_text())["git"], self.root, "it")
-                if not any((directory / name).exists() for name in CHECKPOINTS[:2]):  # best.pt is none to go on from
+                if not any((directory / name).exists() for name in (NEWEST, PREVIOUS)):
                     raise UsageError("it left no checkpoint to go on from")
             except (OSError, ValueError, KeyError, UsageError) as error:
                 print(f"note: {run} begins anew ({error})", file=sys.stderr)
@@ -180,7 +180,7 @@ class Study(Sweep):
         directory, args = self.output / run, parse(self.extra)[0]
         device = ["--device", "cpu" if args.no_cuda else args.device]
         if not (directory / "sharpness.json").exists():
-            sys.exit(sharpness.main([str(directory / "checkpoint.pt"), *MEASURED.split(), *device]))
+            sys.exit(sharpness.main([str(directory / NEWEST), *MEASURED.split(), *device]))
 
     def measured(self, run: str) -> bool:
         """Return whether the sharpness of a run is measured."""
@@ -198,7 +198,7 @@ class Study(Sweep):
                 ledger = self.ledgers[task]
                 ledger.write(ledger.check(read_run(directory)))
                 if not any(f"{{{directory.name}}}" in " ".join(cell.split()) for cell in TASKS[task].cells.values()):
-                    for name in CHECKPOINTS:
+                    for name in (NEWEST, PREVIOUS, BEST):
                         (directory / name).unlink(missing_ok=True)
                 return False
         except UsageError as error:
@@ -212,11 +212,7 @@ class Study(Sweep):
     def report(self) -> int:
         """Print how far the study is and which runs failed; return how many of them."""
         left = Counter(run.task for run, _ in self.missing())
-        for run in sorted(self.broken):
-            log = self.file(run, "log")
-            print(f"failed: {run} ({log})", file=sys.stderr)
-            for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []:
-                print(f"    {line}", file=sys.stderr)
+        self.show_failed(sorted(self.broken))
         for task, ledger in self.ledgers.items():
             print(f"{task}: {len(ledger.entries)} runs in {ledger.folder}, {left[task]} missing")
         return len(self.broken)

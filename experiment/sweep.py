@@ -192,15 +192,19 @@ class Sweep:
         runpy.run_path(str(self.program), run_name="__main__")
 
     def report(self) -> int:
-        """Print which runs have no result and how their logs end; return how many."""
+        """Print which runs have no result; return how many."""
         failed = [run for run in self.runs if not self.finished(run)]
-        for run in failed:
+        self.show_failed(failed)
+        print(f"{len(self.runs) - len(failed)} of {len(self.runs)} runs finished, {len(failed)} failed", flush=True)
+        return len(failed)
+
+    def show_failed(self, runs: list[str]) -> None:
+        """Print which runs failed, and how their logs end."""
+        for run in runs:
             log = self.file(run, "log")
             print(f"failed: {run} ({log})", file=sys.stderr)
             for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []:
                 print(f"    {line}", file=sys.stderr)
-        print(f"{len(self.runs) - len(failed)} of {len(self.runs)} runs finished, {len(failed)} failed", flush=True)
-        return len(failed)
 
     def submit(self, name: str) -> int:
         """Submit the runs that are not finished to Slurm as jobs of an array; return the exit code."""
