@@ -81,6 +81,29 @@ def test_several_processes_train_the_network_that_one_trains(tmp_path, world, fl
         )
 
 
+def test_weights_without_a_gradient_stay_where_they_are_in_several_processes_too(tmp_path):
+    """Frozen ones and ones that the loss does not use: weight decay moves what has a gradient."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n\n"
+        "class Network(nn.Module):\n"
+        "    def __init__(self, num_classes, channels, size):\n"
+        "        super().__init__()\n"
+        "        self.frozen, self.unused, self.last = nn.Linear(64, 16), nn.Linear(64, 2), nn.Linear(16, num_classes)\n"
+        "        self.frozen.requires_grad_(False)\n\n"
+        "    def forward(self, x):\n"
+        "        return self.last(self.frozen(x.flatten(1)).relu())\n"
+    )
+    flags = f"--arch {file}:Network --dataset digits --epochs 1 --train-images 656 --batch-size 131 --weight-decay 0.1 --precision fp32"
+    for number in (1, 2):
+        outcome = launch(f"{flags} --compile off", number, tmp_path / str(number))
+        assert codes(outcome) == [0] * number, outcome
+    one, two = (state_of(tmp_path / str(number))["model"] for number in (1, 2))
+    assert torch.equal(one["frozen.weight"], two["frozen.weight"])
+    assert torch.equal(one["unused.weight"], two["unused.weight"])
+    torch.testing.assert_close(one["last.weight"], two["last.weight"], rtol=2e-4, atol=2e-6)
+
+
 def test_synchronised_batch_norm_keeps_all_processes_the_same(tmp_path):
     """As the run compares itself after every epoch; with empty shares and parts, and statistics estimated anew."""
     flags = f"{CONV} --optmzr sgd-sam {STATIC} --epochs 1 --lr 0.02 --batch-size 131 --accumulate 2"

@@ -57,7 +57,8 @@ class ProcessGroup:
         """Add up gradients and sums over all processes, and average batch norm's statistics.
 
         To be called after a backward pass whose loss was divided by the whole batch's size. All of a run's state is then
-        the same everywhere.
+        the same everywhere. A parameter that no process has a gradient for, frozen or unused, is left without one, as in one
+        process: weight decay would move it otherwise.
 
         Args:
             model: its parameters have the gradients, its buffers are the statistics.
@@ -69,20 +70,24 @@ class ProcessGroup:
         """
         if self.world == 1:
             return sums
-        tensors = []
-        for p in model.parameters():
-            if p.grad is None:  # of a process without images
-                p.grad = torch.zeros_like(p)
-            if gradients:
-                tensors.append(p.grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        missing = [number for number, p in enumerate(trained) if p.grad is None]  # all, in a process without images
+        found = torch.ones(len(trained), device=sums.device)
+        for number in missing:
+            trained[number].grad = torch.zeros_like(trained[number])
+            found[number] = 0
+        tensors = [p.grad for p in trained if p.grad is not None and gradients]
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         shares = torch._foreach_div(statistics, self.world) if statistics else []
-        flat = torch.cat([t.flatten() for t in (*tensors, *shares, sums)])
+        flat = torch.cat([t.flatten() for t in (*tensors, *shares, found, sums)])
         dist.all_reduce(flat)
         agreed = [*tensors, *statistics]
-        *parts, total = flat.split([t.numel() for t in (*agreed, sums)])
+        *parts, found, total = flat.split([t.numel() for t in (*agreed, found, sums)])
         if agreed:
             torch._foreach_copy_(agreed, [part.view(t.shape) for t, part in zip(agreed, parts, strict=True)])
+        for number in missing:
+            if not found[number]:
+                trained[number].grad = None
         return total
 
     def add(self, sums: Tensor) -> Tensor:
