@@ -124,7 +124,7 @@ def _read_run(directory: Path) -> dict:
             "data": f"{args['dataset']} ({args['data_dir']})" if "folder" in args["dataset"] else args["dataset"],
         }
         row |= {
-            f"--{n}": " ".join(v) if isinstance(v, list) else v
+            f"--{n}": " ".join(map(str, v)) if isinstance(v, list) else v
             for n, v in args.items()
             if n not in MAY_CHANGE_ON_RESUME
         }

@@ -232,7 +232,7 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.flags import SAM_FLAGS, flag, parse, resolve
     from utils.errors import UsageError
 
-    not_of_networks = {"dataset", "optmzr", "sam_rho", "seed", *SAM_FLAGS}  # networks that differ in them build alike
+    not_of_networks = {"optmzr", "sam_rho", "seed", *SAM_FLAGS}  # networks that differ in them build alike
     run, built = "all runs", set()
     complete: Flags = {}
     try:

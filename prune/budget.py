@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterable
 from prune.patterns import Channels, Counts, NofM, Pattern, Shape, Units
 
 
-class EmptyLayerError(ValueError):
+class BudgetError(ValueError):
+    """A sparsity that layers of these shapes cannot have."""
+
+
+class EmptyLayerError(BudgetError):
     """A sparsity that leaves a layer, or all paths through a network, without a weight."""
 
 
@@ -81,7 +85,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
         With the dense layers' weights the counts sum to round((1 - sparsity) * all weights).
 
     Raises:
-        ValueError: the sparsity cannot be reached, or a layer would be left empty.
+        BudgetError: the sparsity cannot be reached, or a layer would be left empty.
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
@@ -91,7 +95,7 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     if budget < len(sparse):
         highest = math.floor(1e4 * (1 - (kept_dense + len(sparse)) / sum(sizes.values()))) / 1e4
         held = f", {len(dense)} of them dense," if dense else ""
-        raise ValueError(
+        raise BudgetError(
             f"sparsity {sparsity:g} is too high for the {len(shapes)} layers{held} here: at most {highest:g} is possible"
         )
     amounts = DISTRIBUTIONS[name](sparse, budget)
@@ -137,7 +141,7 @@ def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], 
         {(group,): channels}, or {all groups: weights} if `global`.
 
     Raises:
-        ValueError: the sparsity cannot be reached.
+        BudgetError: the sparsity cannot be reached.
     """
     total, size = sum(map(math.prod, shapes.values())), {name: group.size for name, group in pattern.groups.items()}
     staying = total - pattern.weights(size)  # weights that no channel takes along
@@ -147,7 +151,7 @@ def distribute_channels(name: str, pattern: Channels, shapes: dict[str, Shape], 
         highest = math.floor(1e4 * (1 - (staying + least) / total)) / 1e4
         outside = len(shapes) - len(pattern.layers)
         of_these = f", and {outside} of {len(shapes)} layers all of theirs" if outside else ""
-        raise ValueError(
+        raise BudgetError(
             f"sparsity {sparsity:g} is too high for channels: each group of them keeps one{of_these}; at most {highest:g} "
             "is possible, or take another pattern"
         )
@@ -273,13 +277,13 @@ class Budget:
         return {name: value for name, value in by_layer.items() if name not in self.dense}
 
     def _fixed_sparsity(self, sparsity: float | None, source: str) -> float:
-        """Return the sparsity of all layers that are not dense. Raises ValueError for another one that was asked for."""
+        """Return the sparsity of all layers that are not dense. Raises BudgetError for another one that was asked for."""
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
         fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            raise ValueError(
+            raise BudgetError(
                 f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
             )
         return fixed

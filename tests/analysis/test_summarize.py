@@ -47,6 +47,13 @@ def test_means_deviations_and_pairs_are_those_of_the_formulas(study, capsys):
     assert (study.root / "summary" / "accuracy_over_epochs.png").stat().st_size > 10_000
 
 
+def test_flags_that_are_lists_are_read(study, capsys):
+    study(90.0)
+    study(91.0, optmzr="sgd-cram", sam_rho=0.2, cram_sparsities=[0.5, 0.9], prune_method="final", sparsity=0.9)
+    _, tables = summarize(study.root, capsys)
+    assert {row["optimizer"] for row in tables["summary"]} == {"sgd", "sgd-cram"}
+
+
 def test_the_best_is_marked_within_each_setting(study, capsys):
     for sparsity, sgd, sam in [(0.9, 91.0, 90.0), (0.98, 70.0, 72.0)]:
         study(sgd, sparsity=sparsity)

@@ -108,6 +108,16 @@ def test_a_dry_run_lists_every_run_of_a_grid_once_and_does_nothing(sweep, script
     assert not sweep.output.exists()
 
 
+def test_a_sparsity_that_one_of_several_data_sets_cannot_have_is_refused(sweep):
+    settings = {"METHODS": "random", "SPARSITIES": "0.995", "ARCHS": "resnet", "OPTIMIZERS": "sgd", "SEEDS": "0"}
+    flags = "--dry-run --sparsity-distribution uniform --dense-layers classifier".split()
+    grid = grid_of("reproduce_cifar.sh")
+    assert sweep(*flags, grid=grid, DATASETS="cifar10", **settings).returncode == 0
+    both = sweep(*flags, grid=grid, DATASETS="cifar10 cifar100", **settings)
+    assert both.returncode == 2
+    assert "is possible" in both.stderr
+
+
 def test_the_table_of_the_paper_has_756_runs(sweep, monkeypatch):
     monkeypatch.delenv("SEEDS")
     done = sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"))
