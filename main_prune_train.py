@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from analysis.trained import evaluate_checkpoint, measure_trained, measured_names
+from analysis.trained import evaluate_checkpoint, has_measured, measure_trained
 from experiment import build
 from experiment.config import as_argv, parse_and_replay
 from experiment.exit_code import exceptions, exit_code, smaller_batch
@@ -79,7 +79,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
 
     # directory: nothing is written before everything is known, and the same in all processes
     earlier = located.read_result() if state.schedule_step >= total_steps else {}
-    if earlier and earlier.keys() >= measured_names(args):
+    if earlier and has_measured(args, earlier):
         if group.is_main:
             print(f"finished already with test accuracy {earlier['test_top1']:.2f}%: {directory / 'result.json'}")
         return earlier
@@ -111,8 +111,8 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
     result |= compacted_size(pruner.model, pruner.masks, data.image_shape)
-    result |= measure_trained(run, args, data, normalize, earlier)
-    logger.finish(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME})
+    with logger.finishing(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
+        result |= measure_trained(run, args, data, normalize, earlier)
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
     return result

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 CLOSED, OPEN, PERTURBED, ASIDE = range(4)  # no step begun; begun; weights are w + e; weights are w, buffers hold e
 NOTHING, DIRECTION, OFFSET = range(3)  # what the buffers of a state_dict hold
+DIRECTIONS = ("previous", "momentum", "ema", "random")  # of one-step SAM
 KEPT = {"sam_buffer", "sam_ema"}  # names in the state of a parameter
 
 
@@ -75,7 +76,7 @@ class SAM(torch.optim.Optimizer):
         **base_kwargs: Any,
     ):
         _check_base(base_optimizer)
-        if direction not in ("previous", "momentum", "ema", "random") or norm_over not in ("all", "perturbed", "none"):
+        if direction not in DIRECTIONS or norm_over not in ("all", "perturbed", "none"):
             raise ValueError(f"unknown direction {direction!r} or norm_over {norm_over!r}: see the docstring of SAM")
         if not 0 <= beta < 1:
             raise ValueError(f"beta has to be in [0, 1), not {beta!r}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from analysis.command import run_command, writing_to
 from analysis.labels import count_text
-from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, parse, resolve
+from experiment.flags import NOT_OF_FIGURES, PATHS, parse, resolve
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
@@ -37,7 +37,8 @@ CURVES = ("train_loss", "train_top1", "val_loss", "val_top1", "test_loss", "test
 DIVERGED = re.compile(
     r"error: ((?:the \w*\s?loss is|the weights are no longer finite|no step of an epoch had).*?step [\d,]+)"
 )
-VOLATILE = ("run", "commit", "mathematics", "device", "torch", "seconds")  # of the same run at another time or place
+# Of the same run at another time or place.
+VOLATILE = ("run", "commit", "mathematics", "device", "torch", "seconds")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,11 +108,12 @@ class Ledger:
         """Return an entry with the fingerprint of its mathematics.
 
         Raises:
-            UsageError: its commit is not known, was changed, or computes otherwise than this checkout; or the same flags are
-                in the ledger with other figures.
+            UsageError: a commit that it was trained at is not known, was changed, or computes otherwise than this checkout;
+                or the same flags are in the ledger with other figures.
         """
         if self.root:
-            entry = {**entry, "mathematics": same_mathematics(entry["commit"], self.root, f"'{entry['run']}'")}
+            for commit in (*entry.get("earlier_commits", ()), entry["commit"]):
+                entry = {**entry, "mathematics": same_mathematics(commit, self.root, f"'{entry['run']}'")}
         if len(entry_text(entry).encode()) > MOST_BYTES:
             raise UsageError(f"the figures of '{entry['run']}' do not fit into {MOST_BYTES:,} bytes: shorten its flags")
         for name, other in self.entries.items():
@@ -158,7 +160,7 @@ def read_entry(path: Path) -> dict:
 
 def figures(entry: dict) -> dict:
     """Return what two entries of the same run have in common, wherever it ran."""
-    return {name: value for name, value in entry.items() if name not in (*VOLATILE, "sharpness")}
+    return {name: value for name, value in entry.items() if name not in (*VOLATILE, "earlier_commits", "sharpness")}
 
 
 def entry_text(entry: dict) -> str:
@@ -189,6 +191,8 @@ def read_run(directory: Path) -> dict:
             "images": about["images"][:16],
             "flags": telling_flags(about["args"]) | ({"processes": n} if (n := about["processes"]) > 1 else {}),
         }
+        if "earlier_git" in about:
+            entry["earlier_commits"] = about["earlier_git"]
         if not finished:
             entry["end"] = divergence(directory)
             return entry
@@ -230,7 +234,7 @@ def telling_flags(args: dict) -> dict:
     return {
         name: "/".join(Path(value).parts[-2:]) if name in PATHS and value else value
         for name, value in sorted(args.items())
-        if name not in MAY_CHANGE_ON_RESUME and value != defaults.get(name)
+        if name not in NOT_OF_FIGURES and value != defaults.get(name)
     }
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 from analysis.ledger import ROOT, Ledger, git, mathematics, read_run, same_mathematics, telling_flags
-from experiment.flags import MAY_CHANGE_ON_RESUME, PATHS, RESOLVED, flag, number, parse, plain, resolve
+from experiment.flags import NOT_OF_FIGURES, PATHS, RESOLVED, flag, number, parse, plain, resolve
 from experiment.grid import absolute_paths, refuse
 from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
@@ -351,7 +351,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     for taken in sorted(given & set_by_study(plan)):
         raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study.py is its list")
     output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{name}"))))
-    trial = bool(given - MAY_CHANGE_ON_RESUME)
+    trial = bool(given - NOT_OF_FIGURES)
     folder = setting("DATA_DIR", "")
     images = {"": [], "cifar10": ["--dataset", "cifar10"]}
     if folder:

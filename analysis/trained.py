@@ -31,6 +31,14 @@ def measured_names(args: Namespace) -> set[str]:
     return set(RECALIBRATED if args.recalibrate_bn else ()) | {name for name in MEASURED if getattr(args, name)}
 
 
+def has_measured(args: Namespace, result: dict) -> bool:
+    """Return whether result.json has all that these flags ask for, of the statistics of batch norm that they ask for."""
+    wanted = measured_names(args)
+    return result.keys() >= wanted and all(
+        result[name]["recalibrated_bn"] == args.recalibrate_bn for name in wanted.intersection(MEASURED)
+    )
+
+
 def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normalize, earlier: dict) -> dict:
     """Return what --recalibrate-bn, --sharpness and --robustness ask for, by name.
 

@@ -56,11 +56,7 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
     side = side or 32
     with flag_errors(), torch.device("meta"):
         model = models.build_model(args.arch, args.depth, classes, args.width, channels, (side, side), args.stem)
-        if args.recalibrate_bn:
-            refuse_without_batch_norm(model)
-        if args.sync_bn:
-            refuse_without_batch_norm(model, "--sync-bn")
-            refuse_other_batch_norm(model)
+        refuse_batch_norm_flags(args, model)
         if METHODS[args.prune_method].score is synflow:
             refuse_layer_normalisation(model)
     if args.pretrained and not resumed:
@@ -75,6 +71,15 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         # Which sparsities a network can have depends on the number of classes too.
         if not (isinstance(error.__cause__, BudgetError) and args.dataset not in SIZES):
             raise
+
+
+def refuse_batch_norm_flags(args: Namespace, model: nn.Module) -> None:
+    """Raise ValueError for flags of batch norm that this network cannot have."""
+    if args.recalibrate_bn:
+        refuse_without_batch_norm(model)
+    if args.sync_bn:
+        refuse_without_batch_norm(model, "--sync-bn")
+        refuse_other_batch_norm(model)
 
 
 def place(args: Namespace, resumed: bool) -> tuple[torch.device, ProcessGroup]:
@@ -141,6 +146,7 @@ def network(args: Namespace, data: Dataset, device: torch.device) -> nn.Module:
         model = models.build_model(
             args.arch, args.depth, len(data.classes), args.width, data.channels, data.image_shape[1:], args.stem
         )
+        refuse_batch_norm_flags(args, model)  # again: an external network may be known only with the data
     return model.to(device).to(memory_format=torch.channels_last)
 
 

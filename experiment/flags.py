@@ -18,12 +18,10 @@ from models.resnet import IMAGENET_FROM, STEMS
 from prune import METHODS, Option
 from prune.budget import DISTRIBUTIONS
 from prune.methods import Value
-from training.optim import OPTIMIZERS
+from sam import DIRECTIONS
+from training.optim import OPTIMIZERS, RHO_SCHEDULES, SCHEDULES
 from utils.errors import UsageError
 from utils.precision import PRECISIONS
-
-SCHEDULES, RHO_SCHEDULES = ("cosine", "step", "constant"), ("constant", "lr", "sqrt")
-DIRECTIONS = ("previous", "momentum", "ema", "random")
 
 # What tells one SAM from another, beside its rho.
 SAM_FLAGS = (
@@ -37,6 +35,9 @@ MAY_CHANGE_ON_RESUME = {
     "summary", "workers", "recalibrate_bn", "sharpness", "robustness", "checkpoint_every", "nonfinite", "eval_every",
     "config",
 }  # fmt: skip
+
+# Those of them that change no figure.
+NOT_OF_FIGURES = MAY_CHANGE_ON_RESUME - {"nonfinite"}
 
 # Flags that may differ between the processes of a run.
 MAY_DIFFER_BETWEEN_PROCESSES = {

@@ -125,12 +125,14 @@ class SampleTransform:
         from torchvision.transforms import v2  # here: two seconds
 
         learnt = {"cifar10": "CIFAR10", "cifar100": "CIFAR10", "svhn": "SVHN"}.get(images, "IMAGENET")
-        policies = {
+        policies: dict[str, Callable[[], Callable] | None] = {
+            "crop-flip": None,
             "randaugment": v2.RandAugment,
             "trivialaugment": v2.TrivialAugmentWide,
             "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy[learnt]),
         }
-        self._steps: list[Callable[[Tensor], Tensor]] = [policies[policy]()] if policy in policies else []
+        make = policies[policy]
+        self._steps: list[Callable[[Tensor], Tensor]] = [make()] if make else []
         if erasing:
             self._steps.append(v2.RandomErasing(erasing, value=[round(level) for level in fill]))
 

@@ -91,11 +91,17 @@ def refuse_without_batch_norm(model: nn.Module, flag: str = "--recalibrate-bn") 
 
 
 def refuse_other_batch_norm(model: nn.Module) -> None:
-    """Raise ValueError for a network with batch norm that `synchronise` would leave alone."""
-    if other := next((layer for layer in batch_norm_layers(model) if type(layer) is not nn.BatchNorm2d), None):
-        raise ValueError(
-            f"--sync-bn knows BatchNorm2d and not {type(other).__name__}, which this network has: leave it out"
-        )
+    """Raise ValueError for a network with batch norm that `synchronise` would leave alone, or that it cannot do."""
+    for layer in batch_norm_layers(model):
+        if type(layer) is not nn.BatchNorm2d:
+            raise ValueError(
+                f"--sync-bn knows BatchNorm2d and not {type(layer).__name__}, which this network has: leave it out"
+            )
+        if not layer.affine or not layer.track_running_stats or layer.momentum is None:
+            raise ValueError(
+                "--sync-bn needs batch norm with a scale, running statistics and a momentum, and this network has some "
+                "without: leave it out"
+            )
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

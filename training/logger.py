@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Logger:
         if not writes:
             return
         known = (about or {}) | {"git": git_revision(), "versions": versions()}
+        if global_step and (earlier := earlier_revisions(directory / "args.json", known["git"])):
+            known["earlier_git"] = earlier
         write_text_atomically(directory / "args.json", json.dumps(known, indent=2) + "\n")
         threading.excepthook = _quiet_writer
         self.writer = SummaryWriter(directory, purge_step=global_step + 1)
@@ -141,6 +144,16 @@ class Logger:
             f"{self.loss_label} {row['train_loss']:.4f}   train {row['train_top1']:.2f}%   "
             f"{accuracies}{row['images_per_second']:,.0f} images/s"
         )
+
+    @contextmanager
+    def finishing(self, result: dict, flags: dict) -> Iterator[None]:
+        """Finish at the end of the block, in which the result may grow; after an error too, for the training is whole."""
+        try:
+            yield
+        except Exception:
+            self.finish(result, flags)
+            raise
+        self.finish(result, flags)
 
     def finish(self, result: dict, flags: dict) -> None:
         """Write result.json and TensorBoard's table of hyper-parameters.
@@ -260,6 +273,15 @@ def versions() -> dict[str, str]:
         "torchvision": metadata.version("torchvision"),
         "numpy": numpy.__version__,
     }
+
+
+def earlier_revisions(path: Path, now: str | None) -> list[str | None]:
+    """Return the commits that a run which goes on has been trained at, other than this one, by its args.json."""
+    try:
+        about = json.loads(path.read_text())
+        return [commit for commit in (*about.get("earlier_git", ()), about["git"]) if commit != now]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [None]  # unknown
 
 
 def git_revision() -> str | None:

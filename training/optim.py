@@ -12,6 +12,8 @@ from torch import nn
 from sam import SAM
 from training.rivals import SAFE, CrAM
 
+SCHEDULES, RHO_SCHEDULES = ("cosine", "step", "constant"), ("constant", "lr", "sqrt")
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -131,6 +133,9 @@ def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_
             total_steps on and a hundredth from 75% on; `constant` stays.
         total_steps: of the schedule.
         warmup_steps: steps over which the rate first rises linearly; `cosine` falls over the rest.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
@@ -138,6 +143,7 @@ def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_
         return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
     if schedule == "step":
         return lr * 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
+    refuse_unknown(schedule, SCHEDULES)
     return lr
 
 
@@ -164,6 +170,9 @@ def radius(
         relative_lr: the learning rate of this step over the one that its own schedule starts from.
         since, until: steps perturb from this share of the schedule on, and up to this one, which is not in it any more.
         every: of these steps only those perturb whose number is a multiple of this one.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
     if not since <= step / total_steps < until or step % every:
         return 0.0
@@ -171,4 +180,11 @@ def radius(
         return rho * relative_lr
     if schedule == "sqrt":
         return rho * math.sqrt(1 / (1 + step // steps_per_epoch))
+    refuse_unknown(schedule, RHO_SCHEDULES)
     return rho
+
+
+def refuse_unknown(schedule: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError for a schedule that does not exist."""
+    if schedule not in known:
+        raise ValueError(f"unknown schedule '{schedule}': choose one of {', '.join(known)}")

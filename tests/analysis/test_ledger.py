@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from analysis.ledger import MOST_BYTES, main
+from experiment.flags import NOT_OF_FIGURES, parse, resolve
 
 
 class Checkout:
@@ -110,6 +111,42 @@ def test_flags_of_an_entry_are_those_that_decide_figures_and_are_no_defaults(add
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ("", {}),
+        ("--optmzr sgd-sam", {"optmzr": "sgd-sam", "sam_rho": 0.05}),
+        ("--optmzr sgd-sam --adaptive", {"optmzr": "sgd-sam", "adaptive": True, "sam_rho": 0.5}),
+        ("--optmzr adam", {"optmzr": "adam", "lr": 1e-3, "momentum": None}),
+        ("--optmzr adamw", {"optmzr": "adamw", "lr": 1e-3, "momentum": None, "weight_decay": 0.01}),
+        ("--optmzr sgd-cram", {"optmzr": "sgd-cram", "sam_rho": 0.2, "cram_sparsities": [0.5, 0.7, 0.8, 0.9, 0.95]}),
+        ("--optmzr sgd-safe", {"optmzr": "sgd-safe", "sam_rho": 0.1, "safe_interval": 32, "safe_lambda": 1e-3}),
+        ("--mixup", {"mixup": True, "alpha": 1.0}),
+        ("--dataset imagefolder", {"dataset": "imagefolder", "image_size": 224}),
+        ("--prune-method oneshot", {"prune_method": "oneshot", "lr": 0.01, "sparsity_distribution": "global"}),
+    ],
+)
+def test_defaults_are_those_that_the_ledger_leaves_out(flags, changes):
+    """Whoever changes a default first writes its old value into the flags of the ledger's entries."""
+    defaults = {
+        "accumulate": 1, "arch": "resnet", "augment": "crop-flip", "batch_size": 128, "compile": "auto",
+        "dataset": "cifar10", "depth": 20, "epochs": 160, "lr": 0.1, "lr_scheduler": "cosine", "momentum": 0.9,
+        "nonfinite": "stop", "optmzr": "sgd", "precision": "auto", "prune_method": "none", "rho_schedule": "constant",
+        "sam_direction": "previous", "sam_every": 1, "sam_until": 1.0, "sparsity_pattern": "unstructured", "stem": "auto",
+        "weight_decay": 5e-4, "width": 1.0,
+    }  # fmt: skip
+    args = vars(resolve(parse(flags.split())[0]))
+    found = {name: value for name, value in args.items() if value and name not in NOT_OF_FIGURES}
+    assert found == {name: value for name, value in (defaults | changes).items() if value}
+
+
+def test_skipping_steps_that_are_not_finite_is_told(add, run, checkout):
+    about = json.loads((run / "args.json").read_text())
+    edit(run / "args.json", args=about["args"] | {"nonfinite": "skip"})
+    add(run)
+    assert entry(checkout)["flags"]["nonfinite"] == "skip"
+
+
 def test_a_long_run_is_thinned_to_fit_and_keeps_its_last_epoch(add, run, checkout):
     first = rows(run)[0]
     with open(run / "metrics.csv", "w") as file:
@@ -183,6 +220,21 @@ def test_a_run_of_other_mathematics_is_refused_by_the_files_that_differ(add, run
     done = add(run)
     assert refused(done, checkout)
     assert "files that decide its figures are others now (sam.py): check that commit out to add it" in done[2]
+
+
+def test_a_run_that_was_begun_at_a_commit_of_other_mathematics_is_refused(add, run, checkout):
+    first = checkout.head
+    checkout.commit("README.md", "words")
+    second = checkout.head
+    edit(run / "args.json", git=second, earlier_git=[first])
+    assert add(run)[0] == 0
+    assert entry(checkout)["earlier_commits"] == [first]
+    (checkout.root / "results/digits/run.json").unlink()
+    checkout.commit("sam.py", "rho = 0.1")
+    edit(run / "args.json", git=checkout.head, earlier_git=[first, second])
+    done = add(run)
+    assert refused(done, checkout)
+    assert f"was run at commit {first[:12]}, and files that decide its figures are others now (sam.py)" in done[2]
 
 
 def test_a_run_that_has_not_finished_is_refused(add, run, checkout):

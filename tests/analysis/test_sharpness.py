@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from analysis.sharpness import Measured, main, over_seeds
 from main_prune_train import main as train
+from utils.errors import TrainingError
 
 # Batch norm and few operations: what takes the time of a product with the Hessian is how many there are.
 SMALL = """
@@ -56,6 +57,24 @@ def test_the_flag_measures_the_same_at_a_runs_end_and_later(looked_at, capsys):
     assert train(f"{resume} --recalibrate-bn".split()) == 0  # adds its figures and keeps the others
     assert result_of(later)["sharpness"] == second["sharpness"]
     assert "test_top1_recalibrated_bn" in result_of(later)
+    assert train(f"{resume} --recalibrate-bn --sharpness".split()) == 0  # sharpness so far was of other statistics
+    assert result_of(later)["sharpness"]["recalibrated_bn"]
+    assert result_of(later)["sharpness"] != second["sharpness"]
+
+
+def test_a_measurement_that_fails_keeps_the_result_of_the_training(looked_at, monkeypatch, tmp_path, capsys):
+    def fail(*args, **kwargs):
+        raise TrainingError("out of memory")
+
+    shutil.copytree(looked_at.runs / "seed1", tmp_path / "run")
+    before = result_of(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    monkeypatch.setattr("analysis.hessian.measure", fail)
+    flags = looked_at.resume.replace("--seed 0", "--seed 1").replace(str(looked_at.later), str(tmp_path / "run"))
+    assert train(f"{flags} --sharpness".split()) == 1
+    assert "out of memory" in capsys.readouterr().err
+    after = result_of(tmp_path / "run")
+    assert {n: v for n, v in after.items() if n != "args"} == {n: v for n, v in before.items() if n != "args"}
 
 
 def test_the_flags_figures_hold_what_mathematics_demands(looked_at):

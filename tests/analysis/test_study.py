@@ -380,7 +380,7 @@ def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
     assert not study.output.exists()
 
 
-@pytest.mark.parametrize(("flags", "epochs"), [((), "1"), (("--lr", "0.2"), "")])
+@pytest.mark.parametrize(("flags", "epochs"), [((), "1"), (("--lr", "0.2"), ""), (("--nonfinite", "skip"), "")])
 def test_a_trial_never_enters_the_ledger(study, checkout, flags, epochs):
     (checkout / "sam.py").write_text("rho = 0.1")  # nor does it need a clean checkout
     done = study(*flags, "--only", NESTEROV, EPOCHS=epochs)

@@ -91,6 +91,15 @@ def test_a_killed_run_resumes_to_the_same_end(train, trained, tmp_path):
     assert trained.json("result.json")["test_top1"] == pytest.approx(float(rows(tmp_path / "cut")[-1]["test_top1"]))
 
 
+def test_a_run_that_goes_on_at_another_commit_names_both(train, monkeypatch):
+    for number, commit in enumerate(("a" * 40, "a" * 40, "b" * 40, "c" * 40)):
+        monkeypatch.setattr("training.logger.git_revision", lambda commit=commit: commit)
+        run = train(f"--epochs {number + 1} --lr-scheduler constant --resume auto")
+        assert run.code == 0
+    assert run.json("args.json")["git"] == "c" * 40
+    assert run.json("args.json")["earlier_git"] == ["a" * 40, "b" * 40]
+
+
 def test_resume_auto_begins_a_run_where_there_is_none(train):
     run = train("--epochs 1 --resume auto")
     assert run.code == 0

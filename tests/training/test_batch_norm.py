@@ -3,14 +3,22 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from processes import forks
 from torch import nn
 
-from training.batch_norm import recalibrated, synchronise
+from training.batch_norm import recalibrated, refuse_other_batch_norm, synchronise
 from utils.distributed import ProcessGroup
 
 SIZES = (7, 1, 0)  # images of a batch
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_batch_norm_that_cannot_be_synchronised_is_refused(options):
+    refuse_other_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="--sync-bn needs batch norm with a scale"):
+        refuse_other_batch_norm(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, **options)))
 
 
 def test_recalibrated_statistics_are_weighted_means_of_the_batches():

@@ -22,6 +22,13 @@ def test_a_step_schedule_falls_to_a_tenth_at_half_and_at_three_quarters():
     assert rate == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="unknown schedule 'cosin': choose one of cosine, step, constant"):
+        learning_rate(0, 0.1, "cosin", 8)
+    with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, lr, sqrt"):
+        radius(0, 0.1, "cosine", 8, 2)
+
+
 def test_a_constant_learning_rate_stays():
     assert {learning_rate(step, 0.1, "constant", 8) for step in range(8)} == {0.1}
 
