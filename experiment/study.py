@@ -75,7 +75,7 @@ class Task:
 
     @property
     def epochs(self) -> int:
-        """How long a run is, but for arms of another length."""
+        """How long a run is, except of arms of another length."""
         return int(re.findall(r"--epochs (\d+)", self.flags)[0])
 
     def seeds_of(self, cell: str) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ BETWEEN_TENSORS = {
     operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.mul, "add", "add_", "mul",
     "mul_",
 }  # fmt: skip
-NORMS = nn.modules.batchnorm._BatchNorm
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 CONVOLUTION = nn.modules.conv._ConvNd
 
 
@@ -95,7 +95,7 @@ class _Tracer(fx.Tracer):
     """Records a network's operations; layers and normalisation are one operation each, whoever wrote their class."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, CONVOLUTION | nn.Linear | NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, CONVOLUTION | nn.Linear | BATCH_NORM) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _computes_as_torch(module: nn.Module) -> bool:
@@ -122,7 +122,7 @@ class _Walk:
         self.unlike |= {
             name
             for name, module in self.modules.items()
-            if isinstance(module, CONVOLUTION | nn.Linear | NORMS) and not _computes_as_torch(module)
+            if isinstance(module, CONVOLUTION | nn.Linear | BATCH_NORM) and not _computes_as_torch(module)
         }
         for node in _Tracer().trace(model).nodes:
             self._visit(node)
@@ -159,7 +159,7 @@ class _Walk:
         if source is None:
             return None
         maps = source.layout == "maps"
-        if isinstance(module, NORMS) and source.layout != "last" and module.num_features == source.found.size:
+        if isinstance(module, BATCH_NORM) and source.layout != "last" and module.num_features == source.found.size:
             source.found.norms.append(name)
             return source
         if isinstance(module, CHANNELWISE) or (isinstance(module, ON_MAPS) and maps):

@@ -21,7 +21,7 @@ class Connectivity:
 
     Attributes:
         input_shape: of one input; without it any layer without a weight is refused.
-        figures: effective sparsity and idle units, see `diagnostics.path_figures`; none of dense masks.
+        figures: effective sparsity and dead units, see `diagnostics.path_figures`; none of dense masks.
     """
 
     def __init__(self, model: nn.Module, depthwise: Collection[str], warn: Callable[[str], None]):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune.masks import prunable_weights
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
@@ -58,7 +58,7 @@ def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, d
             weight.fill_(1) if mask is None else weight.copy_(mask)
             weight.requires_grad_()
     for module in shadow.modules():
-        if isinstance(module, NORMS):
+        if isinstance(module, NORMALISATION):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
         elif isinstance(module, nn.MaxPool2d):  # all places have a slope, and not one of them
             pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)

@@ -27,7 +27,7 @@ from prune.patterns import Channels, Counts, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.rounds import Rounds
 from prune.schedules import Timing, interval_steps
-from prune.scores import NORMS, Scored, magnitude
+from prune.scores import POOLED_BY_NORM, Scored, magnitude
 from prune.updates import MaskChange, PruneAndRegrow, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -165,7 +165,7 @@ class Pruner:
             scores = score(scored)
             with torch.no_grad():  # what was pruned in an earlier round may live again
                 torch._foreach_copy_([self.masks.parameter(name) for name in initial], list(initial.values()))
-            self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in NORMS))
+            self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in POOLED_BY_NORM))
         if not self.method.score and (self.method.update or self.method.tickets):
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
@@ -298,7 +298,7 @@ class Pruner:
         rounds.number += 1
         with self._unperturbed():
             counts = self.budget.counts(rounds.sparsity(self.budget.sparsity))
-            masks = self.pattern.keep(score(self._scored(step)), counts, square=score in NORMS)
+            masks = self.pattern.keep(score(self._scored(step)), counts, square=score in POOLED_BY_NORM)
             rounds.restore()
             self.masks.set(masks)
             self.check_layers()
@@ -310,7 +310,7 @@ class Pruner:
         return rounds.rewind
 
     def same_sparsity(self, one: float, other: float) -> bool:
-        """Return whether two sparsities of this training are one but for rounding.
+        """Return whether two sparsities of this training are equal up to rounding.
 
         Masks that move by the units of a pattern come out a little sparser or denser each time.
         """
@@ -478,7 +478,9 @@ class Pruner:
 
             def works(sparsity: float) -> bool:
                 counts = self.budget.counts(sparsity)
-                return self._connectivity.connects(self.pattern.keep(scores, counts, square=self.method.score in NORMS))
+                return self._connectivity.connects(
+                    self.pattern.keep(scores, counts, square=self.method.score in POOLED_BY_NORM)
+                )
 
             highest = highest_sparsity(works, self.budget.sparsity)
         ways = [f"take sparsity={highest:g}, the highest that works here" if highest else "lower the sparsity"]

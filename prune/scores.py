@@ -24,7 +24,7 @@ class Scored:
         weights: those to be scored, by layer.
         generator: on the CPU, so that a seed means the same on every device.
         sample: a function of k to inputs and labels of k training images of each class, in random order.
-        gradients: of the last training step, before they were masked, by layer.
+        gradients: before they were masked, by layer: of the last training step, or their running average (SNFS).
         options: of the method, by name.
         initial: where a method scores in rounds, the weights before the first one, by layer.
     """
@@ -92,7 +92,7 @@ def lamp(scored: Scored) -> Scores:
 
 
 # A unit of a pattern has the L2 norm of these scores; others are parts of a sum, so that a unit has their mean.
-NORMS = {magnitude, gradient, magnitude_gradient}
+POOLED_BY_NORM = {magnitude, gradient, magnitude_gradient}
 
 MOST_IMAGES = 100  # that a second derivative is taken of at once
 

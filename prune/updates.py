@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prune.patterns import Channels, Counts, FanIn, NofM, Pattern, Units
 from prune.schedules import constant, cubic
-from prune.scores import NORMS, READ_GRADIENTS, Score, Scored, gradient, magnitude, random
+from prune.scores import POOLED_BY_NORM, READ_GRADIENTS, Score, Scored, gradient, magnitude, random
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class FlatLayers:
     def scores(self, score: Score, now: UpdateInputs, growing: bool = False) -> Tensor:
         """Return the score of each unit, to be dropped or grown by: [units]."""
         pool = self._pattern.pool_growth if growing else self._pattern.pool
-        units = pool(score(now.scored), square=score in NORMS)
+        units = pool(score(now.scored), square=score in POOLED_BY_NORM)
         return torch.cat([units[layer.name] for layer in self])
 
     def alive(self, masks: dict[str, Tensor]) -> Tensor:

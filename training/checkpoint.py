@@ -62,8 +62,8 @@ class CheckpointWriter:
         directory: of the run.
         schedule: when they are due.
         args: the flags of the run, as plain values.
-        data: what the network has to know of its data: classes (names by label), mean and deviation of each channel,
-            fingerprint of the images, number of processes.
+        data: what the network has to know of its data: classes (names by label), shape of an image, mean and deviation of each
+            channel, fingerprint of the images, number of processes.
         writes: False in all processes except the first.
     """
 

@@ -27,7 +27,7 @@ class StepKind(NamedTuple):
     Attributes:
         batch_size: images of the whole batch, over all processes.
         log: whether to measure what is only logged.
-        keep_gradients: whether masks change after the step by its gradients.
+        keep_gradients: see Pruner.keeps_gradients.
         perturbs: whether SAM's radius is not 0.
     """
 
@@ -41,7 +41,8 @@ class StepResult(NamedTuple):
     """What a step computed, on the device.
 
     Attributes:
-        sums: float32 [2], the sum of losses and the number of correct predictions, at the weights of the gradient.
+        sums: float32 [2], the sum of losses and the number of correct predictions, at the weights of the gradient. A
+            prediction of a mixture counts by the share of the predicted class.
         logged: scalars by name.
     """
 
@@ -213,7 +214,7 @@ class TrainingStep:
 
     def _look_at_weights(self, inputs: Tensor, targets: Tensor, kind: StepKind) -> AtWeights | None:
         """Run a pass at w for the log alone: gradients and batch norm's statistics are as before."""
-        # Dropout of the step is the same whether it is logged or not, but where it is drawn inside a CUDA graph.
+        # Dropout of the step is the same whether or not it is logged, except inside a CUDA graph.
         device = inputs.device
         eager = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         with torch.random.fork_rng(devices=[device] if eager else []):
