@@ -8,6 +8,7 @@ import pandas as pd
 from analysis.labels import count_text, optimizer_name
 from experiment.checks import complete_flags
 from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME, SAM_FLAGS
+from imagedata.sources import DATASETS
 from utils.errors import UsageError
 
 METRIC, HELD_OUT = "test_top1", "val_top1"
@@ -121,7 +122,9 @@ def _read_run(directory: Path) -> dict:
             "torch": about.get("versions", {}).get("torch"),
             "images": about.get("images"),
             "processes": about.get("processes", 1),
-            "data": f"{args['dataset']} ({args['data_dir']})" if "folder" in args["dataset"] else args["dataset"],
+            "data": f"{args['dataset']} ({args['data_dir']})"
+            if DATASETS[args["dataset"]].own_files
+            else args["dataset"],
         }
         row |= {
             f"--{n}": " ".join(map(str, v)) if isinstance(v, list) else v

@@ -19,7 +19,7 @@ from imagedata.corruptions import CORRUPTIONS, refuse_uncorruptible
 from imagedata.files import ImageFiles
 from imagedata.images import Dataset, balanced_part, channel_statistics, fingerprint, hold_out, with_label_noise
 from imagedata.loaders import EvalLoader, TrainLoader, pick_workers
-from imagedata.sources import SIDES, SIZES, load_dataset
+from imagedata.sources import DATASETS, load_dataset
 from models.external import is_external, load_published_weights
 from models.resnet import pick_stem
 from prune import METHODS, BudgetError, Pruner
@@ -49,8 +49,9 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
     Raises:
         UsageError: flags that the network, the optimizer or the pruning method cannot have.
     """
-    classes, channels = SIZES.get(args.dataset, (1000, 3))  # a folder's are known only with the data
-    side = args.image_size or SIDES.get(args.dataset)
+    source = DATASETS[args.dataset]
+    classes, channels = source.classes or 1000, source.channels or 3  # a folder's are known only with the data
+    side = args.image_size or source.side
     if is_external(args.arch) and side is None:  # which may be made for one size
         return
     side = side or 32
@@ -61,7 +62,7 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
             refuse_layer_normalisation(model)
     if args.pretrained and not resumed:
         checkpoint, weights = pretrained(args)
-        if checkpoint is None and args.dataset in SIZES:
+        if checkpoint is None and source.classes:
             foreign.fitting(model, weights, args.pretrained)
     try:
         # How many steps there will be is known only with the data, and so is what to warn of and which interval is too long.
@@ -69,7 +70,7 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         pruner(known, model, [], total_steps=2**62, warn=lambda words: None)
     except UsageError as error:
         # Which sparsities a network can have depends on the number of classes too.
-        if not (isinstance(error.__cause__, BudgetError) and args.dataset not in SIZES):
+        if not (isinstance(error.__cause__, BudgetError) and source.classes is None):
             raise
 
 
@@ -134,7 +135,7 @@ def augmentation(args: Namespace, data: Dataset) -> Augmentation:
     """Return what becomes of the training images."""
     return Augmentation(
         len(data.train), args.batch_size, args.seed, data.pad, data.flip, args.alpha or 0.0, args.cutmix, args.augment,
-        args.random_erasing, args.dataset,
+        args.random_erasing, DATASETS[args.dataset].policies,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from experiment.flags import (
     plain,
     resolve,
 )
+from imagedata.sources import DATASETS
 from models.external import is_external, is_own_code
 from prune import METHODS
 from training.optim import OPTIMIZERS
@@ -195,9 +196,9 @@ def _data_and_network_without_effect(args: argparse.Namespace) -> Reasons:
         reasons["stem"] = with_network, "take --arch resnet"
     if not args.arch.startswith("torchvision:"):
         reasons["pretrained_weights"] = with_network, "take --arch torchvision:NAME"
-    if args.dataset not in ("folder", "imagefolder"):
+    if not DATASETS[args.dataset].own_files:
         reasons["image_size"] = with_data, "take --dataset folder"
-    if args.dataset == "digits":
+    if not DATASETS[args.dataset].takes_directory:
         reasons["data_dir"] = with_data, "take --dataset folder"
     if not args.mixup:
         reasons["alpha"] = "without --mixup", "add --mixup"

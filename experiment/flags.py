@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imagedata.augment import POLICIES
-from imagedata.sources import DATASETS, SIDES
+from imagedata.sources import DATASETS
 from models import ARCHITECTURES
 from models.external import is_external, is_own_code
 from models.resnet import IMAGENET_FROM, STEMS
@@ -372,8 +372,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         defaults |= {"safe_lambda": 1e-3, "safe_interval": 32}
     if args.mixup:
         defaults["alpha"] = 1.0
-    if args.dataset == "imagefolder":
-        defaults["image_size"] = SIDES["imagefolder"]
+    if DATASETS[args.dataset].own_files:
+        defaults["image_size"] = DATASETS[args.dataset].side
     if args.prune_method != "none" and not args.sparsity_config and ":" not in args.sparsity_pattern:
         defaults["sparsity_distribution"] = method.distributions[0]
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from experiment.checks import complete_flags, refuse_to_run_code
 from imagedata.augment import NormalizeImages
-from imagedata.sources import SIDES
+from imagedata.sources import DATASETS
 from models.external import NetworkError
 from prune.masks import Masks
 from training.checkpoint import NEWEST, load_checkpoint, load_network
@@ -76,7 +76,7 @@ def rebuild(
     data, state = checkpoint["data"], checkpoint["state"]
     try:
         args = complete_flags(checkpoint["args"])
-        side = args["image_size"] or SIDES.get(args["dataset"]) or 32  # where it is an older one and does not tell
+        side = args["image_size"] or DATASETS[args["dataset"]].side or 32  # where it is an older one and does not tell
         image_size = image_size or tuple(data.get("image_shape", (0, side, side))[1:])
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             model = models.build_model(

@@ -6,6 +6,7 @@ import re
 
 from experiment.checks import may_grow
 from experiment.flags import MAY_CHANGE_ON_RESUME, parse, plain, resolve
+from imagedata.sources import DATASETS
 from models.external import is_external
 from training.optim import OPTIMIZERS
 
@@ -23,7 +24,7 @@ def run_name(args: argparse.Namespace) -> str:
     Args:
         args: complete flags, see `flags.resolve`.
     """
-    named = args.dataset in ("folder", "imagefolder") and args.data_dir
+    named = DATASETS[args.dataset].own_files and args.data_dir
     dataset = f"{args.dataset}-{args.data_dir.resolve().name}" if named else args.dataset
     network = "-".join(re.split(r"[/:]", args.arch)[-2:]) if is_external(args.arch) else f"{args.arch}{args.depth}"
     parts = [network, dataset, _optimizer_part(args), _sparsity_part(args), f"lr{args.lr:g}"]

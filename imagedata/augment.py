@@ -118,20 +118,19 @@ class SampleTransform:
         policy: a key of POLICIES.
         erasing: probability that a box of the image is erased (Zhong et al. 2020).
         fill: level of each channel in that box.
-        images: what the data set is called, which AutoAugment has policies for.
+        policies: of AutoAugment, by what torchvision calls them.
     """
 
-    def __init__(self, policy: str, erasing: float, fill: list[float], images: str = ""):
+    def __init__(self, policy: str, erasing: float, fill: list[float], policies: str = "IMAGENET"):
         from torchvision.transforms import v2  # here: two seconds
 
-        learnt = {"cifar10": "CIFAR10", "cifar100": "CIFAR10", "svhn": "SVHN"}.get(images, "IMAGENET")
-        policies: dict[str, Callable[[], Callable] | None] = {
+        makers: dict[str, Callable[[], Callable] | None] = {
             "crop-flip": None,
             "randaugment": v2.RandAugment,
             "trivialaugment": v2.TrivialAugmentWide,
-            "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy[learnt]),
+            "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy[policies]),
         }
-        make = policies[policy]
+        make = makers[policy]
         self._steps: list[Callable[[Tensor], Tensor]] = [make()] if make else []
         if erasing:
             self._steps.append(v2.RandomErasing(erasing, value=[round(level) for level in fill]))
@@ -172,7 +171,7 @@ class Augmentation:
         pad, flip: see Dataset.
         mixup: alpha of the Beta distribution of the mixing weight (Zhang et al. 2018); 0 for none.
         cutmix: put a box of another image into each one (Yun et al. 2019); with mixup, each step does one of both.
-        policy, erasing, images: see SampleTransform.
+        policy, erasing, policies: see SampleTransform.
     """
 
     def __init__(
@@ -186,11 +185,11 @@ class Augmentation:
         cutmix: bool = False,
         policy: str = "crop-flip",
         erasing: float = 0.0,
-        images: str = "",
+        policies: str = "IMAGENET",
     ):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.pad, self.flip, self.mixup, self.cutmix = pad, flip, mixup, cutmix
-        self.policy, self.erasing, self.images = policy, erasing, images
+        self.policy, self.erasing, self.policies = policy, erasing, policies
         self.steps_per_epoch = -(-count // batch_size)
 
     @property
@@ -205,7 +204,7 @@ class Augmentation:
 
     def transform(self, fill: list[float]) -> SampleTransform | None:
         """Return what becomes of each image after its window is cut, if anything; `fill` is what is erased to."""
-        return SampleTransform(self.policy, self.erasing, fill, self.images) if self.by_sample else None
+        return SampleTransform(self.policy, self.erasing, fill, self.policies) if self.by_sample else None
 
     def plan(self, epoch: int) -> tuple[Plan, list[Mix]]:
         """Return the plan of an epoch, each tensor [count], and how the images of each step are mixed, if they are."""

@@ -25,6 +25,7 @@ from utils.errors import UsageError
 from utils.files import load_whole, save_atomically
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGENET_SIDE = 224  # pixels, as is usual for ImageNet
 
 
 def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
@@ -38,12 +39,12 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int | None
     Raises:
         UsageError: data that is not there, cannot be read, or does not fit together.
     """
-    return DATASETS[name](data_dir, image_size)
+    return DATASETS[name].load(data_dir, image_size)
 
 
 def is_at_hand(name: str, data_dir: Path | None = None) -> bool:
     """Return whether `load_dataset` downloads nothing; what it finds may still not be readable."""
-    source = DATASETS[name]
+    source = DATASETS[name].load
     if not isinstance(source, Downloaded):
         return True
     from torchvision import datasets
@@ -54,6 +55,28 @@ def is_at_hand(name: str, data_dir: Path | None = None) -> bool:
     except (OSError, RuntimeError, EOFError, ValueError):
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: how it is loaded, and what is known of it before that.
+
+    Attributes:
+        load: from its directory and `image_size`, each None where it was not given, to the data set.
+        classes, channels: None where the files decide.
+        side: of its images, in pixels; what files of any size are brought to. None where the files decide.
+        own_files: whether it is a folder of the reader's own images, which `image_size` may resize.
+        takes_directory: whether there is a directory to name.
+        policies: which of torchvision's policies AutoAugment takes.
+    """
+
+    load: Callable[[Path | None, int | None], Dataset]
+    classes: int | None = None
+    channels: int | None = None
+    side: int | None = None
+    own_files: bool = False
+    takes_directory: bool = True
+    policies: str = "IMAGENET"
 
 
 @dataclass(frozen=True)
@@ -181,7 +204,7 @@ def image_folder(data_dir: Path | None, image_size: int | None) -> Dataset:
     images = [
         ImageFiles(
             data_dir / name, split["names"].numpy(), split["ends"].numpy(), torch.arange(len(split["ends"])),
-            split["labels"], split["sizes"].numpy(), image_size or SIDES["imagefolder"],
+            split["labels"], split["sizes"].numpy(), image_size or IMAGENET_SIDE,
         )
         for name, split in zip(("train", test), splits, strict=True)
     ]  # fmt: skip
@@ -273,40 +296,22 @@ def _decoded(data_dir: Path, splits: list["_Files"], test: str, image_size: int 
     return Dataset(images[0], images[1], classes=splits[0].classes, pad=4, flip=True)
 
 
-DATASETS: dict[str, Callable[[Path | None, int | None], Dataset]] = {
-    "cifar10": Downloaded("CIFAR10", "CIFAR-10", pad=4, flip=True),
-    "cifar100": Downloaded("CIFAR100", "CIFAR-100", pad=4, flip=True),
-    "mnist": Downloaded("MNIST", "MNIST", pad=2, flip=False),
-    "fashionmnist": Downloaded("FashionMNIST", "FashionMNIST", pad=2, flip=True),
-    "svhn": Downloaded(
+# fmt: off
+DATASETS = {
+    "cifar10": Source(Downloaded("CIFAR10", "CIFAR-10", pad=4, flip=True), 10, 3, 32, policies="CIFAR10"),
+    "cifar100": Source(Downloaded("CIFAR100", "CIFAR-100", pad=4, flip=True), 100, 3, 32, policies="CIFAR10"),
+    "mnist": Source(Downloaded("MNIST", "MNIST", pad=2, flip=False), 10, 1, 28),
+    "fashionmnist": Source(Downloaded("FashionMNIST", "FashionMNIST", pad=2, flip=True), 10, 1, 28),
+    "svhn": Source(Downloaded(
         "SVHN", "SVHN", pad=4, flip=False, splits=({"split": "train"}, {"split": "test"}), labels="labels",
         channels_first=True,
-    ),
-    "tinyimagenet": tiny_imagenet,
-    "folder": folder,
-    "imagefolder": image_folder,
-    "digits": digits,
-}  # fmt: skip
-
-SIZES = {
-    "cifar10": (10, 3),
-    "cifar100": (100, 3),
-    "digits": (10, 1),
-    "mnist": (10, 1),
-    "fashionmnist": (10, 1),
-    "svhn": (10, 3),
-    "tinyimagenet": (200, 3),
-}  # classes and channels that are known without the data
-SIDES = {
-    "cifar10": 32,
-    "cifar100": 32,
-    "digits": 8,
-    "mnist": 28,
-    "fashionmnist": 28,
-    "svhn": 32,
-    "tinyimagenet": 64,
-    "imagefolder": 224,
-}  # of images, in pixels; of imagefolder unless another one is asked for
+    ), 10, 3, 32, policies="SVHN"),
+    "tinyimagenet": Source(tiny_imagenet, 200, 3, 64),
+    "folder": Source(folder, own_files=True),
+    "imagefolder": Source(image_folder, side=IMAGENET_SIDE, own_files=True),
+    "digits": Source(digits, 10, 1, 8, takes_directory=False),
+}
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imagedata.sources import load_dataset
+from imagedata.sources import DATASETS, load_dataset
 from utils.errors import UsageError
 
 
@@ -122,6 +122,26 @@ def test_grey_images_have_one_channel_and_mixed_ones_three(tree):
     assert dataset.channels == 3
     grey = dataset.train.pixels[0]
     assert torch.equal(grey, grey[..., :1].expand_as(grey))
+
+
+def facts(name):
+    """Return classes, channels and side of a data set, as they are known without it."""
+    return DATASETS[name].classes, DATASETS[name].channels, DATASETS[name].side
+
+
+def test_what_is_known_of_data_sets_is_so():
+    digits = load_dataset("digits")
+    assert (*facts("digits"), facts("digits")[-1]) == (len(digits.classes), *digits.image_shape)
+    assert [facts(name) for name in ("cifar10", "cifar100", "tinyimagenet")] == [
+        (10, 3, 32),
+        (100, 3, 32),
+        (200, 3, 64),
+    ]
+    from torchvision.transforms import AutoAugmentPolicy
+
+    policies = {name: source.policies for name, source in DATASETS.items() if source.policies != "IMAGENET"}
+    assert policies == {"cifar10": "CIFAR10", "cifar100": "CIFAR10", "svhn": "SVHN"}  # where each was learnt
+    assert all(hasattr(AutoAugmentPolicy, source.policies) for source in DATASETS.values())
 
 
 def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
@@ -259,6 +279,7 @@ def test_mnist_and_fashionmnist_are_read_from_the_files_of_torchvision(tmp_path,
     assert np.array_equal(data.test.pixels[..., 0].numpy(), written["t10k"])
     assert data.test.labels.tolist() == list(range(10))
     assert (data.channels, data.pad, data.flip, len(data.classes)) == (1, 2, flip, 10)
+    assert (*facts(name), facts(name)[-1]) == (10, *data.image_shape)
     assert data.test.labels.dtype == torch.int64
 
 
@@ -279,6 +300,7 @@ def test_svhn_is_read_from_the_files_of_torchvision_and_verified(tmp_path, monke
     assert np.array_equal(data.train.pixels.permute(1, 2, 3, 0).numpy(), written["train"])
     assert data.test.labels.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert (data.channels, data.flip, data.classes) == (3, False, [str(digit) for digit in range(10)])
+    assert (*facts("svhn"), facts("svhn")[-1]) == (10, *data.image_shape)
     path.write_bytes(b"damaged")
     with pytest.raises(UsageError, match="SVHN is not in .* put 'train_32x32.mat' and 'test_32x32.mat' there"):
         load_dataset("svhn", tmp_path)
