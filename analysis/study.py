@@ -187,7 +187,7 @@ class Study(Sweep):
         planned = next(each for each in self.plan if f"{each.task}/{each.name}" == run)
         return not planned.tuning and planned.arm in TASKS[planned.task].measured
 
-    def failed(self, run: str, code: int) -> bool:
+    def settle(self, run: str, code: int) -> bool:
         """Add a run that ended to the ledger, and return whether it has failed instead."""
         task, directory = run.partition("/")[0], self.output / run
         if code == -signal.SIGTERM:  # told to end where it had nothing to save
@@ -204,7 +204,7 @@ class Study(Sweep):
         except UsageError as error:
             if code == 0:
                 print(f"error: {error}", file=sys.stderr)
-        if super().failed(run, code or 1):
+        if super().settle(run, code or 1):
             self.broken.add(run)
             return True
         return False

@@ -153,7 +153,7 @@ class Sweep:
                 for slot, process in list(running.items()):
                     if process.exitcode is not None:
                         del running[slot]
-                        progress.failed += self.failed(process.name, process.exitcode or 0)
+                        progress.failed += self.settle(process.name, process.exitcode or 0)
                         progress.done += self.finished(process.name)
             progress.show(0, end="\n")
         return bool(signals)
@@ -162,8 +162,8 @@ class Sweep:
         """Return the run to start next, taken from the list of those left, or None where there is none to start now."""
         return left.pop(0) if left else None
 
-    def failed(self, run: str, code: int) -> bool:
-        """Return whether a run that ended with this code has failed; leave a mark for tables if so."""
+    def settle(self, run: str, code: int) -> bool:
+        """Take note of a run that ended with this code, with a mark for tables if it failed; return whether it did."""
         if code in (0, PREEMPTED):
             return False
         self.file(run, "failed").touch()
@@ -280,7 +280,7 @@ def slurm_job(left: Path, program: Path = PROGRAM) -> int:
         sweep.train_here(run)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
-    sweep.failed(run, code)
+    sweep.settle(run, code)
     return code
 
 
