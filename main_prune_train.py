@@ -111,8 +111,8 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
     result |= compacted_size(pruner.model, pruner.masks, data.image_shape)
-    with logger.finishing(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
-        result |= measure_trained(run, args, data, normalize, earlier)
+    with logger.writing_result(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
+        measure_trained(result, run, args, data, normalize, earlier)
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
     return result

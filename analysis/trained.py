@@ -39,10 +39,13 @@ def has_measured(args: Namespace, result: dict) -> bool:
     )
 
 
-def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normalize, earlier: dict) -> dict:
-    """Return what --recalibrate-bn, --sharpness and --robustness ask for, by name.
+def measure_trained(
+    result: dict, run: Run, args: Namespace, data: Dataset, normalize: Normalize, earlier: dict
+) -> None:
+    """Add what --recalibrate-bn, --sharpness and --robustness ask for to a result, each as it is measured.
 
     Args:
+        result: of the training.
         run: at its end.
         args: the flags.
         data: what it was trained on.
@@ -52,18 +55,17 @@ def measure_trained(run: Run, args: Namespace, data: Dataset, normalize: Normali
     Raises:
         Preempted: a signal came.
     """
-    found = {name: earlier[name] for name in (*RECALIBRATED, *MEASURED) if name in earlier}
+    result |= {name: earlier[name] for name in (*RECALIBRATED, *MEASURED) if name in earlier}
     if measured_names(args) and run.group.any(run.interruption.signal is not None, run.loader.device):
         raise Preempted("ended by a signal after the last step: --resume auto goes on with the measurements")
     model = run.state.pruner.whole(run.state.model)
     if args.recalibrate_bn:
         model, figures = _recalibrate(run, model)
-        found |= figures
+        result |= figures
     if args.sharpness and run.group.is_main:
-        found["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | _sharpness(run, model, data, normalize)
+        result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | _sharpness(run, model, data, normalize)
     if args.robustness and run.group.is_main:
-        found["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | _robustness(run, model, data, normalize)
-    return found
+        result["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | _robustness(run, model, data, normalize)
 
 
 def _recalibrate(run: Run, model: nn.Module) -> tuple[nn.Module, dict[str, float]]:

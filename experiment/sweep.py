@@ -71,8 +71,8 @@ class Sweep:
         return self.output / ".sweep" / f"{run}.{kind}"
 
     def finished(self, run: str) -> bool:
-        """Return whether a run has a result."""
-        return (self.output / run / "result.json").exists()
+        """Return whether a run has a result, and did not fail after it, in what it was to measure."""
+        return (self.output / run / "result.json").exists() and not self.file(run, "failed").exists()
 
     def flags(self, run: str) -> list[str]:
         """Return all flags of a run."""

@@ -24,7 +24,9 @@ directory.mkdir(exist_ok=True)
 seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
 (directory / "begun.json").write_text(json.dumps(seen | {"argv": sys.argv[1:]}))
 fate = json.loads(os.environ.get("FATES", "{}")).get(value("--sam-rho"))
-if fate == "fail":
+if fate == "measure":  # fails after its training
+    (directory / "result.json").write_text("{}")
+if fate in ("fail", "measure"):
     print("error: poisoned", file=sys.stderr)
     sys.exit(1)
 if fate == "kill":

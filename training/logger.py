@@ -146,8 +146,8 @@ class Logger:
         )
 
     @contextmanager
-    def finishing(self, result: dict, flags: dict) -> Iterator[None]:
-        """Finish at the end of the block, in which the result may grow; after an error too, for the training is whole."""
+    def writing_result(self, result: dict, flags: dict) -> Iterator[None]:
+        """Finish after a block in which the result may grow; also after an error in it, because the training is complete."""
         try:
             yield
         except Exception:

@@ -14,8 +14,8 @@ class NonFiniteGuard:
     and gradient is left out; without it a loss that is not finite still shows in the sums, since no scale can help.
 
     A skipped step leaves weights, masks, the optimizer's memory and batch norm's statistics as they were. One-step SAM
-    along `previous` or `random` does not perturb in the next step, because the weights lay in the memory of the gradient. A guard that may skip steps waits
-    for the device once a step; one that may not does nothing.
+    along `previous` or `random` does not perturb in the next step, because the buffer of its gradient held the weights. A
+    guard that may skip steps waits for the device once a step; one that may not does nothing.
 
     Attributes:
         active: whether steps may be left out.

@@ -137,13 +137,13 @@ def learning_rate(step: int, lr: float, schedule: str, total_steps: int, warmup_
     Raises:
         ValueError: an unknown schedule.
     """
+    refuse_unknown(schedule, SCHEDULES)
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
     if schedule == "step":
         return lr * 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
-    refuse_unknown(schedule, SCHEDULES)
     return lr
 
 
@@ -174,13 +174,13 @@ def radius(
     Raises:
         ValueError: an unknown schedule.
     """
+    refuse_unknown(schedule, RHO_SCHEDULES)
     if not since <= step / total_steps < until or step % every:
         return 0.0
     if schedule == "lr":
         return rho * relative_lr
     if schedule == "sqrt":
         return rho * math.sqrt(1 / (1 + step // steps_per_epoch))
-    refuse_unknown(schedule, RHO_SCHEDULES)
     return rho
 
 

@@ -85,8 +85,9 @@ class ProcessGroup:
         *parts, found, total = flat.split([t.numel() for t in (*agreed, found, sums)])
         if agreed:
             torch._foreach_copy_(agreed, [part.view(t.shape) for t, part in zip(agreed, parts, strict=True)])
+        anywhere = found.tolist() if missing else []
         for number in missing:
-            if not found[number]:
+            if not anywhere[number]:
                 trained[number].grad = None
         return total
 

@@ -75,6 +75,10 @@ def test_a_measurement_that_fails_keeps_the_result_of_the_training(looked_at, mo
     assert "out of memory" in capsys.readouterr().err
     after = result_of(tmp_path / "run")
     assert {n: v for n, v in after.items() if n != "args"} == {n: v for n, v in before.items() if n != "args"}
+    assert train(f"{flags} --sharpness --recalibrate-bn".split()) == 1  # what was measured before the failure stays
+    assert "test_top1_recalibrated_bn" in result_of(tmp_path / "run")
+    assert train(f"{flags} --sharpness".split()) == 1  # and so does what an earlier command measured
+    assert "test_top1_recalibrated_bn" in result_of(tmp_path / "run")
 
 
 def test_the_flags_figures_hold_what_mathematics_demands(looked_at):

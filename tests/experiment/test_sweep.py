@@ -49,6 +49,16 @@ def test_launched_again_a_sweep_does_what_is_left(sweep):
     assert not list(sweep.output.glob(".sweep/*.failed"))
 
 
+def test_a_run_that_fails_in_a_measurement_after_its_training_is_tried_again(sweep):
+    done = sweep(FATES='{"0.2": "measure"}')
+    assert done.returncode == 1
+    assert "1 of 2 runs finished, 1 failed" in done.stdout
+    again = sweep()
+    assert again.returncode == 0
+    assert "2 runs, 1 of them finished already" in again.stdout
+    assert "2 of 2 runs finished, 0 failed" in again.stdout
+
+
 def test_other_flags_for_a_run_that_was_begun_are_refused(sweep):
     sweep(RHOS="0.1", FATES='{"0.1": "fail"}')
     other = sweep("--lr", "0.2", RHOS="0.1")

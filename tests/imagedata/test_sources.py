@@ -129,7 +129,7 @@ def facts(name):
     return DATASETS[name].classes, DATASETS[name].channels, DATASETS[name].side
 
 
-def test_what_is_known_of_data_sets_is_so():
+def test_what_is_known_of_data_sets_is_kept():
     digits = load_dataset("digits")
     assert (*facts("digits"), facts("digits")[-1]) == (len(digits.classes), *digits.image_shape)
     assert [facts(name) for name in ("cifar10", "cifar100", "tinyimagenet")] == [

@@ -24,9 +24,9 @@ def test_a_step_schedule_falls_to_a_tenth_at_half_and_at_three_quarters():
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="unknown schedule 'cosin': choose one of cosine, step, constant"):
-        learning_rate(0, 0.1, "cosin", 8)
+        learning_rate(0, 0.1, "cosin", 8, warmup_steps=2)
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, lr, sqrt"):
-        radius(0, 0.1, "cosine", 8, 2)
+        radius(0, 0.1, "cosine", 8, 2, since=0.5)
 
 
 def test_a_constant_learning_rate_stays():
