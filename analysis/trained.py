@@ -35,7 +35,7 @@ def has_measured(args: Namespace, result: dict) -> bool:
     """Return whether result.json has all that these flags ask for, of the statistics of batch norm that they ask for."""
     wanted = measured_names(args)
     return result.keys() >= wanted and all(
-        result[name]["recalibrated_bn"] == args.recalibrate_bn for name in wanted.intersection(MEASURED)
+        result[name].get("recalibrated_bn") == args.recalibrate_bn for name in wanted.intersection(MEASURED)
     )
 
 

@@ -58,7 +58,7 @@ class ProcessGroup:
 
         To be called after a backward pass whose loss was divided by the whole batch's size. All of a run's state is then
         the same everywhere. A parameter that no process has a gradient for, frozen or unused, is left without one, as in one
-        process: weight decay would move it otherwise.
+        process: weight decay would move it otherwise. Waits for the device where this process lacks a gradient.
 
         Args:
             model: its parameters have the gradients, its buffers are the statistics.

@@ -55,7 +55,7 @@ def test_a_training_by_sam_rests_where_the_picture_says(rule, options):
     assert resting_distances(rule, np.array([0.05]), 0.9, 4, 400) == pytest.approx(np.mean(distances[-100:]), rel=1e-6)
 
 
-def test_without_momentum_the_previous_gradient_stays_about_rho_away_at_any_learning_rate_below_1_over_h():
+def test_without_momentum_the_previous_gradient_stays_about_rho_away():
     curvatures = np.array([0.05, 0.1, 0.3])
     previous = resting_distances("one-step, previous +", curvatures, 0.0, 1)
     assert previous == pytest.approx(0.9, abs=0.03)
