@@ -8,9 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from experiment import build
-from experiment.build import TrainedRun
 from experiment.flags import DRAWN_BY_SEED, MAY_CHANGE_ON_RESUME, architecture, number, parse, plain
+from experiment.trained_run import TrainedRun, open_run
 from models.external import is_own_code
 from training.batch_norm import recalibrated
 from training.checkpoint import load_checkpoint
@@ -84,7 +83,7 @@ def open_checkpoint(path: Path, args: Namespace) -> tuple[TrainedRun, nn.Module]
     argv = ["--evaluate", str(path), *(["--data-dir", str(args.data_dir)] if args.data_dir else [])]
     checkpoint = load_checkpoint(path)
     arch = named_again(str(checkpoint["args"].get("arch")), args.arch)
-    trained = build.trained(checkpoint, *parse([*argv, *(["--arch", arch] if arch else [])]), device)
+    trained = open_run(checkpoint, *parse([*argv, *(["--arch", arch] if arch else [])]), device)
     if not trained.same_images:
         raise UsageError(f"the images are not those that '{path}' was trained on: give their directory with --data-dir")
     if not args.recalibrate_bn:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 MOST_BYTES = 6000
 # Files and folders by which the figures of a run are decided.
 MATHEMATICS = (
-    "sam.py", "main_prune_train.py", "prune", "training", "models", "imagedata", "experiment/build.py",
+    "sam.py", "main_prune_train.py", "prune", "training", "models", "imagedata", "experiment/build.py", "experiment/trained_run.py",
     "utils/precision.py", "utils/cuda_graph.py", "utils/distributed.py", "analysis/hessian.py", "analysis/landscape.py",
 )  # fmt: skip
 FINAL = (

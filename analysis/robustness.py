@@ -33,8 +33,8 @@ from analysis.labels import run_label
 from analysis.landscape import resolve_compilation
 from analysis.sharpness import Measured, over_seeds
 from analysis.text_table import mean_and_std_text, number_text, text_table
-from experiment.build import TrainedRun
 from experiment.flags import number, plain
+from experiment.trained_run import TrainedRun
 from imagedata.corruptions import CORRUPTIONS, SEVERITIES
 from prune.flops import count_flops
 from utils.device import pick_device

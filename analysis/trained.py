@@ -8,8 +8,8 @@ from torch import nn
 
 from analysis import corrupted, hessian
 from analysis.command import throttled
-from experiment import build
 from experiment.load import network_file
+from experiment.trained_run import open_run
 from imagedata.augment import Normalize
 from imagedata.files import ImageFiles
 from imagedata.images import Dataset
@@ -122,7 +122,7 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:
         raise UsageError("--evaluate takes one process: leave torchrun out")
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
-    trained = build.trained(load_checkpoint(network_file(args.evaluate)), args, given, device)
+    trained = open_run(load_checkpoint(network_file(args.evaluate)), args, given, device)
     args = trained.args
     print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
     print(trained.pruner.describe())

@@ -1,9 +1,8 @@
 """Flags become objects: the only place where that happens, for the recipe, the benchmarks, the analyses and the tests."""
 
-import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +12,7 @@ import models
 import training.optim
 from experiment.checks import evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
-from experiment.load import network_file, rebuild
+from experiment.load import network_file
 from imagedata.augment import Augmentation, Normalize
 from imagedata.corruptions import CORRUPTIONS, refuse_uncorruptible
 from imagedata.files import ImageFiles
@@ -432,61 +431,3 @@ def check_fits(about: dict, data: Dataset) -> None:
             f"the checkpoint is of a network for {len(classes)} classes and {channels} channels and does not fit this "
             f"data set of {len(data.classes)} and {data.channels}: give the data it was trained on"
         )
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A trained network together with the images of its run.
-
-    Attributes:
-        model: the network.
-        pruner: its masks.
-        args: the flags of its run, with those of this command in their place.
-        dataset: training images split as the run split them.
-        normalize: with the figures of the run's training images, whatever `dataset` holds.
-        epochs: finished ones.
-        images: fingerprint of what the run was trained on.
-        same_images: whether `dataset` is that.
-    """
-
-    model: nn.Module
-    pruner: Pruner
-    args: Namespace
-    dataset: Dataset
-    normalize: Normalize
-    epochs: int
-    images: str
-    same_images: bool
-
-    def training_inputs(self, device: torch.device) -> Iterator[Tensor]:
-        """Return the inputs of an epoch's batches, as the run was trained on them."""
-        loader = TrainLoader(
-            self.dataset.train, augmentation(self.args, self.dataset), len(self.dataset.classes), self.normalize,
-            device, 0, Execution(),
-        )  # fmt: skip
-        return (loader.batch(step).inputs for step in range(loader.steps_per_epoch))
-
-
-def trained(checkpoint: dict, args: Namespace, given: set[str], device: torch.device) -> TrainedRun:
-    """Return a trained network, and the images of its run.
-
-    Args:
-        checkpoint: what load_checkpoint returned.
-        args, given: flags of this command, see flags.parse.
-        device: where the network is to be.
-
-    Raises:
-        UsageError: flags that contradict the network, or data that it does not fit.
-    """
-    args, about = evaluated_flags(args, given, checkpoint["args"]), checkpoint["data"]
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    check_fits(about, data)
-    loaded = rebuild(checkpoint, device, args.arch, data.image_shape[1:])
-    with contextlib.suppress(ValueError):  # of other data than the run's, which may have fewer images
-        data = training_part(args, data)
-    pruner = Pruner(loaded.model)
-    pruner.masks = loaded.masks
-    return TrainedRun(
-        loaded.model, pruner, args, data, Normalize(about["mean"], about["deviation"], device),
-        epochs=loaded.metrics["epoch"], images=about["fingerprint"], same_images=fingerprint(data) == about["fingerprint"],
-    )  # fmt: skip
