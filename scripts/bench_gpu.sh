@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
 # For whoever has a GPU for ten minutes: the tests that need one, a short real training with SGD and with SAM.v2, and the
-# benchmark, of which what fits into the ten minutes counts. Everything ends in one JSON file. Without a network it takes
+# benchmark, of which what fits into the time counts. Everything ends in one JSON file. Without a network it takes
 # any Python that has what is named below.
 #
-# usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [flags of benchmarks.benchmark]
+# usage: bash scripts/bench_gpu.sh [--data-dir DIR] [--device DEVICE] [--output FILE] [--minutes M] [flags of benchmarks.benchmark]
 #   --data-dir DIR   an image folder to train on (DIR/train/<class>/*, DIR/test/<class>/*); the digits without it
 #   --device DEVICE  cuda; cpu tries the script where there is no GPU
 #   --output FILE    bench_gpu.json
+#   --minutes M      how long it may take, a whole number (10)
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
-data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json
+data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json minutes=10
 flags=()
 while [ $# -gt 0 ]; do
     case $1 in
         --data-dir) data=(--dataset folder --data-dir "$(realpath -m "${2:?--data-dir needs a directory}")"); shift 2 ;;
         --device) device=${2:?--device needs a name}; shift 2 ;;
         --output) output=$(realpath -m "${2:?--output needs a file}"); shift 2 ;;
+        --minutes) minutes=${2:?--minutes needs a number}; shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac
 done
 [ "${data[1]}" = digits ] || [ -d "${data[3]}/train" ] || { echo "error: --data-dir: there is no '${data[3]}/train'" >&2; exit 2; }
 [ -d "$(dirname "$output")" ] || { echo "error: --output: there is no directory '$(dirname "$output")'" >&2; exit 2; }
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes takes a whole number above 0, not '$minutes'" >&2; exit 2; }
 cd "$here"
 PYTHON=python3
 if ! python3 -c 'import torch, torchvision, scipy, tqdm, tensorboard, sklearn, pytest' 2>/dev/null; then
@@ -60,7 +63,7 @@ trap collect EXIT
 trap 'exit 130' INT TERM
 
 part() { # part NAME COMMAND...: run it, show its output, keep that and how it ended
-    local name=$1 left=$((590 - SECONDS)) code=0
+    local name=$1 left=$((60 * minutes - 10 - SECONDS)) code=0
     shift
     echo "== $name" >&2
     timeout --kill-after=5 $((left > 1 ? left : 1)) "$@" 2>&1 | tee "$scratch/$name.txt" || code=$?
