@@ -29,6 +29,7 @@ from training.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
+JOBS = {"study": "2", "study_gpu": "3"}  # an H100 trains three runs at a time as fast, in all, as eight
 CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
 SETTINGS = """
 settings, in the environment:
@@ -281,13 +282,11 @@ def dirty(root: Path) -> bool:
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """Build the parser of a study's script."""
-    jobs, data = (
-        ("2", "; tasks on them are left out without it") if name == "study" else ("6", "; downloaded without it")
-    )
+    data = "; tasks on them are left out without it" if name == "study" else "; downloaded without it"
     parser = argparse.ArgumentParser(
         prog=f"bash scripts/{name}.sh",
         description="Train what the study lacks, and add every finished run to results/. Launched again it goes on.",
-        epilog=SETTINGS.format(name=name, jobs=jobs, data=data),
+        epilog=SETTINGS.format(name=name, jobs=JOBS[name], data=data),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -363,7 +362,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         print(
             f"note: {len(plan) - len(known)} runs need DATA_DIR, a folder with the images of CIFAR-10", file=sys.stderr
         )
-    jobs = setting("JOBS", "2" if name == "study" else "6")
+    jobs = setting("JOBS", JOBS[name])
     if not (jobs.isdecimal() and int(jobs)):
         raise UsageError(f"JOBS takes one whole number above 0, not '{jobs}'")
     study = Study(

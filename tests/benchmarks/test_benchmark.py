@@ -96,7 +96,7 @@ def test_the_end_of_the_usual_loop_is_noticed():
 
 def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys):
     file, others = tmp_path / "out.json", set(multiprocessing.active_children())
-    flags = "--device cpu --compile off --turns 1 --steps 1 --depth 8 --parts optimizer steps"
+    flags = "--device cpu --compile off --turns 1 --steps 1 --depth 8 --parts optimizer steps usual"
     assert main([*flags.split(), "--output", str(file)]) == 0
     assert set(multiprocessing.active_children()) <= others  # the usual loop has ended with whoever asked it
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
