@@ -376,6 +376,8 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
     began = time.monotonic()
     name, directory, *arguments = argv
+    if name not in STUDIES:
+        refuse(f"STUDY takes {' or '.join(STUDIES)}, not '{name}'")
     try:
         study, args = prepare(name, directory, arguments, root, program)
         study.choose_values()

@@ -3,7 +3,8 @@
 # Launched again it goes on where it was interrupted, so that a study fits into calls of --minutes M. The list is in
 # experiment/study.py; --help says what can be set, and --device cpu tries the script where there is no GPU.
 #
-# Runs share the GPU by NVIDIA's multi-process service, which this starts and stops; without it they take turns.
+# Runs share the GPU by NVIDIA's multi-process service, which this starts and stops; without it they take turns. With
+# STUDY=study it trains the list of study.sh like that.
 set -euo pipefail
 from=$PWD
 cd "$(dirname "$0")/.."
@@ -46,7 +47,7 @@ if service "$@"; then
     fi
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each run; torch reads it as it is imported
-"$PYTHON" -m analysis.study study_gpu "$from" "$@" &
+"$PYTHON" -m analysis.study "${STUDY:-study_gpu}" "$from" "$@" &
 study=$! signalled=yes code=0
 trap 'signalled=yes; kill -TERM "$study" 2>/dev/null || true' INT TERM HUP
 while [ -n "$signalled" ]; do # a signal ends wait, not the study, which has checkpoints to write

@@ -465,3 +465,12 @@ def test_the_gpu_script_lists_its_runs_without_a_gpu(tmp_path):
     assert len(listed) == len(list(gpu_study()))
     assert value("--sparsity", listed[0]) == "0.98"
     assert value("--data-dir", listed[0]) == str(tmp_path / "images")
+
+
+def test_the_gpu_script_lists_the_other_study_when_asked(tmp_path):
+    only = ("--dry-run", "--device", "cpu", "--epochs", "2", "--only", "digits-noise/random-0.9-sgd-seed[0-9]")
+    done = script("study_gpu", tmp_path, *only, STUDY="study")
+    assert done.returncode == 0, done.stderr
+    assert [value("--seed", line) for line in commands(done)] == [str(seed) for seed in range(10)]
+    done = script("study_gpu", tmp_path, *only, STUDY="gpu")
+    assert (done.returncode, done.stderr) == (2, "error: STUDY takes study or study_gpu, not 'gpu'\n")
