@@ -32,11 +32,18 @@ def measured_names(args: Namespace) -> set[str]:
 
 
 def has_measured(args: Namespace, result: dict) -> bool:
-    """Return whether result.json has all that these flags ask for, of the statistics of batch norm that they ask for."""
+    """Return whether result.json has all that these flags ask for, and names no error."""
     wanted = measured_names(args)
-    return result.keys() >= wanted and all(
-        result[name].get("recalibrated_bn") == args.recalibrate_bn for name in wanted.intersection(MEASURED)
+    return (
+        "error" not in result
+        and result.keys() >= wanted
+        and all(_counts(args, result, name) for name in wanted.intersection(MEASURED))
     )
+
+
+def _counts(args: Namespace, result: dict, name: str) -> bool:
+    """Return whether a result has a measurement, of the statistics of batch norm that are asked for."""
+    return name in result and result[name].get("recalibrated_bn") == args.recalibrate_bn
 
 
 def measure_trained(
@@ -62,9 +69,9 @@ def measure_trained(
     if args.recalibrate_bn:
         model, figures = _recalibrate(run, model)
         result |= figures
-    if args.sharpness and run.group.is_main:
+    if args.sharpness and run.group.is_main and not _counts(args, earlier, "sharpness"):
         result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | _sharpness(run, model, data, normalize)
-    if args.robustness and run.group.is_main:
+    if args.robustness and run.group.is_main and not _counts(args, earlier, "robustness"):
         result["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | _robustness(run, model, data, normalize)
 
 

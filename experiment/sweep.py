@@ -71,8 +71,9 @@ class Sweep:
         return self.output / ".sweep" / f"{run}.{kind}"
 
     def finished(self, run: str) -> bool:
-        """Return whether a run has a result, and did not fail after it, in what it was to measure."""
-        return (self.output / run / "result.json").exists() and not self.file(run, "failed").exists()
+        """Return whether a run has a result that names no error, as one does whose training was not all."""
+        result = self.output / run / "result.json"
+        return result.exists() and "error" not in json.loads(result.read_text())
 
     def flags(self, run: str) -> list[str]:
         """Return all flags of a run."""
@@ -93,7 +94,8 @@ class Sweep:
             return 130
         lock.close()
         failed = self.report()
-        for command in self.after if failed < len(self.runs) else []:
+        any_result = any((self.output / run / "result.json").exists() for run in self.runs)
+        for command in self.after if any_result else []:
             words = [word.replace("{OUTPUT_DIR}", str(self.output)) for word in command]
             words[0] = sys.executable if words[0] == "python" else words[0]
             if subprocess.run(words, check=False).returncode:
@@ -192,7 +194,7 @@ class Sweep:
         runpy.run_path(str(self.program), run_name="__main__")
 
     def report(self) -> int:
-        """Print which runs have no result; return how many."""
+        """Print which runs are not finished; return how many."""
         failed = [run for run in self.runs if not self.finished(run)]
         self.show_failed(failed)
         print(f"{len(self.runs) - len(failed)} of {len(self.runs)} runs finished, {len(failed)} failed", flush=True)

@@ -11,7 +11,8 @@ GRID = """
 RHOS = 0.1 0.2  # radius
 samv2-rho{RHOS}  --optmzr sgd-sam --sam-v2 --sam-rho {RHOS}
 """
-# What becomes of a run is said by FATES for its rho: it fails, is killed, waits for three others, or has its sweep end.
+# What becomes of a run is said by FATES for its rho: it fails, is killed or preempted, waits for three others, or has its
+# sweep end.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -25,7 +26,7 @@ seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM
 (directory / "begun.json").write_text(json.dumps(seen | {"argv": sys.argv[1:]}))
 fate = json.loads(os.environ.get("FATES", "{}")).get(value("--sam-rho"))
 if fate == "measure":  # fails after its training
-    (directory / "result.json").write_text("{}")
+    (directory / "result.json").write_text('{"error": "poisoned"}')
 if fate in ("fail", "measure"):
     print("error: poisoned", file=sys.stderr)
     sys.exit(1)
@@ -37,6 +38,8 @@ while fate == "orphan" and not (directory / "go").exists():
     time.sleep(0.01)
 while fate == "meet" and len(list(directory.parent.glob("*/begun.json"))) < 4:
     time.sleep(0.01)
+if fate == "preempt":
+    sys.exit(75)
 if fate in ("SIGINT", "SIGTERM", "SIGHUP", "Ctrl-C"):
     def end(*_):
         (directory / "checkpoint.pt").touch()

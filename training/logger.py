@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -147,11 +147,15 @@ class Logger:
 
     @contextmanager
     def writing_result(self, result: dict, flags: dict) -> Iterator[None]:
-        """Finish after a block in which the result may grow; also after an error in it, because the training is complete."""
+        """Finish after a block in which the result may grow.
+
+        After an error in it, too, which the result then names: the training is complete.
+        """
         try:
             yield
-        except Exception:
-            self.finish(result, flags)
+        except Exception as error:
+            with suppress(OSError):  # the error that came first is the one to tell
+                self.finish(result | {"error": str(error)}, flags)
             raise
         self.finish(result, flags)
 

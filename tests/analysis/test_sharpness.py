@@ -74,11 +74,30 @@ def test_a_measurement_that_fails_keeps_the_result_of_the_training(looked_at, mo
     assert train(f"{flags} --sharpness".split()) == 1
     assert "out of memory" in capsys.readouterr().err
     after = result_of(tmp_path / "run")
+    assert after.pop("error") == "out of memory"
     assert {n: v for n, v in after.items() if n != "args"} == {n: v for n, v in before.items() if n != "args"}
     assert train(f"{flags} --sharpness --recalibrate-bn".split()) == 1  # what was measured before the failure stays
     assert "test_top1_recalibrated_bn" in result_of(tmp_path / "run")
     assert train(f"{flags} --sharpness".split()) == 1  # and so does what an earlier command measured
     assert "test_top1_recalibrated_bn" in result_of(tmp_path / "run")
+    assert train(flags.split()) == 0  # nothing is asked for that is not there
+    assert "error" not in result_of(tmp_path / "run")
+
+
+def test_what_is_measured_is_not_measured_again_because_another_measurement_failed(looked_at, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise TrainingError("out of memory")
+
+    shutil.copytree(looked_at.runs / "seed1", tmp_path / "run")
+    flags = looked_at.resume.replace("--seed 0", "--seed 1").replace(str(looked_at.later), str(tmp_path / "run"))
+    monkeypatch.setattr("analysis.corrupted.measure", fail)
+    assert train(f"{flags} --sharpness --robustness".split()) == 1
+    measured = result_of(tmp_path / "run")["sharpness"]
+    monkeypatch.setattr("analysis.hessian.measure", fail)
+    monkeypatch.setattr("analysis.corrupted.measure", lambda *args, **kwargs: ([{"mean": 0.5}], None))
+    monkeypatch.setattr("analysis.corrupted.scalars", lambda found: {})
+    assert train(f"{flags} --sharpness --robustness".split()) == 0
+    assert result_of(tmp_path / "run")["sharpness"] == measured
 
 
 def test_the_flags_figures_hold_what_mathematics_demands(looked_at):

@@ -53,6 +53,7 @@ def test_a_run_that_fails_in_a_measurement_after_its_training_is_tried_again(swe
     done = sweep(FATES='{"0.2": "measure"}')
     assert done.returncode == 1
     assert "1 of 2 runs finished, 1 failed" in done.stdout
+    assert "1 of 2 runs finished" in sweep(FATES='{"0.2": "preempt"}').stdout  # while it measures
     again = sweep()
     assert again.returncode == 0
     assert "2 runs, 1 of them finished already" in again.stdout
@@ -160,7 +161,9 @@ def test_a_directory_that_cannot_be_written_is_refused(sweep, tmp_path):
 def test_commands_of_the_grid_run_at_the_end_without_a_shell(sweep):
     write = "import sys; open(sys.argv[1] + '/page', 'w').write(sys.argv[2])"
     grid = f'{GRID}\n> python -c "{write}" {{OUTPUT_DIR}} "$(id); *"\n> cp {{OUTPUT_DIR}}/page {{OUTPUT_DIR}}/copy'
-    assert sweep(grid=grid).returncode == 0
+    assert sweep(grid=grid, FATES='{"0.1": "fail", "0.2": "fail"}').returncode == 1
+    assert not (sweep.output / "copy").exists()
+    assert sweep(grid=grid, FATES='{"0.1": "fail", "0.2": "measure"}').returncode == 1  # the training is there to show
     assert (sweep.output / "copy").read_text() == "$(id); *"
 
 
