@@ -277,13 +277,14 @@ class Budget:
         return {name: value for name, value in by_layer.items() if name not in self.dense}
 
     def _fixed_sparsity(self, sparsity: float | None, source: str) -> float:
-        """Return the sparsity of all layers that are not dense. Raises BudgetError for another one that was asked for."""
+        """Return the sparsity of all layers that are not dense. Raises ValueError for another one that was asked for."""
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
         fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            raise BudgetError(
+            known = isinstance(self._pattern, NofM)  # by layer it depends on the sizes of layers, and so on the classes
+            raise (ValueError if known else BudgetError)(
                 f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
             )
         return fixed

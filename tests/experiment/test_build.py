@@ -64,6 +64,11 @@ def test_a_sparsity_is_not_refused_before_the_classes_of_a_folder_are_known():
     flags = "--depth 8 --prune-method random --sparsity 0.7 --dense-layers classifier --dataset"
     for data in ("folder --data-dir nowhere", "imagefolder --data-dir nowhere", "cifar10"):
         build.check_on_meta(resolve(parse(f"{flags} {data}".split())[0]))
+    pattern = (
+        "--depth 8 --prune-method magnitude --sparsity-pattern 2:4 --sparsity 0.6 --dataset folder --data-dir nowhere"
+    )
+    with pytest.raises(UsageError, match=r"fixes the sparsity at 0\.5"):  # of any number of classes
+        build.check_on_meta(resolve(parse(pattern.split())[0]))
 
 
 def test_a_sparsity_too_high_for_the_classes_of_a_data_set_is_refused():
