@@ -118,6 +118,7 @@ def test_the_memory_of_one_step_sam_is_one_buffer_of_parameters(tmp_path, monkey
     """Each is measured in a process of its own, which is forked here: that spares it the imports."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr("benchmarks.benchmark.MEMORY_BATCH", 2)
     assert main(["--device", "cpu", "--output", str(tmp_path / "out.json"), "--parts", "memory"]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["figures"]["SAM.v2 over sgd, in buffers of parameters"]["median"] == pytest.approx(1, abs=0.01)
