@@ -193,6 +193,8 @@ def read_run(directory: Path) -> dict:
         }
         if "earlier_git" in about:
             entry["earlier_commits"] = about["earlier_git"]
+        if result.get("skipped_steps") and about["args"]["precision"] != "fp16":  # maybe before its last launch
+            entry["flags"]["nonfinite"] = "skip"
         if not finished:
             entry["end"] = divergence(directory)
             return entry
@@ -300,7 +302,7 @@ def same_mathematics(commit: str | None, root: Path, what: str) -> str:
         UsageError: it does not share it, or cannot be known.
     """
     if commit is None:
-        raise UsageError(f"{what} was not run in a git checkout, so its commit is not known: run it in one")
+        raise UsageError(f"{what} was not run in a git checkout, or lost its args.json: run it again in one")
     if commit.endswith("-dirty"):
         raise UsageError(f"{what} was run with changes that are not committed: commit them and run it again")
     found = mathematics(commit, root)

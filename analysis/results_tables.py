@@ -219,10 +219,11 @@ def provenance(entries: Iterable[Entry]) -> str:
     """Return what runs cost, and of which commits and devices they are."""
     entries = list(entries)
 
-    def distinct(name: str, length: int | None = None) -> list[str]:
-        return sorted({entry[name][:length] for entry in entries})
+    def distinct(name: str) -> list[str]:
+        return sorted({entry[name] for entry in entries})
 
-    devices, commits = distinct("device"), distinct("commit", 7)
+    devices = distinct("device")
+    commits = sorted({commit[:7] for e in entries for commit in (e["commit"], *e.get("earlier_commits", ()))})
     unit = "core-hours" if all(device.startswith("cpu") for device in devices) else "hours of runs"
     text = (
         f"Cost: {core_hours(entries):.1f} {unit}, {count_text(len(entries), 'run')}; {', '.join(devices)}; "

@@ -1,7 +1,7 @@
 """Train what a study lacks, and add every finished run to the ledger: python -m analysis.study NAME DIRECTORY [ARGUMENT ...].
 
-scripts/study.sh and scripts/study_gpu.sh launch it. NAME is one of the lists in experiment/study.py, relative paths start
-from DIRECTORY, and the arguments are the script's.
+scripts/study.sh and scripts/study_gpu.sh launch it. NAME is that of the script and of a list in experiment/study.py, relative
+paths start from DIRECTORY, and the arguments are the script's.
 """
 
 import argparse
@@ -38,7 +38,7 @@ settings, in the environment:
   DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*{data}
   EPOCHS      another length, for a trial: its figures go to OUTPUT_DIR/results, not to the ledger
   OUTPUT_DIR  where the directories of the runs are (runs/{name})
-
+{listed}
 Further flags go to main_prune_train.py. One that changes figures makes it a trial too."""
 
 
@@ -160,8 +160,10 @@ class Study(Sweep):
             try:
                 if json.loads(command.read_text()) != self.runs[run]:
                     raise UsageError("it was begun with other flags")
+                about = json.loads((directory / "args.json").read_text())
                 if self.root:
-                    same_mathematics(json.loads((directory / "args.json").read_text())["git"], self.root, "it")
+                    for commit in (*about.get("earlier_git", ()), about["git"]):
+                        same_mathematics(commit, self.root, "it")
                 if not any((directory / name).exists() for name in (NEWEST, PREVIOUS)):
                     raise UsageError("it left no checkpoint to go on from")
             except (OSError, ValueError, KeyError, UsageError) as error:
@@ -282,11 +284,14 @@ def dirty(root: Path) -> bool:
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """Build the parser of a study's script."""
-    data = "; tasks on them are left out without it" if name == "study" else "; downloaded without it"
+    data, listed = "; tasks on them are left out without it", ""
+    if name == "study_gpu":
+        data = "; downloaded without it"
+        listed = "  STUDY       the list to train: study for that of scripts/study.sh (study_gpu)\n"
     parser = argparse.ArgumentParser(
         prog=f"bash scripts/{name}.sh",
         description="Train what the study lacks, and add every finished run to results/. Launched again it goes on.",
-        epilog=SETTINGS.format(name=name, jobs=JOBS[name], data=data),
+        epilog=SETTINGS.format(name=name, jobs=JOBS[name], data=data, listed=listed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -342,7 +347,10 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     if epochs := setting("EPOCHS", ""):
         extra += ["--epochs", epochs]
     given = parse(extra)[1]
-    plan = [run for run in STUDIES[name]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
+    listed = setting("STUDY", name) if name == "study_gpu" else name
+    if listed not in STUDIES:
+        raise UsageError(f"STUDY takes {' or '.join(STUDIES)}, not '{listed}'")
+    plan = [run for run in STUDIES[listed]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
     if not plan:
         raise UsageError(
             f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
@@ -376,8 +384,6 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
     began = time.monotonic()
     name, directory, *arguments = argv
-    if name not in STUDIES:
-        refuse(f"STUDY takes {' or '.join(STUDIES)}, not '{name}'")
     try:
         study, args = prepare(name, directory, arguments, root, program)
         study.choose_values()

@@ -47,7 +47,7 @@ if service "$@"; then
     fi
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each run; torch reads it as it is imported
-"$PYTHON" -m analysis.study "${STUDY:-study_gpu}" "$from" "$@" &
+"$PYTHON" -m analysis.study study_gpu "$from" "$@" &
 study=$! signalled=yes code=0
 trap 'signalled=yes; kill -TERM "$study" 2>/dev/null || true' INT TERM HUP
 while [ -n "$signalled" ]; do # a signal ends wait, not the study, which has checkpoints to write

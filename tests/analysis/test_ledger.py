@@ -147,6 +147,12 @@ def test_skipping_steps_that_are_not_finite_is_told(add, run, checkout):
     assert entry(checkout)["flags"]["nonfinite"] == "skip"
 
 
+def test_steps_that_an_earlier_launch_skipped_are_told(add, run, checkout):
+    edit(run / "result.json", skipped_steps=1)
+    add(run)
+    assert entry(checkout)["flags"]["nonfinite"] == "skip"
+
+
 def test_a_long_run_is_thinned_to_fit_and_keeps_its_last_epoch(add, run, checkout):
     first = rows(run)[0]
     with open(run / "metrics.csv", "w") as file:
@@ -205,7 +211,7 @@ def test_a_change_that_decides_no_figure_keeps_older_runs_welcome(add, run, chec
     [
         ("{head}-dirty", "was run with changes that are not committed: commit them and run it again"),
         ("0123456789abcdef0123456789abcdef01234567", "commit 0123456789ab, which is not in this repository: fetch it"),
-        (None, "was not run in a git checkout, so its commit is not known"),
+        (None, "was not run in a git checkout, or lost its args.json"),
     ],
 )
 def test_a_run_whose_program_cannot_be_known_is_refused(add, run, checkout, git, words):

@@ -69,7 +69,7 @@ def study(tmp_path, monkeypatch, capfd):
     program = tmp_path / "stand_in.py"
     program.write_text(STAND_IN)
     root = tmp_path / "checkout"
-    for name in ("DATA_DIR", "EPOCHS", "JOBS", "GPUS"):
+    for name in ("DATA_DIR", "EPOCHS", "JOBS", "GPUS", "STUDY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OUTPUT_DIR", "out")
     monkeypatch.setenv("HELD_OUT", "{}")
@@ -107,9 +107,9 @@ def choice(results):
 
 
 def script(name, directory, *arguments, **settings):
-    """Run a script from a directory, without a number of threads in the environment."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
-    environment.pop("OMP_NUM_THREADS", None)
+    """Run a script from a directory, without a number of threads or a list in the environment."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "STUDY")}
+    environment = inherited | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | settings
     command = ["bash", str(ROOT / f"scripts/{name}.sh"), *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -370,6 +370,18 @@ def test_runs_of_a_clean_checkout_enter_the_ledger_once(study, checkout):
     assert once_more.returncode == 0, once_more.stderr
     assert "begins anew (it left no checkpoint to go on from)" in once_more.stderr
     assert json.loads((checkout / f"results/{NESTEROV}.json").read_text())["final"] == entry["final"]
+
+
+def test_a_run_that_an_unknown_commit_began_begins_anew(study, checkout):
+    assert study("--only", NESTEROV).returncode == 0
+    (checkout / f"results/{NESTEROV}.json").unlink()
+    run = study.output / NESTEROV
+    (run / "checkpoint.pt").touch()
+    about = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(about | {"earlier_git": ["f" * 40]}))
+    again = study("--only", NESTEROV)
+    assert again.returncode == 0, again.stderr
+    assert "begins anew (it was run at commit ffffffffffff, which is not in this repository" in again.stderr
 
 
 def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
