@@ -223,7 +223,9 @@ def provenance(entries: Iterable[Entry]) -> str:
         return sorted({entry[name] for entry in entries})
 
     devices = distinct("device")
-    commits = sorted({commit[:7] for e in entries for commit in (e["commit"], *e.get("earlier_commits", ()))})
+    commits = sorted(
+        {(commit or "unknown")[:7] for e in entries for commit in (e["commit"], *e.get("earlier_commits", ()))}
+    )
     unit = "core-hours" if all(device.startswith("cpu") for device in devices) else "hours of runs"
     text = (
         f"Cost: {core_hours(entries):.1f} {unit}, {count_text(len(entries), 'run')}; {', '.join(devices)}; "

@@ -35,10 +35,12 @@ SETTINGS = """
 settings, in the environment:
   JOBS        runs at a time ({jobs})
   GPUS        numbers of the GPUs to spread runs over; each run sees all where it is not set
-  DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*{data}
+  DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*; without it the paper's tasks download
+              CIFAR-10, and others on it are left out
   EPOCHS      another length, for a trial: its figures go to OUTPUT_DIR/results, not to the ledger
-  OUTPUT_DIR  where the directories of the runs are (runs/{name})
-{listed}
+  OUTPUT_DIR  where the directories of the runs are (runs/STUDY)
+  STUDY       the list to train: study or study_gpu ({name})
+
 Further flags go to main_prune_train.py. One that changes figures makes it a trial too."""
 
 
@@ -156,7 +158,7 @@ class Study(Sweep):
         """Make room for a run: what a run of other flags or of another commit's mathematics left is deleted."""
         directory, command = self.output / run, self.file(run, "command")
         command.parent.mkdir(parents=True, exist_ok=True)
-        if (directory / "args.json").exists():
+        if directory.exists():
             try:
                 if json.loads(command.read_text()) != self.runs[run]:
                     raise UsageError("it was begun with other flags")
@@ -284,14 +286,10 @@ def dirty(root: Path) -> bool:
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """Build the parser of a study's script."""
-    data, listed = "; tasks on them are left out without it", ""
-    if name == "study_gpu":
-        data = "; downloaded without it"
-        listed = "  STUDY       the list to train: study for that of scripts/study.sh (study_gpu)\n"
     parser = argparse.ArgumentParser(
         prog=f"bash scripts/{name}.sh",
         description="Train what the study lacks, and add every finished run to results/. Launched again it goes on.",
-        epilog=SETTINGS.format(name=name, jobs=JOBS[name], data=data, listed=listed),
+        epilog=SETTINGS.format(name=name, jobs=JOBS[name]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -347,7 +345,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     if epochs := setting("EPOCHS", ""):
         extra += ["--epochs", epochs]
     given = parse(extra)[1]
-    listed = setting("STUDY", name) if name == "study_gpu" else name
+    listed = setting("STUDY", name)
     if listed not in STUDIES:
         raise UsageError(f"STUDY takes {' or '.join(STUDIES)}, not '{listed}'")
     plan = [run for run in STUDIES[listed]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
@@ -357,7 +355,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         )
     for taken in sorted(given & set_by_study(plan)):
         raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study.py is its list")
-    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{name}"))))
+    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{listed}"))))
     trial = bool(given - NOT_OF_FIGURES)
     folder = setting("DATA_DIR", "")
     images = {"": [], "cifar10": ["--dataset", "cifar10"]}

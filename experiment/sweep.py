@@ -71,9 +71,12 @@ class Sweep:
         return self.output / ".sweep" / f"{run}.{kind}"
 
     def finished(self, run: str) -> bool:
-        """Return whether a run has a result that names no error, as one does whose training was not all."""
-        result = self.output / run / "result.json"
-        return result.exists() and "error" not in json.loads(result.read_text())
+        """Return whether a run has a result, and did not fail after it, in what it was to measure."""
+        try:
+            result = json.loads((self.output / run / "result.json").read_text())
+        except (OSError, ValueError):  # absent, or torn
+            return False
+        return isinstance(result, dict) and "error" not in result and not self.file(run, "failed").exists()
 
     def flags(self, run: str) -> list[str]:
         """Return all flags of a run."""

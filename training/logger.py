@@ -155,7 +155,7 @@ class Logger:
             yield
         except Exception as error:
             with suppress(OSError):  # the error that came first is the one to tell
-                self.finish(result | {"error": str(error)}, flags)
+                self.finish(result | {"error": str(error) or type(error).__name__}, flags)
             raise
         self.finish(result, flags)
 

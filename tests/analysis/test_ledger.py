@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from analysis.ledger import MOST_BYTES, main
+from analysis.ledger import MOST_BYTES, Ledger, main, read_run
 from experiment.flags import NOT_OF_FIGURES, parse, resolve
+from utils.errors import UsageError
 
 
 class Checkout:
@@ -219,6 +220,16 @@ def test_a_run_whose_program_cannot_be_known_is_refused(add, run, checkout, git,
     done = add(run)
     assert refused(done, checkout)
     assert words in done[2]
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced(checkout, run):
+    add_one, add_other = (Ledger(checkout.root / "results/digits", checkout.root) for _ in range(2))
+    found = read_run(run)
+    add_one.write(add_one.check(found))
+    other = add_other.check(found | {"final": found["final"] | {"test_top1": 99.0}})
+    with pytest.raises(UsageError, match="other figures: which run counts"):
+        add_other.write(other)
+    assert entry(checkout)["final"] == found["final"]
 
 
 def test_a_run_of_other_mathematics_is_refused_by_the_files_that_differ(add, run, checkout):

@@ -383,6 +383,13 @@ def test_a_run_that_an_unknown_commit_began_begins_anew(study, checkout):
     assert again.returncode == 0, again.stderr
     assert "begins anew (it was run at commit ffffffffffff, which is not in this repository" in again.stderr
 
+    (checkout / f"results/{NESTEROV}.json").unlink()
+    (run / "checkpoint.pt").touch()
+    (run / "args.json").unlink()
+    once_more = study("--only", NESTEROV)
+    assert once_more.returncode == 0, once_more.stderr
+    assert "begins anew (" in once_more.stderr
+
 
 def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
     (checkout / "sam.py").write_text("rho = 0.1")

@@ -49,6 +49,17 @@ def test_launched_again_a_sweep_does_what_is_left(sweep):
     assert not list(sweep.output.glob(".sweep/*.failed"))
 
 
+@pytest.mark.parametrize("torn", ["", "{", "null"])
+def test_a_run_whose_result_is_torn_is_not_finished(sweep, torn):
+    assert sweep(RHOS="0.1").returncode == 0
+    (path,) = sweep.output.glob("*/result.json")
+    path.write_text(torn)
+    again = sweep(RHOS="0.1")
+    assert again.returncode == 0
+    assert "1 runs, 0 of them finished already" in again.stdout
+    assert path.read_text() == "{}"
+
+
 def test_a_run_that_fails_in_a_measurement_after_its_training_is_tried_again(sweep):
     done = sweep(FATES='{"0.2": "measure"}')
     assert done.returncode == 1
