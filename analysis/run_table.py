@@ -24,9 +24,9 @@ def read_runs(directories: list[Path]) -> pd.DataFrame:
 
     Returns:
         One row per run: `directory` (Path), `state` (finished, if only in its training; repeated if it is the same as a run
-        before it; failed where a sweep saw it fail; incomplete), `epochs_done`, `optimizer`, `data` (a name for its images, by their content),
-        `processes`, `commit`, `device`, `torch`, every flag except those that only say where and how a run goes, and the
-        figures of result.json for finished runs.
+        before it; failed where a sweep saw it fail; incomplete), `epochs_done`, `optimizer`, `data` (a name for its images,
+        by their content), `processes`, `commit`, `device`, `torch`, every flag except those that only say where and how a
+        run goes, and the figures of result.json for finished runs.
 
     Raises:
         UsageError: there are no runs, none has begun, or a file of a run cannot be read.

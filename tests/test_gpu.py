@@ -29,12 +29,12 @@ class Run:
 
     def __init__(
         self, name="sgd-sam", v2=True, method="none", sparsity=None, execution=Execution(), workers=0, device=CUDA,
-        **schedule,
+        interval=4, **schedule,
     ):  # fmt: skip
         torch.manual_seed(0)
         self.model = build_model("resnet", 8, 5).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(name, self.model, lr=0.1, weight_decay=5e-4, momentum=0.9, rho=0.05, v2=v2)
-        options = {"update_interval": 4} if METHODS[method].has_interval else {}
+        options = {"update_interval": interval} if METHODS[method].has_interval else {}
         self.pruner = Pruner(self.model, method, sparsity, total_steps=64, optimizers=[optimizer], **options)
         g = torch.Generator().manual_seed(0)
         images = Images(torch.randint(256, (256, 16, 16, 3), dtype=torch.uint8, generator=g), torch.arange(256) % 5)
@@ -143,21 +143,17 @@ def test_graphs_log_the_diagnostics_of_single_kernels(v2, same_kernels):
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_compiled_graphs_train_like_eager_kernels(name, v2, method, same_kernels):
     sparsity = None if method == "none" else 0.5
-    runs = [Run(name, v2, method, sparsity, e) for e in (Execution(), Execution(compiled=True, graphed=True))]
-    eager, graphs = ([run.step()[0].item() for _ in range(12)] for run in runs)
-    assert graphs[:8] == pytest.approx(eager[:8], rel=1e-2)  # rounding has grown to 4e-3 by then,
-    assert graphs == pytest.approx(
-        eager, rel=4e-2
-    )  # and to 1e-2 by now, with a change of masks from a graph on the way
+    executions = (Execution(), Execution(compiled=True, graphed=True))
+    runs = [Run(name, v2, method, sparsity, execution, interval=2) for execution in executions]
+    losses = [[run.step()[0].item() for _ in range(8)] for run in runs]  # the third change of masks is from a graph
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)  # rounding grows to 7e-3 in eight steps
 
 
 @pytest.mark.parametrize(("name", "v2"), ARMS)
 def test_cpu_and_gpu_take_the_same_first_steps(name, v2):
     runs = [Run(name, v2, "random", 0.5, device=device) for device in (torch.device("cpu"), CUDA)]
     losses = [[run.step()[0].item() for _ in range(3)] for run in runs]
-    assert losses[1] == pytest.approx(
-        losses[0], rel=1e-3
-    )  # rounding has grown to 2e-4 by then, and to 1e-3 a step later
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # rounding grows to 2e-4 in three steps
     masks = [[mask.cpu() for mask in run.pruner.masks.state_dict().values()] for run in runs]
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 

@@ -147,14 +147,11 @@ class Logger:
 
     @contextmanager
     def writing_result(self, result: dict, flags: dict) -> Iterator[None]:
-        """Finish after a block in which the result may grow.
-
-        After an error in it, too, which the result then names: the training is complete.
-        """
+        """Finish after a block in which the result may grow; after an error in it the result has its words as `error`."""
         try:
             yield
         except Exception as error:
-            with suppress(OSError):  # the error that came first is the one to tell
+            with suppress(OSError):  # the first error is the one to tell
                 self.finish(result | {"error": str(error) or type(error).__name__}, flags)
             raise
         self.finish(result, flags)
