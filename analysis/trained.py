@@ -37,12 +37,12 @@ def has_measured(args: Namespace, result: dict) -> bool:
     return (
         "error" not in result
         and result.keys() >= wanted
-        and all(_counts(args, result, name) for name in wanted.intersection(MEASURED))
+        and all(_is_measured(args, result, name) for name in wanted.intersection(MEASURED))
     )
 
 
-def _counts(args: Namespace, result: dict, name: str) -> bool:
-    """Return whether a result has a measurement, of the statistics of batch norm that are asked for."""
+def _is_measured(args: Namespace, result: dict, name: str) -> bool:
+    """Return whether a result has a measurement with the statistics of batch norm that the flags ask for."""
     return name in result and result[name].get("recalibrated_bn") == args.recalibrate_bn
 
 
@@ -69,9 +69,9 @@ def measure_trained(
     if args.recalibrate_bn:
         model, figures = _recalibrate(run, model)
         result |= figures
-    if args.sharpness and run.group.is_main and not _counts(args, earlier, "sharpness"):
+    if args.sharpness and run.group.is_main and not _is_measured(args, earlier, "sharpness"):
         result["sharpness"] = {"recalibrated_bn": args.recalibrate_bn} | _sharpness(run, model, data, normalize)
-    if args.robustness and run.group.is_main and not _counts(args, earlier, "robustness"):
+    if args.robustness and run.group.is_main and not _is_measured(args, earlier, "robustness"):
         result["robustness"] = {"recalibrated_bn": args.recalibrate_bn} | _robustness(run, model, data, normalize)
 
 

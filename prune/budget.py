@@ -283,8 +283,9 @@ class Budget:
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
         fixed = dead / sum(sizes.values())
         if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            known = isinstance(self._pattern, NofM)  # by layer it depends on the sizes of layers, and so on the classes
-            raise (ValueError if known else BudgetError)(
+            # What 2:4 fixes holds for any network; a sparsity by layer depends on their sizes, and so on the classes.
+            error = ValueError if isinstance(self._pattern, NofM) else BudgetError
+            raise error(
                 f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
             )
         return fixed
