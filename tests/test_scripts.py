@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A Python of another version, whose packages are the lines of a file of its prefix, with a venv and a pip to match.
 STUB = """#!{python} -I
 import importlib.metadata as metadata, os, pathlib, signal, sys, time, types
+import packaging.requirements  # while the version is the true one: it takes ways around faults of some
 path = pathlib.Path(sys.argv[0])
 del sys.argv[0]
 version = (*{version}, 0, "final", 0)
