@@ -381,6 +381,8 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
 def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
     began = time.monotonic()
+    if len(argv) < 2 or argv[0] not in STUDIES or not os.path.isdir(argv[1]):
+        refuse("scripts/study.sh and study_gpu.sh launch this: python -m analysis.study NAME DIRECTORY [ARGUMENT ...]")
     name, directory, *arguments = argv
     try:
         study, args = prepare(name, directory, arguments, root, program)

@@ -21,6 +21,9 @@ from utils.errors import UsageError
 
 def main(argv: list[str]) -> int:
     """Print one line for the flags of a run, and return an exit code."""
+    if len(argv) < 3:
+        print(f"error: scripts/imagenet.sh launches this: {__doc__.splitlines()[-1]}", file=sys.stderr)
+        return 2
     directory, speed, _, *flags = argv
     try:
         args, given = parse(flags)

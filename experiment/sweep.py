@@ -321,7 +321,7 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--slurm-job"]:
         sys.exit(slurm_job(Path(sys.argv[2])))
-    if len(sys.argv) < 3 or sys.stdin.isatty():
+    if len(sys.argv) < 3 or not os.path.isdir(sys.argv[2]) or sys.stdin.isatty():
         refuse("the scripts/sweep_*.sh launch this: python -m experiment.sweep SCRIPT DIRECTORY [ARGUMENT ...] < GRID")
     if {"--dry-run", "--help", "-h"}.intersection(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # head may close the pipe

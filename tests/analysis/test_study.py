@@ -452,6 +452,13 @@ def test_bad_input_is_refused_in_a_sentence(study, arguments, settings, words):
     assert not study.output.exists()
 
 
+@pytest.mark.parametrize("argv", [[], ["study"], ["study", "--list"], ["studies", "."]])
+def test_what_only_scripts_launch_says_so(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert (ended.value.code, capsys.readouterr().err.startswith("error: scripts/study.sh")) == (2, True)
+
+
 def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study, tmp_path):
     waits = tmp_path / "waits.py"
     waits.write_text(WAITS.format(tests=str(ROOT / "tests")))
