@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import math
 import os
 import re
@@ -142,6 +143,7 @@ def as_flags(sentence: str) -> str:
     return re.sub(rf"(?<![-\w'])({bare})\b", lambda found: flag(names[found[1]]), sentence)
 
 
+@functools.cache  # a sweep parses the flags of hundreds of runs
 def build_parser() -> Parser:
     """Return the parser of main_prune_train.py."""
     parser = Parser(
