@@ -115,7 +115,7 @@ def test_random_flags_are_accepted_or_refused_with_a_sentence(tmp_path, monkeypa
     outcomes = Counter()
 
     @settings(
-        max_examples=1000, database=None, derandomize=True, deadline=None,
+        max_examples=500, database=None, derandomize=True, deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )  # fmt: skip
     @given(flag_sets())
@@ -130,5 +130,5 @@ def test_random_flags_are_accepted_or_refused_with_a_sentence(tmp_path, monkeypa
     check()
     assert list(tmp_path.iterdir()) == []
     record_property("flag sets at random", f"{dict(outcomes)}, tracebacks: 0")
-    assert outcomes["taken"] + outcomes["refused"] == sum(outcomes.values()) >= 1000
-    assert min(outcomes["taken"], outcomes["refused"]) > 100
+    assert outcomes["taken"] + outcomes["refused"] == sum(outcomes.values()) >= 500
+    assert min(outcomes["taken"], outcomes["refused"]) > 50

@@ -94,7 +94,9 @@ def test_the_end_of_the_usual_loop_is_noticed():
             run(False, 1)
 
 
-def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys):
+def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    for module in ("benchmark", "loop"):
+        monkeypatch.setattr(f"benchmarks.{module}.BATCH", 16)
     file, others = tmp_path / "out.json", set(multiprocessing.active_children())
     flags = "--device cpu --compile off --turns 1 --steps 1 --depth 8 --parts optimizer steps usual"
     assert main([*flags.split(), "--output", str(file)]) == 0
