@@ -55,12 +55,13 @@ def matplotlib_imports() -> Iterator[None]:
 
 
 @contextmanager
-def writing_to(output: Path) -> Iterator[None]:
-    """Turn errors of writing a file or directory into a UsageError."""
+def writing_to(output: Path, flag: str = "--output") -> Iterator[None]:
+    """Turn errors of writing a file or directory into a UsageError; `flag` names another place, if there is one."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"cannot write to '{output}' ({error.strerror}): name another --output") from error
+        way = f"name another {flag}" if flag else "make room there, or mend its permissions"
+        raise UsageError(f"cannot write to '{output}' ({error.strerror}): {way}") from error
 
 
 def make_writable(directory: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from analysis.command import run_command, writing_to
 from analysis.labels import count_text
 from experiment.flags import NOT_OF_FIGURES, PATHS, parse, resolve
+from training.checkpoint import NEWEST
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
@@ -71,7 +72,11 @@ def add_runs(args: Namespace) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.study):
         raise UsageError(f"--study names a folder of results/, and '{args.study}' is no name for one")
     ledger = Ledger(args.results / args.study, args.root)
-    entries = [ledger.check(read_run(directory)) for directory in args.runs]
+    asked = Ledger(ledger.folder, args.root)  # what is there, and the runs of this command
+    entries = []
+    for directory in args.runs:
+        entries.append(asked.check(read_run(directory)))
+        asked.entries[entries[-1]["run"]] = entries[-1]
     for entry in entries:
         ledger.write(entry)
     print(f"{count_text(len(entries), 'run')} in {ledger.folder}")
@@ -140,7 +145,7 @@ class Ledger:
         earlier = self.entries.get(entry["run"])
         if earlier and ("sharpness" in earlier or "sharpness" not in entry):
             return
-        with writing_to(self.folder):
+        with writing_to(self.folder, "--results"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text_atomically(path, entry_text(entry))
         self.entries[entry["run"]] = entry
@@ -201,18 +206,38 @@ def read_run(directory: Path) -> dict:
             entry["flags"]["nonfinite"] = "skip"
         if not finished:
             entry["end"] = divergence(directory)
+            entry["seconds"] = round(sum(float(row["seconds"]) for row in epochs(directory)), 1)
             return entry
         entry["final"] = {key: rounded(result[key], 6) for key in FINAL if key in result}
-        if (directory / "sharpness.json").exists():
-            entry["sharpness"] = sharpness(json.loads((directory / "sharpness.json").read_text())[0])
-        elif "sharpness" in result:
-            entry["sharpness"] = sharpness(result["sharpness"])
-        with open(directory / "metrics.csv") as file:
-            return with_curves(entry, list(csv.DictReader(file)))
+        if measured := measured_at_the_end(directory) or result.get("sharpness"):
+            entry["sharpness"] = sharpness(measured)
+        return with_curves(entry, epochs(directory))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"cannot read a run in '{directory}' ({error}): name the directory of a finished run"
         ) from error
+
+
+def epochs(directory: Path) -> list[dict]:
+    """Read a run's metrics.csv; a run that ended before its first epoch has none."""
+    if not (directory / "metrics.csv").exists():
+        return []
+    with open(directory / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def measured_at_the_end(directory: Path) -> dict:
+    """Return what analysis.sharpness wrote of a run's last checkpoint; {} where there is only another network's.
+
+    Another epoch's, that of best.pt, or with batch norm's statistics estimated anew is not what a table compares.
+    """
+    file, last = directory / "sharpness.json", epochs(directory)[-1:]
+    records = json.loads(file.read_text()) if file.exists() else []
+    for record in records:
+        of = Path(record.get("checkpoint", "")).name, record.get("epochs"), record.get("recalibrated_bn")
+        if last and of == (NEWEST, int(last[0]["epoch"]), False):
+            return record
+    return {}
 
 
 def divergence(directory: Path) -> str:
@@ -255,6 +280,9 @@ def sharpness(measured: dict) -> dict:
 
 def with_curves(entry: dict, rows: list[dict]) -> dict:
     """Return an entry with the figures of its epochs: of all, or of as many at equal distances as fit."""
+    if not rows:
+        raise ValueError("metrics.csv has no epoch")
+    room = 0 if "sharpness" in entry else len(entry_text({"sharpness": {"train": -0.00012345, "test": -0.00012345}}))
     for stride in range(1, len(rows) + 1):
         kept = rows[(len(rows) - 1) % stride :: stride]  # the last one is among them
         curves = {
@@ -263,7 +291,8 @@ def with_curves(entry: dict, rows: list[dict]) -> dict:
             if name in rows[0] and any(row[name] for row in kept)
         }
         whole = {**entry, "epochs": {"epoch": [int(row["epoch"]) for row in kept], **curves}}
-        if len(entry_text(whole).encode()) <= MOST_BYTES - 40:  # the fingerprint of the mathematics is to come
+        # The fingerprint of the mathematics is to come, and maybe the sharpness.
+        if len(entry_text(whole).encode()) <= MOST_BYTES - 40 - room:
             break
     return whole
 

@@ -76,7 +76,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
         for key, data in outdated.items():
             results_pictures.redraw(picture_file(key, root), key, data)
         for page, text in pages.items():
-            with writing_to(page):
+            with writing_to(page, ""):
                 write_text_atomically(page, text)
     return changed
 

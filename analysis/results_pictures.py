@@ -108,7 +108,7 @@ def redraw(file: Path, name: str, data: Data) -> None:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Description": f"data {digest(data)}"})
     lines = (line.rstrip() for line in text.getvalue().splitlines())
-    with writing_to(file):
+    with writing_to(file, ""):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, "\n".join(lines) + "\n")
 

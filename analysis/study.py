@@ -20,7 +20,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 
-from analysis.ledger import ROOT, Ledger, git, mathematics, read_run, same_mathematics, telling_flags
+from analysis.ledger import (
+    ROOT,
+    Ledger,
+    git,
+    mathematics,
+    measured_at_the_end,
+    read_run,
+    same_mathematics,
+    telling_flags,
+)
 from experiment.flags import NOT_OF_FIGURES, PATHS, RESOLVED, flag, number, parse, plain, resolve
 from experiment.grid import absolute_paths, refuse
 from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
@@ -184,7 +193,7 @@ class Study(Sweep):
 
         directory, args = self.output / run, parse(self.extra)[0]
         device = ["--device", "cpu" if args.no_cuda else args.device]
-        if not (directory / "sharpness.json").exists():
+        if not measured_at_the_end(directory):
             sys.exit(sharpness.main([str(directory / NEWEST), *MEASURED.split(), *device]))
 
     def measured(self, run: str) -> bool:
@@ -371,8 +380,11 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     jobs = setting("JOBS", JOBS[name])
     if not (jobs.isdecimal() and int(jobs)):
         raise UsageError(f"JOBS takes one whole number above 0, not '{jobs}'")
+    gpus = setting("GPUS", "")
+    if not all(number.isdecimal() for number in gpus.split()):
+        raise UsageError(f"GPUS takes whole numbers, such as '0 1', not '{gpus}'")
     study = Study(
-        output, {}, int(jobs), setting("GPUS", "").split(), program=program, plan=known, images=images, extra=extra,
+        output, {}, int(jobs), gpus.split(), program=program, plan=known, images=images, extra=extra,
         results=output / "results" if trial else root / "results", root=None if trial else root,
     )  # fmt: skip
     return study, args

@@ -181,10 +181,27 @@ def test_adding_a_run_again_or_from_another_machine_changes_nothing(add, run, ch
 def test_sharpness_that_is_measured_later_is_added(add, run, checkout):
     add(run)
     assert "sharpness" not in entry(checkout)
-    measured = {"train": {"living": {"eigenvalues": [{"value": 31.41592}]}}}
-    (run / "sharpness.json").write_text(json.dumps([measured]))
+    about = {"checkpoint": str(run / "checkpoint.pt"), "epochs": 3, "recalibrated_bn": False}
+    measured = about | {"train": {"living": {"eigenvalues": [{"value": 31.41592}]}}}
+    others = [measured | {"checkpoint": "best.pt"}, measured | {"epochs": 2}, measured | {"recalibrated_bn": True}]
+    (run / "sharpness.json").write_text(json.dumps(others))  # of networks that are not the run's last
+    assert add(run)[0] == 0
+    assert "sharpness" not in entry(checkout)
+    (run / "sharpness.json").write_text(json.dumps([*others, measured]))
     assert add(run)[0] == 0
     assert entry(checkout)["sharpness"] == {"train": 31.42}
+
+
+@pytest.mark.parametrize("other", ["elsewhere/run", "better"])
+def test_runs_of_one_command_are_held_against_each_other(add, run, checkout, other):
+    """Another run of the same name, and the same flags with other figures: which of them counts is not to be chosen."""
+    second = shutil.copytree(run, run.parent / other)
+    if other == "better":
+        edit(second / "result.json", test_top1=99.0)
+    else:
+        about = json.loads((second / "args.json").read_text())
+        edit(second / "args.json", args=about["args"] | {"label_noise": 0.2})
+    assert refused(add(run, second), checkout)
 
 
 def test_a_run_that_diverged_is_in_the_ledger_with_the_sentence_that_says_so(add, run, checkout):

@@ -316,7 +316,8 @@ def test_a_run_without_its_sharpness_has_failed_and_is_measured_by_the_next_laun
         build_parser().parse_args(argv)
         (study.root.parent / "asked").write_text(json.dumps(argv))
         if not code[0]:
-            found = {"train": {"living": {"eigenvalues": [{"value": 7.0}]}}}
+            found = {"checkpoint": argv[0], "epochs": 1, "recalibrated_bn": False}
+            found["train"] = {"living": {"eigenvalues": [{"value": 7.0}]}}
             (Path(argv[0]).parent / "sharpness.json").write_text(json.dumps([found]))
         return code[0]
 
@@ -444,6 +445,7 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
         (["--sam-rho", "0.1", "--only", "digits-noise/*-random-scaled-*"], {}, "--sam-rho is set by the study"),
         (["--weight-decay", "0", "--only", "digits-noise/*-sgd-decay-*"], {}, "--weight-decay is set by the study"),
         (["--dry-run"], {"JOBS": "0"}, "JOBS takes one whole number above 0, not '0'"),
+        (["--dry-run"], {"GPUS": "0,1"}, "GPUS takes whole numbers, such as '0 1', not '0,1'"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(study, arguments, settings, words):
