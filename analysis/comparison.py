@@ -13,6 +13,7 @@ from utils.statistics import Interval, holm, paired_p, student_interval
 Entry = dict[str, Any]
 BASE, CONTROL = "sgd", "sam"  # what arms are compared with, and the one that is known to gain
 LEVEL = 0.05
+ROUNDING = 1e-3  # of accuracies in the ledger, in points: far less than an image, and more than its six digits lose
 FEWEST = 3  # pairs that a picture or a headline needs: the interval of two is as wide as the picture
 
 
@@ -80,7 +81,7 @@ def compare(task: str, cell: str, entries: dict[str, Entry]) -> list[Compared]:
     differences = {arm: pairs(found, base) if arm != BASE else () for arm, found in runs.items()}
     sharper = {arm: pairs(found, base, largest_eigenvalue) if arm != BASE else () for arm, found in runs.items()}
     p, sharpness_p = (
-        dict(zip(runs, holm([paired_p(values) for values in each.values()]), strict=True))
+        dict(zip(runs, holm([paired_p(values, ROUNDING) for values in each.values()]), strict=True))
         for each in (differences, sharper)
     )
     return [
@@ -140,7 +141,7 @@ def final(entries: Iterable[Entry], name: str) -> list[float]:
 
 
 def core_hours(entries: Iterable[Entry]) -> float:
-    """Return how long runs took, times the threads that each had."""
+    """Return how long runs took, times the threads that each had on a CPU."""
     return sum(entry["seconds"] * threads(entry["device"]) for entry in entries) / 3600
 
 

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -47,7 +47,9 @@ class Settings:
     severities: tuple[int, ...] = SEVERITIES
     official: Path | None = None
     batch_size: int = 250
-    workers: int = min(16, len(os.sched_getaffinity(0)))
+    workers: int = field(
+        default_factory=lambda: min(16, len(os.sched_getaffinity(0)))
+    )  # not at import: Linux alone has it
 
 
 class Network(NamedTuple):

@@ -4,7 +4,7 @@ import math
 import re
 from statistics import mean
 
-from analysis.comparison import BASE, LEVEL, Compared, Entry, compare, final
+from analysis.comparison import BASE, LEVEL, ROUNDING, Compared, Entry, compare, final
 from analysis.labels import count_text
 from analysis.results_tables import (
     NOT_RUN,
@@ -86,7 +86,7 @@ def noise_table(entries: dict[str, Entry]) -> str:
     rows = {(cell, arm): row for cell, arms in cells.items() for arm, row in arms.items()}
     if not rows:
         return NOT_RUN
-    p = dict(zip(rows, holm([paired_p(row.differences) for row in rows.values()]), strict=True))
+    p = dict(zip(rows, holm([paired_p(row.differences, ROUNDING) for row in rows.values()]), strict=True))
     means = over_methods(cells)
     others = [arm for arm in task.arms if any(arm in arms for arms in cells.values()) and arm != BASE]
     table = [["method", task.arms[BASE].title, *(f"{task.arms[arm].title} minus SGD" for arm in others)]]
@@ -124,7 +124,7 @@ def over_methods(cells: dict[str, dict[str, Compared]]) -> dict[str, list[float]
 
 def over_methods_text(means: dict[str, list[float]]) -> dict[str, str]:
     """Return each arm's difference over all methods, bold where it stands after Holm's correction over the arms."""
-    p = holm([paired_p(values) for values in means.values()])
+    p = holm([paired_p(values, ROUNDING) for values in means.values()])
     return {arm: points(student_interval(means[arm]), corrected) for arm, corrected in zip(means, p, strict=True)}
 
 

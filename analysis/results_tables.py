@@ -10,6 +10,7 @@ from analysis.comparison import (
     CONTROL,
     FEWEST,
     LEVEL,
+    ROUNDING,
     Compared,
     Entry,
     cell_title,
@@ -201,7 +202,7 @@ def direct_table(titles: dict[str, str], differences: Callable[[str, str], Seque
     noise = "random-scaled" if "random-scaled" in titles else "random"
     both = [(arm, noise if other == NOISE else other) for arm, other in DIRECT]
     told = {pair: values for pair in both if titles.keys() >= set(pair) and len(values := differences(*pair)) >= FEWEST}
-    corrected = holm([paired_p(values) for values in told.values()])
+    corrected = holm([paired_p(values, ROUNDING) for values in told.values()])
     table = [["in pairs", "difference (points)", "95% interval", "pairs", "p (Holm)"]]
     for ((arm, other), values), p in zip(told.items(), corrected, strict=True):
         difference, title = student_interval(values), f"{titles[arm]} minus {titles[other]}"
@@ -226,9 +227,10 @@ def provenance(entries: Iterable[Entry]) -> str:
     commits = sorted(
         {(commit or "unknown")[:7] for e in entries for commit in (e["commit"], *e.get("earlier_commits", ()))}
     )
-    unit = "core-hours" if all(device.startswith("cpu") for device in devices) else "hours of runs"
+    on_cpus = all(device.startswith("cpu") for device in devices)
+    hours = core_hours(entries) if on_cpus else sum(entry["seconds"] for entry in entries) / 3600
     text = (
-        f"Cost: {core_hours(entries):.1f} {unit}, {count_text(len(entries), 'run')}; {', '.join(devices)}; "
+        f"Cost: {hours:.1f} {'core-hours' if on_cpus else 'hours of runs'}, {count_text(len(entries), 'run')}; {', '.join(devices)}; "
         f"torch {', '.join(distinct('torch'))}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     )
     kinds = len(distinct("mathematics"))

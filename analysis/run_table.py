@@ -102,8 +102,11 @@ def _names_of_data(runs: pd.DataFrame) -> pd.Series:
     names: dict[tuple, dict[str, str]] = {}
     drawn = runs[[f"--{name}" for name in DRAWN_BY_SEED]].fillna(0)
     found = []
-    for images, name, seed, how in zip(runs["images"], runs["data"], runs[SEED], drawn.to_numpy(), strict=True):
-        alike = names.setdefault((seed, *how) if any(how) else (), {})
+    sizes = runs["--image_size"].map(repr)  # the same images at another size are others, and keep their name as well
+    for images, name, seed, size, how in zip(
+        runs["images"], runs["data"], runs[SEED], sizes, drawn.to_numpy(), strict=True
+    ):
+        alike = names.setdefault((seed, size, *how) if any(how) else (), {})
         if isinstance(images, str) and images not in alike:
             alike[images] = f"{name} {images[:8]}" if name in alike.values() else name
         found.append(alike.get(images, name))

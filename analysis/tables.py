@@ -57,7 +57,9 @@ def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     # Settings may be missing (no update interval without updates) and still have to match, which their text does.
     keys = {f"same {name}": finished[name].map(repr) for name in shared}
     finished = finished.assign(base=finished["optimizer"].str.split().str[0], **keys)
-    bases = finished[~is_sam][["base", *keys, METRIC]]
+    bases = finished[~is_sam & finished[RHO].isna()][
+        ["base", *keys, METRIC]
+    ]  # CrAM+ and SAFE have a rho, and no SAM run
     pairs = finished[is_sam].merge(bases, on=["base", *keys], suffixes=("", "_base"), validate="many_to_one")
     rows = []
     columns = ["optimizer", *settings]

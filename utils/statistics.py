@@ -26,14 +26,14 @@ def student_interval(samples: Sequence[float]) -> Interval:
     return Interval(center, center - half, center + half)
 
 
-def paired_p(differences: Sequence[float]) -> float:
+def paired_p(differences: Sequence[float], rounding: float = 0.0) -> float:
     """Return the two-sided p-value of Student's t test that paired differences have the mean 0.
 
-    It is NaN where they have no spread, as a single one has none.
+    It is NaN where they have no spread beyond their rounding, as a single one has none.
     """
     from scipy.stats import t as student
 
-    if len(differences) < 2 or not (spread := stdev(differences)):
+    if len(differences) < 2 or (spread := stdev(differences)) <= rounding:
         return math.nan
     t = mean(differences) / (spread / math.sqrt(len(differences)))
     return float(2 * student.sf(abs(t), len(differences) - 1))

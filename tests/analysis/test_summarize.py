@@ -49,7 +49,8 @@ def test_means_deviations_and_pairs_are_those_of_the_formulas(study, capsys):
 
 def test_flags_that_are_lists_are_read(study, capsys):
     study(90.0)
-    study(91.0, optmzr="sgd-cram", sam_rho=0.2, cram_sparsities=[0.5, 0.9], prune_method="final", sparsity=0.9)
+    for rho in (0.1, 0.2):
+        study(91.0, optmzr="sgd-cram", sam_rho=rho, cram_sparsities=[0.5, 0.9], prune_method="final", sparsity=0.9)
     _, tables = summarize(study.root, capsys)
     assert {row["optimizer"] for row in tables["summary"]} == {"sgd", "sgd-cram"}
 
@@ -153,6 +154,17 @@ def test_images_and_labels_that_the_seed_chose_are_one_setting(study, drawn, cap
         ("cifar10", 91.0, "2"), ("cifar10", 93.0, "2"), ("cifar10 cccccccc", 10.0, "1"),
     ]  # fmt: skip
     assert [(row["pairs"], float(row["difference"])) for row in tables["paired"]] == [("2", 2.0)]
+
+
+def test_images_that_the_seed_chose_are_one_setting_at_each_size(study, capsys):
+    for seed in range(3):
+        for size in (16, 32):
+            images = f"{seed}{size:x}" * 10
+            study(float(size + seed), images=images, seed=seed, dataset="folder", image_size=size, label_noise=0.4)
+    _, tables = summarize(study.root, capsys)
+    assert [(row["--image_size"], float(row["mean"]), row["runs"]) for row in tables["summary"]] == [
+        ("16", 17.0, "3"), ("32", 33.0, "3"),
+    ]  # fmt: skip
 
 
 def test_what_did_not_finish_is_shown_and_in_no_mean(study, capsys):

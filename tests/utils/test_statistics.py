@@ -33,6 +33,9 @@ def test_p_is_that_of_the_t_table():
 def test_differences_without_spread_have_no_p():
     assert math.isnan(paired_p([2.0]))
     assert math.isnan(paired_p([2.0, 2.0]))
+    nearly = [88.45 - 87.32, 91.13 - 90.00]  # equal but for the last bits
+    assert math.isnan(paired_p(nearly, rounding=1e-3))
+    assert paired_p([1.0, 1.02], rounding=1e-3) < 0.05
 
 
 def test_p_values_are_corrected_as_holm_does():
