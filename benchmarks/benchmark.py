@@ -404,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--turns and --steps have to be whole numbers above 0")
     if args.depth < 8 or args.depth % 6 != 2:
         parser.error("--depth has to be 8, 14, 20 or another 6n + 2")
+    if args.output.is_dir():
+        parser.error(f"--output: '{args.output}' is a directory: name a file")
     if not args.output.parent.is_dir():  # known now, not when everything is measured
         parser.error(f"--output: there is no directory '{args.output.parent}'")
     try:

@@ -86,8 +86,11 @@ def count_epochs(lines: Iterable[str]) -> Counter:
             raise UsageError(
                 f"steps are measured on images like CIFAR's, not on --dataset {args.dataset}: time a run with --epochs 1"
             )
+        if OPTIMIZERS[args.optmzr].rival:
+            raise UsageError(f"steps of --optmzr {args.optmzr} are not measured: time a run with --epochs 1")
         trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
-        network, count = (args.arch, args.depth, args.width), args.epochs * trainings
+        share = (args.train_images or IMAGES - args.val_split) / IMAGES  # of an epoch
+        network, count = (args.arch, args.depth, args.width), args.epochs * trainings * share
         two_step = OPTIMIZERS[args.optmzr].sam and not args.sam_v2
         plain = count * (1 - (args.sam_until - args.sam_from) / args.sam_every) if two_step else 0
         epochs[network, args.optmzr, args.sam_v2] += count - plain

@@ -3,6 +3,7 @@
 python -m benchmarks.imagenet DIR IMAGES_PER_SECOND main_prune_train.py FLAG...
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 
 from experiment.checks import check
-from experiment.flags import parse, resolve
+from experiment.flags import number, parse, resolve
 from imagedata.sources import EXTENSIONS
 from models import build_model
-from prune import Pruner
+from prune import METHODS, Pruner
 from prune.flops import count_flops
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
@@ -24,29 +25,39 @@ def main(argv: list[str]) -> int:
     if len(argv) < 3:
         print(f"error: scripts/imagenet.sh launches this: {__doc__.splitlines()[-1]}", file=sys.stderr)
         return 2
-    directory, speed, _, *flags = argv
+    directory, speed_text, _, *flags = argv
     try:
+        speed = number(float, least=0)(speed_text)
         args, given = parse(flags)
         check(args, given)
         args = resolve(args)
         with torch.device("meta"):
             side = args.image_size
             model = build_model(args.arch, args.depth, 1000, args.width, 3, (side, side), args.stem)
-        counts = Pruner(model, "random", args.sparsity, "erk", dense_layers=args.dense_layers).budget.counts(
+        distribution = (
+            args.sparsity_distribution if args.sparsity_distribution in ("erk", "uniform", "balanced") else "erk"
+        )
+        counts = Pruner(model, "random", args.sparsity, distribution, dense_layers=args.dense_layers).budget.counts(
             args.sparsity
         )
+    except argparse.ArgumentTypeError as error:
+        print(f"error: IMAGES_PER_SECOND {error}", file=sys.stderr)
+        return 2
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    images = args.epochs * count_files(Path(directory) / "train")
+    trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
+    images = trainings * args.epochs * count_files(Path(directory) / "train")
     flops = count_flops(model, (3, side, side))
     weights = dict(Pruner(model).masks.weights)
     density = {layer: kept / weights[layer].numel() for (layer,), kept in counts.items()}
     density = dict.fromkeys(flops.forward, 1.0) | density
-    passes = 2 if OPTIMIZERS[args.optmzr].sam and not args.sam_v2 else 1
+    two_step = OPTIMIZERS[args.optmzr].sam and not args.sam_v2
+    passes = 1 + (args.sam_until - args.sam_from) / args.sam_every if two_step else 1
     dense, sparse = (passes * images * each for each in (flops.dense_training, flops.train(density)))
     line = f"# {images:,} images, {dense:.2e} FLOPs as computed, {sparse:.2e} if zeros cost nothing"
-    print(line + (f", {images / float(speed) / 3600:.1f} hours at {float(speed):g} images/s" if float(speed) else ""))
+    hours = f", {passes * images / speed / 3600:.1f} hours at {speed:g} images/s a pass" if speed else ""
+    print(line + hours)
     return 0
 
 

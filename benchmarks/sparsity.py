@@ -439,6 +439,8 @@ def refuse_bad_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--output: '{args.output}' is a directory: name a file")
     if args.picture and not {"training", "inference"}.intersection(args.parts):
         parser.error("--picture shows times: add training or inference to --parts")
+    if args.picture and args.picture.suffix not in (".png", ".pdf"):
+        parser.error(f"--picture: '{args.picture}' is no name of a PNG or PDF file")
     if args.picture and not importlib.util.find_spec("matplotlib"):
         parser.error("--picture needs matplotlib: pip install -r requirements-analysis.txt")
     for name in ("output", "picture", "page"):

@@ -7,7 +7,7 @@
 #   --dry-run  prints the commands, and what they would compute
 #
 # environment: EPOCHS="90 150" SPARSITIES="0.8 0.9" OPTIMIZERS="sgd samv2" METHOD=random SEEDS="0 1 2" PROCESSES=(all GPUs)
-#   OUTPUT_DIR=runs/imagenet IMAGES_PER_SECOND=(of all GPUs together: with it --dry-run prints hours)
+#   OUTPUT_DIR=runs/imagenet IMAGES_PER_SECOND=(of all GPUs together, with SGD: with it --dry-run prints hours)
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 case ${1:-} in

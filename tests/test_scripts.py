@@ -223,7 +223,11 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     dense = float(estimate.split(", ")[1].split()[0])
     assert dense == pytest.approx(180 * 3 * 8.18e9, rel=0.02)  # He et al. 2016: 4.1e9 multiply-adds forward
     assert estimate.startswith("# 180 images, ")
-    assert estimate.endswith(", 1.0 hours at 0.05 images/s")
+    assert estimate.endswith(", 1.0 hours at 0.05 images/s a pass")
+    done = imagenet(tmp_path, "data", "--dry-run", "--sam-from", "0.75", **one | {"OPTIMIZERS": "sam"}, PROCESSES="3")
+    assert done.stdout.endswith(", 1.2 hours at 0.05 images/s a pass\n")  # 1.25 passes
+    wrong = imagenet(tmp_path, "data", "--dry-run", **one | {"IMAGES_PER_SECOND": "1,000"}, PROCESSES="3")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     for words, sentence in ((["--dry-run"], "name the directory"), ([str(tmp_path)], "train': name the directory")):
         bad = imagenet(tmp_path, *words)
         assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)

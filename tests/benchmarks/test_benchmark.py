@@ -85,6 +85,12 @@ def test_the_chosen_execution_is_compared_with_every_other_one(tmp_path, machine
     assert len(set(map(str, compared))) == len(compared)  # figures go by name
 
 
+def test_a_directory_to_write_to_is_refused_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--output", str(tmp_path)])
+    assert (ended.value.code, "is a directory: name a file" in capsys.readouterr().err) == (2, True)
+
+
 def test_the_end_of_the_usual_loop_is_noticed():
     others = set(multiprocessing.active_children())
     with usual_loop(torch.device("cpu"), 128) as run:

@@ -34,6 +34,11 @@ def test_steps_that_two_step_sam_leaves_alone_are_those_of_its_base_optimizer():
     assert epochs == {(network, "sgd-sam", False): 5, (network, "sgd", False): 15, (network, "sgd-sam", True): 10}
 
 
+def test_an_epoch_of_fewer_training_images_counts_as_their_share():
+    epochs = estimate.count_epochs(f"{TINY} {flags}" for flags in ("--train-images 500", "--val-split 5000", ""))
+    assert epochs == {(("resnet", 8, 0.25), "sgd", False): pytest.approx(10 * (0.01 + 0.9 + 1))}
+
+
 def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
     assert run([TINY], "--seconds", "0.001") == 0
     out = capsys.readouterr().out
@@ -50,6 +55,7 @@ def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
         [f"{TINY} --adaptive"],
         [TINY.replace("8", "9")],
         [f"{TINY} --batch-size 64"],
+        [f"{TINY} --optmzr sgd-safe --prune-method final --sparsity 0.9"],
         [TINY.replace("cifar10", "digits")],
     ],
 )

@@ -65,6 +65,7 @@ def test_a_run_writes_table_picture_and_samples(tmp_path, capsys):
     [
         ("--sparsities 1.5", "--sparsities lie between 0 and 1"),
         ("--turns 0", "--turns has to be a whole number above 0"),
+        ("--picture times.txt --output x.json", "--picture: 'times.txt' is no name of a PNG or PDF file"),
         ("--output absent/x.json", "--output: there is no directory 'absent'"),
         ("--arch resnet --depth 9", "depth"),
         ("--page README.md", "has no lines '<!-- written by benchmarks.sparsity -->' and"),
