@@ -180,7 +180,7 @@ class Study(Sweep):
             except (OSError, ValueError, KeyError, UsageError) as error:
                 print(f"note: {run} begins anew ({error})", file=sys.stderr)
                 shutil.rmtree(directory)
-        command.write_text(json.dumps(self.runs[run]))
+        write_text_atomically(command, json.dumps(self.runs[run]))
 
     def train_here(self, run: str) -> None:
         """Train a run in this process, and measure its sharpness where that is wanted; it raises SystemExit."""

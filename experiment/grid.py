@@ -128,6 +128,12 @@ class Grid:
             for name, _ in places:
                 if name not in settings:
                     refuse(f"the grid has no setting for {{{name}}}: begin it with '{name} = VALUES'")
+        for word in itertools.chain(*self.added):
+            found = PLACE.search(word)
+            if found and not (PLACE.fullmatch(word) and found[2]):
+                refuse(
+                    f"'{word}' in a line of added flags: such a line says which runs it is for, as {{{found[1]}=VALUE}}"
+                )
         return {(name, value) for name, only in added for value in [*only.split("|"), *self.settings[name][0].split()]}
 
     def added_flags(self, chosen: dict[str, str]) -> list[str]:
@@ -201,7 +207,8 @@ def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
 
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, value = argument.partition("=")
-        yield f"{flag}={absolute(flag, value)}" if equals else absolute(before, argument)
+        joined = equals and flag.startswith("--")
+        yield f"{flag}={absolute(flag, value)}" if joined else absolute(before, argument)
 
 
 def back_to_default(names: set[str]) -> str:

@@ -1,6 +1,7 @@
 """The directory of a run: which one the flags mean, its lock, and the checkpoint that the run goes on from."""
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -98,7 +99,7 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Iterator[Located]:
             checkpoint, source = load_newest(directory / NEWEST)
             # The command is that of the run: what it leaves out is meant to have its default.
             args = resumed_flags(args, set(vars(args)), checkpoint["args"])
-        elif found and not (args.resume and set(found) <= BEFORE_CHECKPOINT):
+        elif found and not (args.resume and set(found) <= {*BEFORE_CHECKPOINT, BEST}):  # best.pt is written first
             raise UsageError(_taken(directory, args.resume, found))
         newest = directory / NEWEST
         damaged = newest if source and NEWEST in found and not _is_whole(newest, source) else None
@@ -114,7 +115,7 @@ def _locked(directory: Path) -> Iterator[None]:
     Raises:
         UsageError: it cannot be written to, or another process trains in it.
     """
-    if launched("RANK", 0) != 0:
+    if launched("WORLD_SIZE", 1) > 1 and launched("RANK", 0) != 0:
         yield
         return
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
@@ -136,11 +137,12 @@ def _lock(directory: Path) -> TextIO:
         file = (directory / LOCK).open("w")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.filename is None:  # the lock is held
+        if error.errno in (errno.EAGAIN, errno.EACCES) and error.filename is None:  # the lock is held
             raise UsageError(
                 f"another process trains in '{directory}': wait for it, or name another --output-dir"
             ) from error
-        raise UsageError(f"cannot write to '{directory}' ({error.strerror}): name another --output-dir") from error
+        way = "cannot write to" if error.filename else "cannot lock"
+        raise UsageError(f"{way} '{directory}' ({error.strerror}): name another --output-dir") from error
     return file
 
 

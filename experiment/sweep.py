@@ -119,12 +119,19 @@ class Sweep:
 
     def left(self) -> list[str]:
         """Write down the flags of all runs; return those that are not finished."""
+        from utils.files import write_text_atomically  # here: it imports torch
+
         for run, flags in self.runs.items():
             command = self.file(run, "command")
             if (self.output / run).exists() and command.exists() and read_flags(command) != flags:
                 refuse(f"'{self.output / run}' was begun with other flags: give another OUTPUT_DIR, or delete it")
         for run, flags in self.runs.items():
-            self.file(run, "command").write_text(json.dumps(flags))
+            command = self.file(run, "command")
+            if not command.exists() or read_flags(command) != flags:
+                try:
+                    write_text_atomically(command, json.dumps(flags))  # what a run was begun with is never torn
+                except OSError as error:
+                    refuse(f"OUTPUT_DIR: cannot write to '{command.parent}' ({error.strerror})")
         return [run for run in self.runs if not self.finished(run)]
 
     def train_runs(self, left: list[str], until: float = math.inf) -> bool:

@@ -115,7 +115,13 @@ def test_run_works_in_another_thread_and_leaves_signals_alone_there(tmp_path, tr
     assert results[0]["test_top1"] == trained.json("result.json")["test_top1"]
 
 
-def test_run_leaves_the_choice_of_kernels_as_it_was(tmp_path):
-    with before_step(2, interrupt), pytest.raises(KeyboardInterrupt):
-        run(FLAGS | {"deterministic": True, "output_dir": tmp_path / "cut"})
-    assert not torch.are_deterministic_algorithms_enabled()
+@pytest.mark.parametrize(("wanted", "warns"), [(False, False), (True, True)])
+def test_run_leaves_the_choice_of_kernels_as_it_was(tmp_path, wanted, warns):
+    torch.use_deterministic_algorithms(wanted, warn_only=warns)
+    try:
+        with before_step(2, interrupt), pytest.raises(KeyboardInterrupt):
+            run(FLAGS | {"deterministic": True, "output_dir": tmp_path / "cut"})
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -61,13 +61,14 @@ def use_deterministic_kernels(wanted: bool) -> None:
 def kernels_restored() -> Iterator[None]:
     """Put back after the block what `use_deterministic_kernels` sets in torch."""
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     backend = torch.backends.cudnn
     benchmark, limit = backend.benchmark, backend.benchmark_limit
     try:
         yield
     finally:
         backend.benchmark, backend.benchmark_limit = benchmark, limit
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
 
 
 def memory_size() -> int:

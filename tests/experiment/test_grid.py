@@ -193,6 +193,8 @@ def test_paths_are_relative_to_where_the_sweep_was_called(sweep, trained, tmp_pa
     assert Path(value("--output-dir", command)).parent == tmp_path / "here"
     shutil.copy(trained.directory / "checkpoint.pt", tmp_path / "a=b.pt")
     network = DIGITS.split()
+    (command, _) = commands(sweep("--dry-run", *network, "--pretrained", "a=b.pt"))
+    assert value("--pretrained", command) == str(tmp_path / "a=b.pt")
     (command, _) = commands(sweep("--dry-run", *network, "--pretrained=a=b.pt"))
     assert f"--pretrained={tmp_path / 'a=b.pt'}" in command
     pruned = sweep(
@@ -275,6 +277,8 @@ def test_a_flag_that_the_sweep_or_one_of_its_arms_sets_is_refused(sweep, flag):
         ("sgd --remark 'open", "a quotation in the grid has no end"),
         ("sgd --optmzr sgd\n+ {LRS=1} --lr 0.2", "no setting for {LRS}"),
         ("KIND = a b\nsgd --optmzr sgd\n+ {KIND=b} --lr 0.2", "two arms of the grid are called 'sgd'"),
+        ("RHOS = 0.1\nsam --optmzr sgd-sam\n+ --sam-rho {RHOS}", "'{RHOS}' in a line of added flags"),
+        ("KIND = a b\nsgd{KIND} --optmzr sgd\n+ --remark x{KIND=b}", "'x{KIND=b}' in a line of added flags"),
         ("", "there is nothing to run"),
     ],
 )

@@ -1,5 +1,6 @@
 """The directory of a run: what may be written there, and by which process."""
 
+import errno
 import fcntl
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def test_a_directory_without_its_checkpoint_cannot_be_resumed(train, finished):
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(train, unfinished, finished):
     for path in unfinished.directory.glob("*.pt"):
         path.unlink()
+    (unfinished.directory / "best.pt").touch()  # which is written before it
     assert not (unfinished.directory / "result.json").exists()
     assert "holds a started run" in train(FINISHED).err
     again = train(f"{FINISHED} --resume auto")
@@ -54,6 +56,22 @@ def test_files_that_a_killed_save_left_are_removed(train, unfinished):
     (unfinished.directory / ".checkpoint.pt.x.tmp").touch()
     assert train(f"{FINISHED} --resume auto").code == 0
     assert not list(unfinished.directory.glob(".*.tmp"))
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(train, monkeypatch):
+    def without(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    bad = train("--epochs 1")
+    assert (bad.code, bad.err.count("\n")) == (2, 1)
+    assert "cannot lock" in bad.err
+    assert "Function not implemented" in bad.err
+
+
+def test_a_rank_that_another_program_left_is_no_other_process(train, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert train("--epochs 1").code == 0
 
 
 @forks
