@@ -1,9 +1,11 @@
 """Where images come from: torchvision's data sets, folders of image files, or the digits that ship with scikit-learn."""
 
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
+import pickle
 import sys
 import tarfile
 import tempfile
@@ -22,7 +24,7 @@ from imagedata.images import Dataset, Images
 from utils.device import memory_size
 from utils.distributed import complain
 from utils.errors import UsageError
-from utils.files import load_whole, save_atomically
+from utils.files import load_whole, save_atomically, write_atomically
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET_SIDE = 224  # pixels, as is usual for ImageNet
@@ -110,9 +112,9 @@ class Downloaded:
         splits = []
         for chosen in self.splits:
             try:
-                with contextlib.redirect_stdout(sys.stderr):
+                with contextlib.redirect_stdout(sys.stderr), _one_process_at_a_time(root):
                     split = cls(root, **chosen, download=True)
-            except (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
+            except (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError, pickle.UnpicklingError) as error:
                 raise UsageError(
                     f"{self.title} is not in '{root}' and could not be downloaded ({error}): connect to the network once, "
                     f"put {self._files(cls, root)} there, name the place that has it by --data-dir, or train without one on --dataset digits or folder"
@@ -134,6 +136,23 @@ class Downloaded:
         return f"its files, unpacked, as '{self.name}/raw/*-ubyte'"
 
 
+@contextlib.contextmanager
+def _one_process_at_a_time(root: Path) -> Iterator[None]:
+    """Have other processes wait that look for a data set there: torchvision downloads and unpacks in place."""
+    parents = root.absolute().parents  # root itself may be made meanwhile
+    try:
+        place = os.open(next(parent for parent in parents if parent.is_dir()), os.O_RDONLY)
+    except OSError:  # one that can be entered and not read
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
 def tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset:
     """Load TinyImageNet as its archive unpacks: train/<class>/images/* and val/images/* with val/val_annotations.txt.
 
@@ -148,6 +167,8 @@ def tiny_imagenet(data_dir: Path | None, image_size: int | None) -> Dataset:
     try:
         lines = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
         labels = [train.classes.index(line[1]) for line in lines]
+        if not lines:
+            raise ValueError("it is empty")
     except (OSError, UnicodeDecodeError, IndexError, ValueError) as error:
         raise UsageError(
             f"'{annotations}' does not say the class of each image ({error}): --data-dir has to be the 'tiny-imagenet-200' that "
@@ -363,9 +384,17 @@ def _refuse_empty(directory: Path, name: str, count: int) -> None:
 
 
 def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
-    """Return a directory and those below it, sorted, each with its directories and its images."""
+    """Return a directory and those below it, sorted, each with its directories and its images.
+
+    Raises:
+        UsageError: one of them cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"'{error.filename}' cannot be read ({error.strerror}): mend its permissions, or remove it")
+
     places = []
-    for place, folders, files in os.walk(directory, followlinks=True):
+    for place, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not _is_left_over(name)]
         images = [name for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not _is_left_over(name)]
         places.append((place, folders, images))
@@ -463,6 +492,6 @@ def _load_cached(cache: Path, counts: list[int]) -> list[torch.Tensor] | None:
 def _save_cached(cache: Path, pixels: list[torch.Tensor]) -> None:
     try:
         cache.parent.mkdir(exist_ok=True)
-        save_atomically(cache, pixels)
-    except OSError as error:
+        write_atomically(cache, lambda file: torch.save(pixels, file))  # they may be larger than memory
+    except (OSError, RuntimeError, MemoryError) as error:  # of torch's writer, where a disk is full
         print(f"note: decoded images are not cached ({error})", file=sys.stderr)

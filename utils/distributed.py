@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -215,8 +216,17 @@ def _end_with_the_launcher() -> None:
     launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if launcher == 1 or os.getppid() != launcher:  # it was gone already
+    # It was gone already, and process 1 has taken its place; in a container torchrun may itself be process 1.
+    if (launcher == 1 and not _is_python(1)) or os.getppid() != launcher:
         signal.raise_signal(signal.SIGTERM)
+
+
+def _is_python(pid: int) -> bool:
+    """Return whether a process is a Python program, as launchers of training processes are."""
+    try:
+        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -89,6 +91,63 @@ def test_a_flipped_bit_in_the_cache_is_found(tree):
     for other in ({"pixels": 1}, [torch.zeros(2, 3), torch.zeros(1)], [first.train.pixels[:1], first.test.pixels]):
         torch.save(other, cache)
         assert torch.equal(first.train.pixels, load_dataset("folder", root).train.pixels)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagefolder"])
+def test_a_directory_that_cannot_be_listed_is_refused_and_not_left_out(tree, monkeypatch, dataset):
+    root, _ = tree
+    shutil.copytree(root / "train" / "cat", root / "train" / "cat" / "more")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", denied)
+        with pytest.raises(UsageError, match=r"more' cannot be read \(Permission denied\)"):
+            load_dataset(dataset, root, 8)
+    assert len(load_dataset(dataset, root, 8).train) == 9
+
+
+def test_images_that_cannot_be_cached_are_trained_on_even_so(tree, capsys, monkeypatch):
+    """Of a full disk torch's writer tells by a RuntimeError; and what is cached has no second copy in memory."""
+    root, _ = tree
+
+    def full(value, file):
+        assert not hasattr(file, "getbuffer")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert len(load_dataset("folder", root).train) == 6
+    assert "not cached" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_downloads_a_data_set(tmp_path, monkeypatch):
+    """Threads stand for processes: each opens the lock by itself."""
+    inside, most = [], []
+
+    def cifar(root, train, download):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar)
+
+    def load():
+        with pytest.raises(UsageError, match="could not be downloaded"):
+            load_dataset("cifar10", tmp_path / "data")
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_without_a_cache(tree, capsys):
@@ -336,7 +395,7 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tiny):
     assert data.image_shape == (3, 64, 64)
 
 
-@pytest.mark.parametrize("content", ["val_0.JPEG\tn03\n", "val_0.JPEG\n", None])
+@pytest.mark.parametrize("content", ["val_0.JPEG\tn03\n", "val_0.JPEG\n", "", None])
 def test_tiny_imagenet_without_its_annotations_is_refused(tiny, content):
     path = tiny / "val" / "val_annotations.txt"
     path.unlink() if content is None else path.write_text(content)
