@@ -176,6 +176,8 @@ class Sweep:
 
     def settle(self, run: str, code: int) -> bool:
         """Take note of a run that ended with this code, with a mark for tables if it failed; return whether it did."""
+        if code == 0:  # also where another job of an array, submitted twice, was refused meanwhile
+            self.file(run, "failed").unlink(missing_ok=True)
         if code in (0, PREEMPTED):
             return False
         self.file(run, "failed").touch()

@@ -11,8 +11,8 @@ GRID = """
 RHOS = 0.1 0.2  # radius
 samv2-rho{RHOS}  --optmzr sgd-sam --sam-v2 --sam-rho {RHOS}
 """
-# What becomes of a run is said by FATES for its rho: it fails, is killed or preempted, waits for three others, or has its
-# sweep end.
+# What becomes of a run is said by FATES for its rho: it fails, is killed or preempted, waits for three others, is there twice, or
+# has its sweep end.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -30,6 +30,8 @@ if fate == "measure":  # fails after its training
 if fate in ("fail", "measure"):
     print("error: poisoned", file=sys.stderr)
     sys.exit(1)
+if fate == "twice":  # another job for this run has been refused meanwhile
+    (directory.parent / ".sweep" / f"{directory.name}.failed").touch()
 if fate == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate == "orphan":

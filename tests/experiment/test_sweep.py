@@ -231,6 +231,12 @@ def test_slurm_gets_an_array_of_the_runs_that_are_left(sweep, submitted, tmp_pat
     assert [path.stem for path in sweep.output.glob(".sweep/*.failed")] == ["random-0.9-samv2-rho0.3-seed0"]
 
 
+def test_a_run_of_an_array_that_was_submitted_twice_is_finished(sweep, submitted, monkeypatch):
+    monkeypatch.setenv("FATES", '{"0.1": "twice"}')
+    assert job(submitted(RHOS="0.1")[2], "0", sweep.program) == 0
+    assert not list(sweep.output.glob(".sweep/*.failed"))
+
+
 @pytest.mark.parametrize("number", ["", "2", "-1", "x[$(touch it-ran)]"])
 def test_a_slurm_job_without_a_run_is_refused(submitted, capfd, number):
     assert job(submitted()[2], number) == 2
