@@ -40,7 +40,7 @@ def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
 def interval_of_median(samples: list[float]) -> tuple[float, float]:
     """Return the two samples between which the median lies with 95% confidence, whatever the distribution.
 
-    These are the smallest and the largest of few samples.
+    Of five samples or fewer these are the smallest and the largest, with less confidence: 94% of five.
     """
     rank = max(1, int(binom.ppf(0.025, len(samples), 0.5)))
     return sorted(samples)[rank - 1], sorted(samples)[-rank]
