@@ -1,11 +1,12 @@
 """Measure how sharp the minima of trained networks are.
 
-Prints, for each network, the loss, the top-1 accuracy, the largest eigenvalue of the Hessian, its trace with the standard
-error, and how much the loss rises within a radius rho (SAM-sharpness, by several steps of projected ascent: a lower bound
-of the maximum). All of that over the weights that are not pruned ("living") and over all weights, on the same training and
-test images for every network, unless its seed chose the images that it was trained on: float32, batch norm in evaluation mode, no augmentation, no label smoothing. Networks that
-differ only in their seed are averaged. The JSON file has every figure, among them all eigenvalues with their residuals
-||Hv - lambda v|| / |lambda| and the rise after SAM's one step.
+Prints, for each network, the loss, the top-1 accuracy, the largest eigenvalue of the Hessian, its trace with the
+standard error, and how much the loss rises within a radius rho (SAM-sharpness, by several steps of projected ascent: a
+lower bound of the maximum). All of that over the weights that are not pruned ("living") and over all weights, on the
+same training and test images for every network, unless its seed chose the images that it was trained on: float32,
+batch norm in evaluation mode, no augmentation, no label smoothing. Networks that differ only in their seed are
+averaged. The JSON file has every figure, among them all eigenvalues with their residuals ||Hv - lambda v|| / |lambda|
+and the rise after SAM's one step.
 """
 
 import argparse
