@@ -47,9 +47,8 @@ class Settings:
     severities: tuple[int, ...] = SEVERITIES
     official: Path | None = None
     batch_size: int = 250
-    workers: int = field(
-        default_factory=lambda: min(16, len(os.sched_getaffinity(0)))
-    )  # not at import: Linux alone has it
+    # Not at import, which every run makes: Linux alone can say it.
+    workers: int = field(default_factory=lambda: min(16, len(os.sched_getaffinity(0))))
 
 
 class Network(NamedTuple):

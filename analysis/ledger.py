@@ -233,7 +233,7 @@ def measured_at_the_end(directory: Path) -> dict:
     """
     file, last = directory / "sharpness.json", epochs(directory)[-1:]
     records = json.loads(file.read_text()) if file.exists() else []
-    for record in records:
+    for record in filter(lambda record: isinstance(record, dict), records):
         of = Path(record.get("checkpoint", "")).name, record.get("epochs"), record.get("recalibrated_bn")
         if last and of == (NEWEST, int(last[0]["epoch"]), False):
             return record

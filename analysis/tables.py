@@ -57,9 +57,8 @@ def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     # Settings may be missing (no update interval without updates) and still have to match, which their text does.
     keys = {f"same {name}": finished[name].map(repr) for name in shared}
     finished = finished.assign(base=finished["optimizer"].str.split().str[0], **keys)
-    bases = finished[~is_sam & finished[RHO].isna()][
-        ["base", *keys, METRIC]
-    ]  # CrAM+ and SAFE have a rho, and no SAM run
+    no_rho = finished[RHO].isna()  # CrAM+ and SAFE have one, and are no base of a SAM
+    bases = finished[~is_sam & no_rho][["base", *keys, METRIC]]
     pairs = finished[is_sam].merge(bases, on=["base", *keys], suffixes=("", "_base"), validate="many_to_one")
     rows = []
     columns = ["optimizer", *settings]

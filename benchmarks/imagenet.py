@@ -19,6 +19,8 @@ from prune.flops import count_flops
 from training.optim import OPTIMIZERS
 from utils.errors import UsageError
 
+RANDOM = METHODS["random"]  # whose densities stand for those of every method
+
 
 def main(argv: list[str]) -> int:
     """Print one line for the flags of a run, and return an exit code."""
@@ -34,10 +36,8 @@ def main(argv: list[str]) -> int:
         with torch.device("meta"):
             side = args.image_size
             model = build_model(args.arch, args.depth, 1000, args.width, 3, (side, side), args.stem)
-        distribution = (
-            args.sparsity_distribution if args.sparsity_distribution in ("erk", "uniform", "balanced") else "erk"
-        )
-        counts = Pruner(model, "random", args.sparsity, distribution, dense_layers=args.dense_layers).budget.counts(
+        shares = args.sparsity_distribution if args.sparsity_distribution in RANDOM.distributions else None
+        counts = Pruner(model, "random", args.sparsity, shares, dense_layers=args.dense_layers).budget.counts(
             args.sparsity
         )
     except argparse.ArgumentTypeError as error:
