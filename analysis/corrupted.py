@@ -47,7 +47,7 @@ class Settings:
     severities: tuple[int, ...] = SEVERITIES
     official: Path | None = None
     batch_size: int = 250
-    # Not at import, which every run makes: Linux alone can say it.
+    # Counted when settings are made: every run imports this module, and only Linux has sched_getaffinity.
     workers: int = field(default_factory=lambda: min(16, len(os.sched_getaffinity(0))))
 
 

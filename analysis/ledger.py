@@ -72,11 +72,11 @@ def add_runs(args: Namespace) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.study):
         raise UsageError(f"--study names a folder of results/, and '{args.study}' is no name for one")
     ledger = Ledger(args.results / args.study, args.root)
-    asked = Ledger(ledger.folder, args.root)  # what is there, and the runs of this command
+    known = Ledger(ledger.folder, args.root)  # what is there, and the runs of this command
     entries = []
     for directory in args.runs:
-        entries.append(asked.check(read_run(directory)))
-        asked.entries[entries[-1]["run"]] = entries[-1]
+        entries.append(known.check(read_run(directory)))
+        known.entries[entries[-1]["run"]] = entries[-1]
     for entry in entries:
         ledger.write(entry)
     print(f"{count_text(len(entries), 'run')} in {ledger.folder}")
@@ -206,19 +206,19 @@ def read_run(directory: Path) -> dict:
             entry["flags"]["nonfinite"] = "skip"
         if not finished:
             entry["end"] = divergence(directory)
-            entry["seconds"] = round(sum(float(row["seconds"]) for row in epochs(directory)), 1)
+            entry["seconds"] = round(sum(float(row["seconds"]) for row in read_epochs(directory)), 1)
             return entry
         entry["final"] = {key: rounded(result[key], 6) for key in FINAL if key in result}
         if measured := measured_at_the_end(directory) or result.get("sharpness"):
             entry["sharpness"] = sharpness(measured)
-        return with_curves(entry, epochs(directory))
+        return with_curves(entry, read_epochs(directory))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"cannot read a run in '{directory}' ({error}): name the directory of a finished run"
         ) from error
 
 
-def epochs(directory: Path) -> list[dict]:
+def read_epochs(directory: Path) -> list[dict]:
     """Read a run's metrics.csv; a run that ended before its first epoch has none."""
     if not (directory / "metrics.csv").exists():
         return []
@@ -227,15 +227,15 @@ def epochs(directory: Path) -> list[dict]:
 
 
 def measured_at_the_end(directory: Path) -> dict:
-    """Return what analysis.sharpness wrote of a run's last checkpoint; {} where there is only another network's.
+    """Return what analysis.sharpness wrote of a run as it ended, with an eigenvalue; {} where it wrote nothing of the kind.
 
-    Another epoch's, that of best.pt, or with batch norm's statistics estimated anew is not what a table compares.
+    A file of best.pt, of an earlier epoch, or with batch norm's statistics estimated anew is of another network.
     """
-    file, last = directory / "sharpness.json", epochs(directory)[-1:]
+    file, last = directory / "sharpness.json", read_epochs(directory)[-1:]
     records = json.loads(file.read_text()) if file.exists() else []
     for record in filter(lambda record: isinstance(record, dict), records):
         of = Path(record.get("checkpoint", "")).name, record.get("epochs"), record.get("recalibrated_bn")
-        if last and of == (NEWEST, int(last[0]["epoch"]), False):
+        if last and of == (NEWEST, int(last[0]["epoch"]), False) and sharpness(record):
             return record
     return {}
 

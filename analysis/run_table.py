@@ -102,7 +102,7 @@ def _names_of_data(runs: pd.DataFrame) -> pd.Series:
     names: dict[tuple, dict[str, str]] = {}
     drawn = runs[[f"--{name}" for name in DRAWN_BY_SEED]].fillna(0)
     found = []
-    sizes = runs["--image_size"].map(repr)  # the same images at another size are others, and keep their name as well
+    sizes = runs["--image_size"].map(repr)  # each size is named apart: its images have a fingerprint of their own
     for images, name, seed, size, how in zip(
         runs["images"], runs["data"], runs[SEED], sizes, drawn.to_numpy(), strict=True
     ):

@@ -57,7 +57,7 @@ def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     # Settings may be missing (no update interval without updates) and still have to match, which their text does.
     keys = {f"same {name}": finished[name].map(repr) for name in shared}
     finished = finished.assign(base=finished["optimizer"].str.split().str[0], **keys)
-    no_rho = finished[RHO].isna()  # CrAM+ and SAFE have one, and are no base of a SAM
+    no_rho = finished[RHO].isna()  # CrAM+ and SAFE have one: no SAM is compared with them
     bases = finished[~is_sam & no_rho][["base", *keys, METRIC]]
     pairs = finished[is_sam].merge(bases, on=["base", *keys], suffixes=("", "_base"), validate="many_to_one")
     rows = []

@@ -146,7 +146,7 @@ def estimate(epochs: Counter, device: torch.device, seconds: float) -> float:
         arch, depth, width = network
         name = f"{arch}{f'-{depth}' if depth else ''}, width {width:g}, {optimizer}{' v2' if v2 else ''}"
         print(
-            f"  {name:<36} {1e3 * median(samples):>8.1f} ms a step (median of {len(samples)}), {count:,.0f} epochs",
+            f"  {name:<36} {1e3 * median(samples):>8.1f} ms a step (median of {len(samples)}), {f'{count:,.1f}'.removesuffix('.0')} epochs",
             flush=True,
         )
     return total

@@ -122,7 +122,7 @@ class Grid:
         return arms
 
     def named_values(self, own: dict[str, list[str]]) -> set[tuple[str, str]]:
-        """Return the values that lines of added flags are for. Refuses names of the grid that no setting has."""
+        """Return the values that lines of added flags are for. Refuses names that no setting has, and places without a value."""
         added, arms = (PLACE.findall(" ".join(itertools.chain(*lines))) for lines in (self.added, self.arms))
         for places, settings in ((added, {*own, *BY_RUN}), (arms, own)):
             for name, _ in places:

@@ -184,6 +184,7 @@ def test_sharpness_that_is_measured_later_is_added(add, run, checkout):
     about = {"checkpoint": str(run / "checkpoint.pt"), "epochs": 3, "recalibrated_bn": False}
     measured = about | {"train": {"living": {"eigenvalues": [{"value": 31.41592}]}}}
     others = [measured | {"checkpoint": "best.pt"}, measured | {"epochs": 2}, measured | {"recalibrated_bn": True}]
+    others.append(about | {"train": {"all": measured["train"]["living"]}})  # not over the living weights
     (run / "sharpness.json").write_text(json.dumps(others))  # of networks that are not the run's last
     assert add(run)[0] == 0
     assert "sharpness" not in entry(checkout)

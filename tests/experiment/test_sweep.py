@@ -28,6 +28,23 @@ def test_arguments_arrive_unchanged_and_each_run_has_a_log_of_its_own(sweep, tmp
     assert not (tmp_path / "it-ran").exists()
 
 
+def test_a_full_disk_leaves_the_flags_that_a_run_was_begun_with(sweep, monkeypatch):
+    assert sweep(RHOS="0.1").returncode == 0
+    (file,) = sweep.output.glob(".sweep/*.command")
+    begun_with = file.read_text()
+    (directory,) = sweep.output.glob("*-seed0")
+    directory.rename(directory.with_name("moved"))
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    done = sweep("--remark", "other", RHOS="0.1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot write to" in done.stderr
+    assert file.read_text() == begun_with
+
+
 def test_a_run_that_fails_or_crashes_is_listed_and_stops_no_other(sweep):
     done = sweep(RHOS="0.1 0.2 0.3", JOBS="2", SEEDS="0 1", FATES='{"0.1": "kill", "0.2": "fail"}')
     assert done.returncode == 1
