@@ -42,7 +42,7 @@ for rank in range(2):
     children.append(os.fork())
     if not children[-1]:
         os.environ["RANK"] = str(rank)
-        start(torch.device("cpu"))
+        start(torch.device("cpu")).wait()  # neither ends while the other still connects
         os._exit(0)
 print(os.getpid(), [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
