@@ -14,7 +14,7 @@ from analysis.comparison import Compared, Entry, compare
 from analysis.labels import count_text
 from analysis.ledger import Ledger
 from analysis.results_methods import means_over_methods, methods_table, noise_table
-from analysis.results_tables import HEADLINES_NOTE, headlines, task_section
+from analysis.results_tables import HEADLINES_NOTE, headlines, networks, task_section
 from analysis.study import CHOSEN
 from experiment.study import DECAY_TASKS, STUDIES, TASKS
 from utils.errors import UsageError
@@ -54,6 +54,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
     blocks = {
         "headlines": first_lines(first, means_over_methods(ledgers["methods-noise"])),
         "headlines-decay": headlines(with_decay, {}) or NO_COMPARISON,
+        "networks": networks(comparisons) or NO_COMPARISON,
         "methods": methods_table(ledgers["methods"]),
         "methods-noise": noise_table(ledgers["methods-noise"]),
         **{task: task_section(task, ledgers[task], comparisons, results / task / CHOSEN) for task in COMPARED},

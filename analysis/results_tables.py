@@ -36,6 +36,10 @@ HEADLINES_NOTE = (
     "Test accuracy minus that of SGD in points, each with its own 95% interval. Bold: significant at "
     f"{LEVEL:.0%} after Holm's correction over all arms of its table. Passes are those of a training, those of SGD being 1."
 )
+NETWORKS_NOTE = (
+    "Test accuracy minus that of SGD in points. Bold: significant at "
+    f"{LEVEL:.0%} after Holm's correction over all arms of the network. RESULTS.md has the intervals."
+)
 NOT_RUN = "No run of it is in the ledger yet."
 
 
@@ -55,11 +59,9 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]], other_methods:
     columns: dict[str, dict[str, str]] = {}
     passes: dict[str, str] = {}
     for task in TASKS:
-        cell = TASKS[task].first
-        rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
+        title, rows = with_pairs(comparisons, task, TASKS[task].first)
         if told := {arm: points(rows[arm].difference, rows[arm].p) for arm in HEADLINE if arm in rows}:
-            seeds = count_text(max(len(row.differences) for row in rows.values()), "seed")
-            columns[f"{TASKS[task].title}: {cell_title(task, cell)}, {seeds}"] = told
+            columns[f"{TASKS[task].title}: {title}"] = told
             passes = {arm: f"{row.passes:.3g}" for arm, row in rows.items()} | passes
     if other_methods:
         noise = TASKS["methods-noise"]
@@ -71,11 +73,47 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]], other_methods:
     return markdown(table) if arms else ""
 
 
-def points(difference: Interval | None, p: float) -> str:
-    """Return a difference with its interval, as far as it has them, bold where p says so."""
+def networks(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
+    """Return what every arm changed in every network, a table for each task that has several; "" without runs.
+
+    Args:
+        comparisons: of all cells that have runs.
+    """
+    tables = []
+    for task in TASKS:
+        columns = {}
+        for cell in sorted(TASKS[task].cells, key=lambda cell: TASKS[task].masks(cell)[1]):
+            title, rows = with_pairs(comparisons, task, cell)
+            if rows:
+                columns[title] = rows
+        if len(columns) < 2:
+            continue
+        table = [[TASKS[task].title, "passes", *columns]]
+        for arm in (arm for arm in TASKS[task].arms if any(arm in rows for rows in columns.values())):
+            found = [rows.get(arm) for rows in columns.values()]
+            cost = next(row.passes for row in found if row)
+            gains = [points(row.difference, row.p, interval=False) if row else "" for row in found]
+            table.append([ARMS[arm].title, f"{cost:.3g}", *gains])
+        tables.append(markdown(table))
+    return "\n\n".join((NETWORKS_NOTE, *tables)) if tables else ""
+
+
+def with_pairs(
+    comparisons: dict[tuple[str, str], list[Compared]], task: str, cell: str
+) -> tuple[str, dict[str, Compared]]:
+    """Return a cell's title with its number of seeds, and its arms that have enough pairs; "" and none without one."""
+    rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
+    if not rows:
+        return "", {}
+    return f"{cell_title(task, cell)}, {count_text(max(len(row.differences) for row in rows.values()), 'seed')}", rows
+
+
+def points(difference: Interval | None, p: float, interval: bool = True) -> str:
+    """Return a difference, with or without its interval, as far as it has them, bold where p says so."""
     if difference is None:
         return ""
-    text = f"{difference.mean:+.2f}" + (f" ({interval})" if (interval := limits(difference)) else "")
+    between = limits(difference) if interval else ""
+    text = f"{difference.mean:+.2f}" + (f" ({between})" if between else "")
     return f"**{text}**" if p < LEVEL else text
 
 

@@ -186,6 +186,34 @@ def test_what_rules_add_at_another_weight_decay_stands_in_a_table_of_its_own(che
     assert "| SAM (two-step) | 2 | **+8.00 (+7.50 to +8.50)** |" in apart
 
 
+def test_what_arms_gain_in_every_network_stands_in_one_table_from_dense_to_sparse(checkout):
+    cells = ("random-0.98", "dense", CELL, "rigl-0.9")
+    for cell in cells[:3]:
+        checkout.add_cell(cell)
+    for seed in (0, 1):  # too few for a column
+        for arm in ("sgd", "sam"):
+            checkout.add(Run(TASK, "rigl-0.9", arm, seed), 90.0 + seed)
+    for seed, accuracy in enumerate([80.0, 80.1, 82.2]):
+        checkout.add(Run(TASK, "dense", "random-scaled", seed), accuracy)
+    checkout.add(Run(TASK, "random-0.98", "msam", 0), 99.0)
+    checkout.page.write_text("# Page\n\n<!-- ledger: networks -->\n<!-- /ledger -->\n")
+    checkout.render()
+    assert checkout.page.read_text().split("\n\n")[-1].splitlines() == [
+        f"| {TASKS[TASK].title} | passes | dense, 3 seeds | 90% sparse, random, 3 seeds | 98% sparse, random, 3 seeds |",
+        "| --- | --- | --- | --- | --- |",
+        "| SAM (two-step) | 2 | **+4.00** | **+4.00** | **+4.00** |",
+        "| one-step SAM | 1 | +1.17 | +1.17 | +1.17 |",
+        "| random, scaled | 1 | **-10.23** | | |",
+        "<!-- /ledger -->",
+    ]
+    for seed in range(3):
+        for arm in ("sgd", "sam", "previous"):
+            (checkout.root / "results" / TASK / f"{Run(TASK, 'dense', arm, seed).name}.json").unlink()
+            (checkout.root / "results" / TASK / f"{Run(TASK, CELL, arm, seed).name}.json").unlink()
+    checkout.render()
+    assert "No comparison is in the ledger yet." in checkout.page.read_text()  # one network is no table of networks
+
+
 def test_a_tuned_baseline_says_which_flag_was_chosen(checkout):
     checkout.add_cell()
     checkout.add(Run(TASK, CELL, "sgd-decay", 0), 92.0)
