@@ -139,7 +139,7 @@ def serve(pipe: Connection, device_text: str, batch_size: int, count: int, depth
         for with_data in (True, False)
     }
     with contextlib.suppress(EOFError):  # nobody asks any more
-        while True:
-            with_data, steps = pipe.recv()
+        while asked := pipe.recv():
+            with_data, steps = asked
             loops[with_data].run(steps)
             pipe.send(steps)

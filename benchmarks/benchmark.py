@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def usual_loop(device: torch.device, images: int, depth: int = 20) -> Iterator[C
     try:
         yield run
     finally:
-        here.close()  # which ends it, with its workers
+        with suppress(OSError):  # it may be gone
+            here.send(None)  # ends it, with its workers
         process.join()
 
 

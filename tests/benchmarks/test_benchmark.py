@@ -17,6 +17,13 @@ from sam import SAM
 from utils.precision import resolve_execution
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """What is measured in a process of its own is forked: that spares it the imports."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+
+
 def test_the_usual_sam_of_the_baseline_trains_like_ours():
     """Or the comparison would be with something else; and it keeps the 4 numbers a parameter that it is known for."""
     models = []
@@ -91,7 +98,8 @@ def test_a_directory_to_write_to_is_refused_before_anything_is_measured(tmp_path
     assert (ended.value.code, "is a directory: name a file" in capsys.readouterr().err) == (2, True)
 
 
-def test_the_end_of_the_usual_loop_is_noticed():
+@forks
+def test_the_end_of_the_usual_loop_is_noticed(forked):
     others = set(multiprocessing.active_children())
     with usual_loop(torch.device("cpu"), 128) as run:
         (process,) = set(multiprocessing.active_children()) - others
@@ -100,7 +108,8 @@ def test_the_end_of_the_usual_loop_is_noticed():
             run(False, 1)
 
 
-def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+@forks
+def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys, monkeypatch, forked):
     for module in ("benchmark", "loop"):
         monkeypatch.setattr(f"benchmarks.{module}.BATCH", 16)
     file, others = tmp_path / "out.json", set(multiprocessing.active_children())
@@ -122,10 +131,7 @@ def test_the_benchmark_measures_steps_and_writes_what_it_prints(tmp_path, capsys
 
 
 @forks
-def test_the_memory_of_one_step_sam_is_one_buffer_of_parameters(tmp_path, monkeypatch):
-    """Each is measured in a process of its own, which is forked here: that spares it the imports."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+def test_the_memory_of_one_step_sam_is_one_buffer_of_parameters(tmp_path, monkeypatch, forked):
     monkeypatch.setattr("benchmarks.benchmark.MEMORY_BATCH", 2)
     assert main(["--device", "cpu", "--output", str(tmp_path / "out.json"), "--parts", "memory"]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
