@@ -2,12 +2,15 @@
 
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.imagenet import main as estimate_imagenet
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,7 +212,7 @@ def imagenet(tmp_path, *words, **environment):
     )  # fmt: skip
 
 
-def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp_path):
+def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         (tmp_path / "data" / "train" / name / "1.JPEG").touch()
@@ -224,10 +227,12 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     assert dense == pytest.approx(180 * 3 * 8.18e9, rel=0.02)  # He et al. 2016: 4.1e9 multiply-adds forward
     assert estimate.startswith("# 180 images, ")
     assert estimate.endswith(", 1.0 hours at 0.05 images/s a pass")
-    done = imagenet(tmp_path, "data", "--dry-run", "--sam-from", "0.75", **one | {"OPTIMIZERS": "sam"}, PROCESSES="3")
-    assert done.stdout.endswith(", 1.2 hours at 0.05 images/s a pass\n")  # 1.25 passes
-    wrong = imagenet(tmp_path, "data", "--dry-run", **one | {"IMAGES_PER_SECOND": "1,000"}, PROCESSES="3")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    program = shlex.split(command)[6:]  # what the script passes on
+    late = [word for word in program if word != "--sam-v2"] + ["--sam-from", "0.75"]
+    assert estimate_imagenet([str(tmp_path / "data"), "0.05", *late]) == 0
+    assert capsys.readouterr().out.endswith(", 1.2 hours at 0.05 images/s a pass\n")  # 1.25 passes
+    assert estimate_imagenet([str(tmp_path / "data"), "1,000", *program]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     for words, sentence in ((["--dry-run"], "name the directory"), ([str(tmp_path)], "train': name the directory")):
         bad = imagenet(tmp_path, *words)
         assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
