@@ -110,7 +110,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
 
     # result
     result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
-    result |= compacted_size(pruner.model, pruner.masks, data.image_shape)
+    result |= compacted_size(pruner.model, pruner.masks, data.image_shape, flops)
     with logger.writing_result(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
         measure_trained(result, run, args, data, normalize, earlier)
     file = directory / "result.json"
@@ -129,7 +129,7 @@ def introduce(run: Run, args: Namespace, data: Dataset, resumed: bool) -> None:
     )
     if args.summary:
         say(summary_table(run.meter.flops, state.pruner.masks))
-        left = compacted_size(state.pruner.model, state.pruner.masks, data.image_shape)
+        left = compacted_size(state.pruner.model, state.pruner.masks, data.image_shape, run.meter.flops)
         say("without dead channels: {parameters_compacted:,} parameters, {flops_compacted:,} FLOPs".format(**left))
     say(state.pruner.describe())
     say(f"run directory: {run.logger.directory}" + (f", resumed after step {state.global_step:,}" if resumed else ""))

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -47,7 +48,7 @@ def measure_step(
     arch, depth, width = network
     # TensorBoard's thread may still write when the directory goes.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, usage_errors():
-        kernels = bf16_on_cpu(build_model(arch, depth, CLASSES, width), (3, 32, 32))
+        kernels = partial(bf16_on_cpu, build_model(arch, depth, CLASSES, width), (3, 32, 32))
         execution = resolve_execution("auto", "off", device, cpu_kernels=kernels)
         loop = Loop(
             device, execution, random_images(steps * BATCH), Path(scratch) / "run", optimizer, v2, network=network

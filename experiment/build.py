@@ -258,7 +258,7 @@ def execution(
         step_flops=(1 + (passes - 1) * perturbing) * args.batch_size / group.world * flops.dense_training,
         steps=steps,
         deterministic=args.deterministic,
-        cpu_kernels=bf16_on_cpu(model, data.image_shape),
+        cpu_kernels=partial(bf16_on_cpu, model, data.image_shape),
         watched=args.nonfinite == "skip"
         or group.world > 1
         or args.sam_direction == "random"

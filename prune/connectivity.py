@@ -49,14 +49,16 @@ class Connectivity:
         alive = masks.alive()
         empty = [name for name, count in alive.items() if count == 0]
         sparse = any(count < masks.weights[name].numel() for name, count in alive.items())
-        if sparse and not self.connects(masks.masks):
+        figures = diagnostics.path_figures(self._model, masks, self.input_shape) if sparse else {}
+        on_a_path = figures.get("effective_sparsity", 1.0) < 1  # any weight; others need a look of their own
+        if sparse and not (on_a_path or self.connects(masks.masks)):
             raise self._cut(empty, ways())
         if new := [name for name in empty if name not in self._warned]:
             self._warn(f"no weight is left in {listed(new)}; other layers still lead from the input to the output")
             self._warned.update(new)
         if warn_of_filters:
             self._warn_of_filters(masks)
-        self.figures = diagnostics.path_figures(self._model, masks, self.input_shape) if sparse else {}
+        self.figures = figures
         sentence = diagnostics.collapse(self.figures, masks.sparsity())
         if sentence and "collapse" not in self._warned:
             self._warned.add("collapse")

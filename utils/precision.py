@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def resolve_execution(
     step_flops: float = 0.0,
     steps: int = 0,
     deterministic: bool = False,
-    cpu_kernels: str = "fast",
+    cpu_kernels: Callable[[], str] = lambda: "fast",
     watched: bool = False,
     compacted: bool = False,
 ) -> Execution:
@@ -108,7 +109,7 @@ def resolve_execution(
         step_flops: of a training step.
         steps: of the run.
         deterministic: results may not depend on what was tuned when.
-        cpu_kernels: what `bf16_on_cpu` says of the network; counts only on a CPU.
+        cpu_kernels: returns what `bf16_on_cpu` says of the network; is called only where that matters.
         watched: the host looks at every step's gradient, which no graph can hold (in fp16 it always does), other
             processes take part, or a step draws random numbers.
         compacted: the network trains without its dead channels.
@@ -116,25 +117,25 @@ def resolve_execution(
     Raises:
         UsageError: what is asked for by name is not possible here.
     """
-    kernels = cpu_kernels if device.type == "cpu" else "fast"
-    if precision == "bf16" and kernels == "wrong":
+    kernels = cache(cpu_kernels) if device.type == "cpu" else lambda: "fast"
+    if precision == "bf16" and kernels() == "wrong":
         raise UsageError(
             "bf16 on a CPU gives wrong gradients where a convolution with a stride meets a map of one pixel, as in this "
             "network with images of this size: give --precision fp32, or larger images"
         )
     if precision == "auto":
-        precision = "bf16" if gains_from_bf16(device) and kernels == "fast" else "fp32"
+        precision = "bf16" if gains_from_bf16(device) and kernels() == "fast" else "fp32"
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: it is not what fp32 says
     if compilation == "on":
         refuse_uncompilable(device)
     if compilation == "auto":
-        # MobileNet, whose depthwise kernels are slow in bf16, gets slower by compilation in fp32 as well.
         kind = device.type
-        if kind == "cpu" and kernels == "fast":
+        if kind == "cpu":
             kind = "amx" if has_amx(device) else "compacted" if compacted else kind
         takes, saves = COMPILATION.get(kind, (math.inf, 0.0))
-        worthwhile = steps * step_flops * saves > takes
+        # MobileNet, whose depthwise kernels are slow in bf16, gets slower by compilation in fp32 as well.
+        worthwhile = steps * step_flops * saves > takes and kernels() == "fast"
         compilation = "on" if worthwhile and not (what_compilation_lacks(device) or deterministic) else "off"
     graphed = device.type == "cuda" and step_flops < GRAPHED_BELOW and precision != "fp16" and not watched
     return Execution(precision, compilation == "on", graphed)

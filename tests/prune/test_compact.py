@@ -207,7 +207,7 @@ def test_a_network_whose_channels_cannot_be_followed_is_copied_whole():
 def test_sizes_are_those_of_both_sides_of_every_layer(family):
     model, pruner = masked(family)
     model.float()
-    size = compacted_size(model, pruner.masks, (3, 32, 32))
+    size = compacted_size(model, pruner.masks, (3, 32, 32), count_flops(model, (3, 32, 32)))
     small = compact(model, pruner.masks)
     assert size["parameters_compacted"] == sum(p.numel() for p in small.parameters())
     fresh = 10  # biases of the classifier, which are zero

@@ -41,7 +41,7 @@ def test_auto_compiles_only_what_saves_more_time_than_it_takes(machine):
     assert resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391).compiled
     assert not resolve_execution("auto", "auto", CPU, resnet20, steps=3 * 391).compiled
     assert resolve_execution("fp32", "auto", CPU, resnet20, steps=30 * 391).compiled
-    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels="slow").compiled
+    assert not resolve_execution("auto", "auto", CPU, resnet20, steps=30 * 391, cpu_kernels=lambda: "slow").compiled
     assert not resolve_execution("auto", "auto", CUDA, resnet20, steps=30 * 391).compiled
 
 
@@ -129,10 +129,10 @@ def test_auto_avoids_bf16_where_its_cpu_kernels_are_wrong_or_slow(machine, arch,
     machine("AuthenticAMD avx512_bf16")
     assert bf16_on_cpu(build_model(arch, {"mobilenet": 28, "resnet": 8}[arch], 10, 0.25), (3, size, size)) == kernels
     expected = "bf16" if kernels == "fast" else "fp32"
-    assert resolve_execution("auto", "off", CPU, cpu_kernels=kernels).precision == expected
-    assert resolve_execution("auto", "off", CUDA, cpu_kernels=kernels).precision == "bf16"
+    assert resolve_execution("auto", "off", CPU, cpu_kernels=lambda: kernels).precision == expected
+    assert resolve_execution("auto", "off", CUDA, cpu_kernels=lambda: kernels).precision == "bf16"
     if kernels != "wrong":
-        assert resolve_execution("bf16", "off", CPU, cpu_kernels=kernels).precision == "bf16"
+        assert resolve_execution("bf16", "off", CPU, cpu_kernels=lambda: kernels).precision == "bf16"
         return
     with pytest.raises(UsageError, match="larger images"):
-        resolve_execution("bf16", "off", CPU, cpu_kernels=kernels)
+        resolve_execution("bf16", "off", CPU, cpu_kernels=lambda: kernels)
