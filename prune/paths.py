@@ -34,18 +34,21 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
 def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the weights that lie on a path of living weights from the input to the output: bool, by layer.
 
-    By the same flow: a weight of 1 with a slope lies on a path.
+    By the same flow: a weight of 1 with a slope lies on a path, unless the input has none.
 
     Args:
         model, alive, input_shape: see `reaches_output`.
     """
     shadow, weights = _shadow(model, alive)
-    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device)
+    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
     with torch.enable_grad():
-        slopes = torch.autograd.grad(
-            shadow(ones).sum(), list(weights.values()), allow_unused=True, materialize_grads=True
+        of_input, *slopes = torch.autograd.grad(
+            shadow(ones).sum(), [ones, *weights.values()], allow_unused=True, materialize_grads=True
         )
-    return {name: (w.detach() * slope) != 0 for (name, w), slope in zip(weights.items(), slopes, strict=True)}
+    reached = of_input.any()
+    return {
+        name: ((w.detach() * slope) != 0) & reached for (name, w), slope in zip(weights.items(), slopes, strict=True)
+    }
 
 
 def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -72,8 +72,20 @@ def test_a_network_without_a_path_is_refused(network, patterns):
         pruner.choose_masks(sample)
 
 
-def test_a_path_that_is_cut_between_layers_is_refused_although_none_is_empty():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+class Shift(nn.Module):
+    """Adds what it has learned, which leads on to the output without the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("between", [nn.ReLU, Shift])
+def test_a_path_that_is_cut_between_layers_is_refused_although_none_is_empty(between):
+    model = nn.Sequential(nn.Linear(2, 2), between(), nn.Linear(2, 2))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[2.0, 2.0], [0.1, 0.1]]))  # feeds the first unit
         model[2].weight.copy_(torch.tensor([[0.1, 2.0], [0.1, 2.0]]))  # reads the second
