@@ -221,6 +221,17 @@ def test_sizes_are_those_of_both_sides_of_every_layer(family):
         assert count_flops(small, (3, 32, 32)).forward["blocks.1.depthwise.0"] == 2 * 9 * 16**2 * depthwise.groups
 
 
+def test_a_sparse_network_without_a_dead_channel_has_the_size_of_the_whole():
+    model = build_model("resnet", 8, 10, 0.5)
+    pruner = Pruner(model, "random", 0.5)
+    pruner.choose_masks()
+    flops, whole = count_flops(model, (3, 32, 32)), sum(p.numel() for p in model.parameters())
+    size = compacted_size(model, pruner.masks, (3, 32, 32), flops)
+    assert size == {"parameters_compacted": whole, "flops_compacted": sum(flops.forward.values())}
+    small = compact(model, pruner.masks)
+    assert (sum(p.numel() for p in small.parameters()), count_flops(small, (3, 32, 32))) == (whole, flops)
+
+
 def test_weights_keep_their_memory_layout_and_copies_share_nothing():
     model, pruner = masked("vgg")
     before = copy.deepcopy(model.state_dict())

@@ -136,3 +136,13 @@ def test_auto_avoids_bf16_where_its_cpu_kernels_are_wrong_or_slow(machine, arch,
         return
     with pytest.raises(UsageError, match="larger images"):
         resolve_execution("bf16", "off", CPU, cpu_kernels=lambda: kernels)
+
+
+def test_how_kernels_are_is_asked_only_where_it_decides_something(machine):
+    machine("AuthenticAMD avx512_bf16")
+    asked = []
+    for device, precision, compilation in ((CPU, "fp32", "off"), (CPU, "fp32", "auto"), (CUDA, "auto", "auto")):
+        resolve_execution(precision, compilation, device, 1e9, 10_000, cpu_kernels=lambda: asked.append(1) or "fast")
+    assert not asked
+    resolve_execution("auto", "auto", CPU, 1e9, 10_000, cpu_kernels=lambda: asked.append(1) or "fast")
+    assert asked == [1]
