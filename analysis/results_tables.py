@@ -59,7 +59,7 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]], other_methods:
     columns: dict[str, dict[str, str]] = {}
     passes: dict[str, str] = {}
     for task in TASKS:
-        title, rows = with_pairs(comparisons, task, TASKS[task].first)
+        title, rows = column_of(comparisons, task, TASKS[task].first)
         if told := {arm: points(rows[arm].difference, rows[arm].p) for arm in HEADLINE if arm in rows}:
             columns[f"{TASKS[task].title}: {title}"] = told
             passes = {arm: f"{row.passes:.3g}" for arm, row in rows.items()} | passes
@@ -83,7 +83,7 @@ def networks(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
     for task in TASKS:
         columns = {}
         for cell in sorted(TASKS[task].cells, key=lambda cell: TASKS[task].masks(cell)[1]):
-            title, rows = with_pairs(comparisons, task, cell)
+            title, rows = column_of(comparisons, task, cell)
             if rows:
                 columns[title] = rows
         if len(columns) < 2:
@@ -98,10 +98,10 @@ def networks(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
     return "\n\n".join((NETWORKS_NOTE, *tables)) if tables else ""
 
 
-def with_pairs(
+def column_of(
     comparisons: dict[tuple[str, str], list[Compared]], task: str, cell: str
 ) -> tuple[str, dict[str, Compared]]:
-    """Return a cell's title with its number of seeds, and its arms that have enough pairs; "" and none without one."""
+    """Return the heading of a cell's column, with its seeds, and the arms to show there: those with enough pairs."""
     rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
     if not rows:
         return "", {}
@@ -109,7 +109,7 @@ def with_pairs(
 
 
 def points(difference: Interval | None, p: float, interval: bool = True) -> str:
-    """Return a difference, with or without its interval, as far as it has them, bold where p says so."""
+    """Return a difference, with its interval where it is wanted and there is one, bold where p says so."""
     if difference is None:
         return ""
     between = limits(difference) if interval else ""

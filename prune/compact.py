@@ -97,7 +97,7 @@ def compacted_size(model: nn.Module, masks: Masks, image_shape: tuple[int, int, 
         flops: of the network as it is.
     """
     small = model
-    if any(not mask.flatten(1).any(1).all() for mask in masks.masks.values()):  # else every channel is written
+    if any(not mask.flatten(1).any(1).all() for mask in masks.masks.values()):  # else no channel is dead
         small = compact(model, masks)
         flops = count_flops(small, image_shape)
     return {

@@ -50,8 +50,9 @@ class Connectivity:
         empty = [name for name, count in alive.items() if count == 0]
         sparse = any(count < masks.weights[name].numel() for name, count in alive.items())
         figures = diagnostics.path_figures(self._model, masks, self.input_shape) if sparse else {}
-        on_a_path = figures.get("effective_sparsity", 1.0) < 1  # any weight; others need a look of their own
-        if sparse and not (on_a_path or self.connects(masks.masks)):
+        # A weight on a path proves that there is one. Where none is known, as with layer normalisation, ask for the path.
+        proven = figures.get("effective_sparsity", 1.0) < 1
+        if sparse and not proven and not self.connects(masks.masks):
             raise self._cut(empty, ways())
         if new := [name for name in empty if name not in self._warned]:
             self._warn(f"no weight is left in {listed(new)}; other layers still lead from the input to the output")

@@ -34,7 +34,8 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
 def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the weights that lie on a path of living weights from the input to the output: bool, by layer.
 
-    By the same flow: a weight of 1 with a slope lies on a path, unless the input has none.
+    By the same flow: a weight of 1 with a slope lies on a path. Where the input has no slope none does: what reaches the
+    output then comes from the network itself, such as a learned shift.
 
     Args:
         model, alive, input_shape: see `reaches_output`.

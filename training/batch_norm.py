@@ -66,7 +66,7 @@ def batch_norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]
 
 def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], smallest_batch: int) -> None:
     """Raise ValueError where a batch of so many images [C, H, W] leaves batch norm one value per channel."""
-    if smallest_batch > 1:
+    if smallest_batch > 1:  # each image has a value of every channel
         return
     shadow = copy.deepcopy(model).to("meta").train()
     for layer in batch_norm_layers(shadow):
