@@ -1,6 +1,7 @@
 """The pages are true: their examples run, their commands parse, and what they name exists."""
 
 import ast
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_every_flag_a_page_names_exists(page):
     assert set(re.findall(FLAG, PAGES[page])) <= existing_flags() | OTHER_PROGRAMS
 
 
+@functools.cache
 def existing_flags() -> set[str]:
     """Return the flags of the training program, of the other commands by their source, and of the scripts."""
     flags = {option for action in build_parser()._actions for option in action.option_strings}

@@ -53,11 +53,8 @@ def assert_close(left: dict, right: dict) -> None:
 @pytest.mark.parametrize(
     ("world", "flags"),
     [
-        (2, f"--optmzr sgd {STATIC} --batch-size 103"),
-        (2, f"--optmzr sgd {RIGL} --batch-size 131"),
-        (2, f"--optmzr sgd-sam {STATIC} --batch-size 131"),
-        (2, f"--optmzr sgd-sam {RIGL} --batch-size 103"),
-        (2, f"--optmzr sgd-sam --sam-v2 {STATIC} --batch-size 131"),
+        (2, f"--optmzr sgd {RIGL} --batch-size 103"),
+        (2, f"--optmzr sgd-sam {RIGL} --batch-size 131"),
         (2, f"--optmzr sgd-sam --sam-v2 {RIGL} --batch-size 103"),
         (2, "--optmzr sgd-sam --sam-v2 --prune-method snfs --sparsity 0.5 --update-interval 3 --batch-size 131"),
         (2, "--optmzr sgd-cram --batch-size 131"),

@@ -11,16 +11,25 @@ from tiny_network import build, dead, global_reference, kept, layers, split, tra
 from torch import nn
 
 from prune import METHODS, Pruner
+from prune.methods import SCORE_ROUNDS
 
 SPARSE = [name for name in METHODS if name != "none"]
 
 
+DISTRIBUTED = [
+    (distribution, pattern)
+    for distribution in ("erk", "uniform", "global")
+    for pattern in ("unstructured", "4x1", "kernel", "channel", "fan-in")
+]
+
+
 @pytest.mark.parametrize("method", SPARSE)
-@pytest.mark.parametrize("distribution", ["erk", "uniform", "global"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1", "kernel", "channel", "fan-in"])
+@pytest.mark.parametrize(("distribution", "pattern"), [*DISTRIBUTED, (None, "2:4")])
 def test_every_combination_reaches_its_sparsity_or_says_why_not(method, distribution, pattern):
-    fixed = pattern == "2:4"
-    flags = {"pattern": pattern, "distribution": None if fixed else distribution}
+    fixed = distribution is None  # by the pattern: so are the sparsity and every layer's part
+    flags = {"pattern": pattern, "distribution": distribution}
+    if SCORE_ROUNDS in METHODS[method].options:
+        flags["score_rounds"] = 8
     impossible = not fixed and distribution not in METHODS[method].distributions
     reallocates = METHODS[method].update is not None and METHODS[method].update.reallocates
     impossible |= (fixed and METHODS[method].moves) or (pattern in ("channel", "fan-in") and reallocates)

@@ -145,12 +145,12 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-METHOD_PATTERNS = [(name, "unstructured") for name, method in METHODS.items() if not method.pretrained]
+METHOD_PATTERNS = [("none", "unstructured"), ("random", "unstructured")]  # to a step all masks that stay are alike
 METHOD_PATTERNS += [
     (name, pattern)
     for name, method in METHODS.items()
-    if method.update
-    for pattern in ("channel", "2x1")
+    if method.update or method.tickets
+    for pattern in (("unstructured", "channel", "2x1") if method.update else ("unstructured",))
     if not (pattern == "channel" and method.update.reallocates)
 ]
 
