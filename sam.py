@@ -299,10 +299,15 @@ class SAM(torch.optim.Optimizer):
             if not shared.handles:
                 raise RuntimeError("weights are perturbed: call second_step(), restore() or eval() before state_dict()")
             self._leave()
+        self._show_kept()
         holds = OFFSET if shared.phase == ASIDE else DIRECTION if shared.remembers else NOTHING
         saved = super().state_dict()
+        keys = (key for group in saved["param_groups"] for key in group["params"])
+        moved = {id(p) for lot in shared.moved for p in lot.owners}  # an e is in the buffers of these alone
+        empty = {key for key, p in zip(keys, self._parameters(), strict=True) if holds == OFFSET and id(p) not in moved}
         for key, values in list(saved["state"].items()):
-            kept = {k: v.clone() if k in KEPT else v for k, v in values.items() if holds or k != "sam_buffer"}
+            left_out = {"sam_buffer"} if not holds or key in empty else set()
+            kept = {k: v.clone() if k in KEPT else v for k, v in values.items() if k not in left_out}
             saved["state"].pop(key)
             if kept:
                 saved["state"][key] = kept
@@ -419,6 +424,8 @@ class SAM(torch.optim.Optimizer):
         if shared.phase == CLOSED:
             self._perturb()
         elif shared.phase == ASIDE:
+            moved = {id(p) for lot in shared.moved for p in lot.owners}  # some may have been frozen or converted since
+            shared.moved = [lot for lot in self._lots() if not moved.isdisjoint(map(id, lot.owners))]
             for lot in shared.moved:
                 e = lot.buffer.clone()
                 torch._foreach_copy_(lot.views, lot.params)
@@ -482,7 +489,7 @@ class SAM(torch.optim.Optimizer):
             (group, [p for p in group["params"] if p.requires_grad and (p.grad is not None or p in known)])
             for group in self.param_groups
         ]
-        signature = [(id(group), [id(p) for p in params]) for group, params in found]
+        signature = [(id(group), [(id(p), p.dtype, p.device) for p in params]) for group, params in found]
         if signature != shared.signature:
             alike: dict[tuple, tuple[dict, list]] = {}
             for group, params in found:

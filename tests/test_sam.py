@@ -101,6 +101,23 @@ def test_weights_come_back_bit_for_bit(v2, adaptive):
     assert_same(weights(model), start)
 
 
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "two-step"])
+def test_weights_that_were_converted_during_training_come_back_bit_for_bit(v2):
+    model = network(dtype=torch.bfloat16)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, v2=v2)
+    for batch in batches(2, dtype=torch.bfloat16):
+        documented_step(model, optimizer, batch)
+    model.float()
+    optimizer.param_groups[0]["lr"] = 0.0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-5)  # what bf16 has no room for
+    start = weights(model)
+    for batch in batches(2, dtype=torch.float32):
+        documented_step(model, optimizer, batch)
+    assert_same(weights(model), start)
+
+
 def test_restore_is_idempotent_and_leaves_the_next_step_unperturbed():
     model = network(dtype=torch.float32)
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)

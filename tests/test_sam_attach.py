@@ -123,6 +123,48 @@ def test_a_run_saved_in_the_middle_of_an_accumulation_goes_on_bit_for_bit():
     assert_same(weights(model), weights(other))
 
 
+@pytest.mark.parametrize("direction", ["previous", "momentum", "ema", "random"])
+@pytest.mark.parametrize("how", ["attach", "train"])
+def test_a_run_saved_in_the_middle_of_a_step_goes_on_bit_for_bit_beside_weights_that_are_not_perturbed(how, direction):
+    """Those of a group with rho 0, and one that is frozen before that step."""
+
+    def build():
+        model = network()
+        groups = [{"params": model[0].parameters(), "rho": 0.0}, {"params": model[3].parameters()}]
+        optimizer = SAM(groups, torch.optim.SGD, direction=direction, **OPTIONS)
+        return model, optimizer.attach(model) if how == "attach" else optimizer
+
+    def train(model, optimizer, batch):
+        if how == "train":
+            optimizer.train()
+        usual_step(model, optimizer, batch)
+
+    model, optimizer = build()
+    first, second, third = batches(3)
+    train(model, optimizer, first)
+    train(model, optimizer, second)
+    model[3].bias.requires_grad_(False)
+    if how == "attach":
+        optimizer.zero_grad()
+        loss_of(model, third).backward()
+    start = weights(model)
+    optimizer.eval()
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    if how == "train":
+        optimizer.train()
+    assert_same([weights(model)[0]], [start[0]])
+    resumed_model, resumed = build()
+    resumed_model[3].bias.requires_grad_(False)
+    resumed_model.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for batch in batches(3):
+        for m, o in ((model, optimizer), (resumed_model, resumed)):
+            train(m, o, batch)
+    optimizer.eval()
+    resumed.eval()
+    assert_same(weights(model), weights(resumed_model))
+
+
 def test_weights_loaded_in_the_middle_of_a_step_stay():
     model, attached, other, _ = pair()
     first, second = batches(2)
