@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 
@@ -138,7 +138,7 @@ class Pruner:
         self._settled = not self.method.update  # masks came to their last change
 
     def choose_masks(self, sample: Sample | None = None) -> None:
-        """Score the weights, choose the masks and zero what they drop.
+        """Score the weights, choose the masks, and zero what they drop and what optimizers remember of it.
 
         Args:
             sample: see `scores.Scored`; for methods that look at images, and where a layer may come out empty.
@@ -149,6 +149,19 @@ class Pruner:
         if sample is not None:
             inputs, _ = sample(1)
             self._connectivity.input_shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
+        with self._unperturbed():
+            self._set_first_masks(sample)
+            self._forget(self.masks.pairs())
+        if self.method.moves:
+            assert not isinstance(self.pattern, NofM)
+            alive = self.pattern.pool(self.masks.masks)
+            self._targets = {name: int((units > 0).sum()) for name, units in alive.items()}
+            self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
+            self._first = {name: mask.clone() for name, mask in self.masks.masks.items()}
+        self._remember_weights(-1)
+        self._wake(0)
+
+    def _set_first_masks(self, sample: Sample | None) -> None:
         if self.method.update and isinstance(self.pattern, Channels):
             self._last_values = LastValues(self.model, self.masks, self.pattern)
         rounds = int(self.options.get("score_rounds", 1)) if self.method.score else 0
@@ -170,14 +183,6 @@ class Pruner:
             # Masks of ones, so that none has to be made during training.
             self.masks.set(self.pattern.keep(magnitude(self._scored(-1)), self.budget.counts(0.0)))
         self.check_layers(scores if rounds == 1 else None)
-        if self.method.moves:
-            assert not isinstance(self.pattern, NofM)
-            alive = self.pattern.pool(self.masks.masks)
-            self._targets = {name: int((units > 0).sum()) for name, units in alive.items()}
-            self.ever_alive = {name: mask.clone() for name, mask in self.masks.masks.items()}
-            self._first = {name: mask.clone() for name, mask in self.masks.masks.items()}
-        self._remember_weights(-1)
-        self._wake(0)
 
     def largest(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return boolean masks of the largest weights at a sparsity, of the layers that are not dense; nothing changes."""
@@ -209,7 +214,8 @@ class Pruner:
     def mask_weights(self) -> None:
         """Zero the dead weights, which an optimizer may have moved."""
         if not self._compacted:
-            self.masks.apply_to_weights()
+            with self._unperturbed():
+                self.masks.apply_to_weights()
 
     def compact(self) -> nn.Module:
         """Return the network without its dead channels, to be trained in place of the whole one.
@@ -281,9 +287,11 @@ class Pruner:
         holding = [optimizer for optimizer in self.optimizers if getattr(optimizer, "training", False)]
         for optimizer in holding:
             optimizer.eval()  # type: ignore[attr-defined]
-        yield
-        for optimizer in holding:
-            optimizer.train()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for optimizer in holding:
+                optimizer.train()  # type: ignore[attr-defined]
 
     def next_round(self, step: int) -> int:
         """Return the step to go on with at the end of training: the same one to stop, or the one that a round begins at.
@@ -421,7 +429,8 @@ class Pruner:
             and not state["masks"].keys() >= set(self.pattern.written)
         ):
             raise ValueError("its masks are of filters alone, as an earlier version made them, and not of channels")
-        self.masks.load_state_dict(state["masks"])
+        with self._unperturbed():
+            self.masks.load_state_dict(state["masks"])
         self._targets = dict(state["targets"])
         self._postponed = state.get("postponed", False)
         self._settled = state.get("settled", self._settled)
@@ -438,7 +447,8 @@ class Pruner:
             assert isinstance(self.pattern, Channels)
             self._last_values = LastValues(self.model, self.masks, self.pattern)
             self._last_values.load_state_dict(state["last_values"])
-            self._last_values.wake(state["awake"])
+            with self._unperturbed():
+                self._last_values.wake(state["awake"])
 
     def _like_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return copies in the dtype, layout and device of the weights."""
@@ -516,26 +526,32 @@ class Pruner:
         torch._foreach_add_(unchanged, 1)
         if channels and channels.awake:  # the optimizer decayed their weights
             torch._foreach_mul_(unchanged, masks)
-        for optimizer in self.optimizers:
-            remembered = [
-                (tensor, keep)
-                for weight, keep in zip(weights, unchanged, strict=True)
-                for tensor in optimizer.state.get(weight, {}).values()
-                if isinstance(tensor, Tensor) and tensor.shape == weight.shape
-            ]
-            if remembered:
-                tensors, keeps = zip(*remembered, strict=True)
-                torch._foreach_mul_(list(tensors), list(keeps))
+        self._forget(list(zip(weights, unchanged, strict=True)))
         if self.method.moves:
             counted = [name in self.masks.weights for name in change.masks]
             self._overlap = diagnostics.overlap(compress(before, counted), compress(masks, counted))
         if self.ever_alive:
             torch._foreach_maximum_(list(self.ever_alive.values()), [self.masks.masks[n] for n in self.ever_alive])
 
+    @torch.no_grad()
+    def _forget(self, keep: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Zero what optimizers remember of parameters, each with a tensor that is 0 there and 1 elsewhere."""
+        for optimizer in self.optimizers:
+            remembered = [
+                (tensor, kept)
+                for parameter, kept in keep
+                for tensor in optimizer.state.get(parameter, {}).values()
+                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
+            ]
+            if remembered:
+                tensors, keeps = zip(*remembered, strict=True)
+                torch._foreach_mul_(list(tensors), list(keeps))
+
     def _wake(self, step: int) -> None:
         """Wake dead channels for a step whose gradients they grow by."""
         if self._last_values:
-            self._last_values.wake(self.grows_by_gradient(step))
+            with self._unperturbed():
+                self._last_values.wake(self.grows_by_gradient(step))
 
     def _remember_weights(self, step: int) -> None:
         """Keep the weights that later rounds rewind to, once the first round comes to that step."""

@@ -339,6 +339,67 @@ def test_weights_that_are_computed_from_others_are_named():
     assert said == ["the weights of 0, 3 are computed from others: they stay dense, and are not counted"]
 
 
+@pytest.mark.parametrize("direction", ["previous", "momentum", "ema"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("how", ["attach", "train", "by hand", "no SAM"])
+def test_masks_that_are_chosen_during_training_hold_from_then_on(how, base, direction):
+    """In the weights that a forward pass sees, and in what optimizers remember."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+    options = {"lr": 0.05, "momentum": 0.9} if base is torch.optim.SGD else {"lr": 0.01}
+    if how == "no SAM":
+        optimizer = base(model.parameters(), **options)
+    else:
+        optimizer = SAM(model.parameters(), base, rho=0.5, direction=direction, **options)
+    if how == "attach":
+        optimizer.attach(model)
+    pruner = Pruner(model, "oneshot", 0.7, "erk", optimizers=[optimizer])
+    for step in range(8):
+        if how == "train":
+            optimizer.train()
+        if step == 4:
+            pruner.choose_masks()
+            for weight, mask in pruner.masks.pairs():
+                remembered = [v for v in optimizer.state[weight].values() if getattr(v, "shape", None) == weight.shape]
+                assert remembered
+                assert all((v[mask == 0] == 0).all() for v in remembered)
+        optimizer.zero_grad()
+        if how == "by hand":
+            optimizer.first_step()
+        nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 2, (8,))).backward()
+        assert all((weight[mask == 0] == 0).all() for weight, mask in pruner.masks.pairs())
+        pruner.mask_gradients()
+        optimizer.step()
+        pruner.mask_weights()
+    if how == "train":
+        optimizer.eval()
+    assert sum(int(model[layer].weight.count_nonzero()) for layer in (0, 2)) == round(0.3 * 384)
+
+
+def test_an_optimizer_that_moves_dead_weights_leaves_none_alive_where_sam_holds_the_perturbed_ones():
+    class Restless(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for group in self.param_groups:
+                    torch._foreach_add_(group["params"], 0.1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimizer = SAM(model.parameters(), Restless, rho=0.5, lr=0.1)
+    pruner = Pruner(model, "random", 0.7, optimizers=[optimizer])
+    pruner.choose_masks()
+    optimizer.train()
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 2, (8,))).backward()
+        pruner.mask_gradients()
+        optimizer.step()
+        pruner.mask_weights()
+    optimizer.eval()
+    assert sum(int(model[layer].weight.count_nonzero()) for layer in (0, 2)) == round(0.3 * 384)
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("gmp", {"update_interval": 5}), ("rigl", {"update_interval": 5}), ("final", {}), ("lth", {"lth_rewind": 3})],

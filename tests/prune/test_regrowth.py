@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from prune import Pruner
+from sam import SAM
 
 
 def train(model, pruner, optimizer, steps, start=0, look=lambda: None):
@@ -29,9 +30,12 @@ def small_network():
     return build_model("resnet", 8, 10).double()
 
 
-def moving(method, **options):
+def moving(method, sam=False, **options):
     model = small_network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer = torch.optim.SGD(model.parameters(), **settings)
+    if sam:
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, **settings)
     pruner = Pruner(
         model, method, 0.7, pattern="channel", total_steps=20, optimizers=[optimizer], update_interval=3, **options
     )
@@ -175,6 +179,29 @@ def test_channels_resume_bit_for_bit(method):
         runs.append(model.state_dict())
     for other in runs[1:]:
         assert all(torch.equal(runs[0][name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet", "acdc"])
+def test_channels_resume_where_sam_holds_the_perturbed_weights(method):
+    """To rounding: eval() before saving takes w + e apart."""
+    runs = []
+    for resumed_at in (None, 4, 5, 8):
+        model, pruner, optimizer = moving(method, sam=True)
+        optimizer.train()
+        if resumed_at:
+            train(model, pruner, optimizer, resumed_at)
+            optimizer.eval()
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+            model, pruner, optimizer = moving(method, sam=True)
+            for part, state in zip((model, optimizer, pruner), saved, strict=True):
+                part.load_state_dict(state)
+            optimizer.train()
+        train(model, pruner, optimizer, 20, start=resumed_at or 0)
+        optimizer.eval()
+        runs.append(model.state_dict())
+    for other in runs[1:]:
+        for name, tensor in other.items():
+            torch.testing.assert_close(runs[0][name], tensor, rtol=0, atol=1e-9)
 
 
 def test_acdc_brings_channels_back_alive():
