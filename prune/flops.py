@@ -61,7 +61,7 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     An operation belongs to the layer whose weight it multiplies by, whichever module calls it: attention and windows of
     transformers use the weights of their layers without calling them.
     """
-    shadow = copy.deepcopy(model).to("meta").train()
+    shadow = _without_data(model).train()
     for module in shadow.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # Its scale stands for it: without data batch norm takes longer than all the rest, and is not counted.
@@ -76,13 +76,20 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     return Flops(forward, training, counter.other // len(images))
 
 
+def _without_data(model: nn.Module) -> nn.Module:
+    """Return a copy on the meta device, in which layers share the weights that they share in the model."""
+    parameters = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, parameters).to("meta")
+
+
 class _Counter(TorchDispatchMode):
     """Counts operations by the layer whose weight they read, where that is a view of it, or else by the layer at work.
 
     Attributes:
         forward: operations of each layer that took part.
         other: of everything else.
-        of_images: layers whose input comes from the images without a weight in between.
+        of_images: layers whose input comes from the images without a weight in between. Buffers, such as a mean that is
+            subtracted, are no weights.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
@@ -93,8 +100,9 @@ class _Counter(TorchDispatchMode):
         self.of_images: set[str] = set()
         self._layers = {_storage(weight): name for name, weight in weights.items()}
         self._at_work: list[str] = []
-        self._images = [images]  # and what is computed of them alone: held, so that no other tensor takes their place
+        self._held = [images]  # and what is computed of them and buffers: so no other tensor takes their place
         self._known = {_storage(images)}
+        self._constant = set(map(_storage, model.buffers()))
         for name, module in model.named_modules():
             if name in weights:
                 module.register_forward_pre_hook(lambda module, inputs, name=name: self._at_work.append(name))
@@ -111,10 +119,10 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         storages = {_storage(tensor) for tensor in tensors}
-        if storages and storages <= self._known:
+        if storages and storages <= self._known | self._constant:
             made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
-            self._images += made
-            self._known |= set(map(_storage, made))
+            self._held += made
+            (self._known if storages & self._known else self._constant).update(map(_storage, made))
         if count is not None:
             operations = count(*args, **kwargs, out_val=out)
             found = [self._layers[storage] for storage in storages if storage in self._layers] + self._at_work[-1:]

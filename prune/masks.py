@@ -1,5 +1,7 @@
 """Masks of 0 and 1 over the prunable weights of a network, and their application to weights and gradients."""
 
+import copy
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -43,6 +45,41 @@ def computed_weights(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not isinstance(module.weight, nn.Parameter)
     ]
+
+
+def recomputed_weights(model: nn.Module) -> list[str]:
+    """Return the names of the layers in which zeros of the weight are no zeros: their `forward` makes another weight of it.
+
+    So it is under weight standardisation, which subtracts the mean. Each layer with a `forward` of its own is tried with a
+    weight of which one entry is not zero: its output then depends on one input. Layers on the meta device are not tried.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+        and isinstance(module.weight, nn.Parameter)
+        and not module.weight.is_meta
+        and not type(module).forward.__module__.startswith("torch.nn.")
+        and _fills_zeros(module)
+    ]
+
+
+def _fills_zeros(layer: nn.modules.conv._ConvNd | nn.Linear) -> bool:
+    probe = copy.deepcopy(layer).to("cpu", torch.float32).eval()
+    if isinstance(layer, nn.Linear):
+        shape = [1, layer.in_features]
+    else:
+        sizes = zip(layer.dilation, layer.kernel_size, strict=True)
+        shape = [1, layer.in_channels, *(dilation * (size - 1) + 1 for dilation, size in sizes)]
+    inputs = torch.linspace(1, 2, math.prod(shape)).view(shape).requires_grad_()
+    with torch.no_grad():
+        probe.weight.zero_()[(0,) * probe.weight.ndim] = 1
+    try:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(probe(inputs).square().sum(), [inputs])
+    except (RuntimeError, TypeError):  # it takes other inputs
+        return False
+    return bool(slope[:, 1:].any())
 
 
 def depthwise_layers(model: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.channels import Group, channel_groups
-from prune.masks import prunable_weights
+from prune.masks import listed, prunable_weights
 
 Shape = tuple[int, ...]
 Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers that competes for them
@@ -322,15 +322,22 @@ def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()
         dense_layers: that lose no channel.
 
     Raises:
-        ValueError: no such pattern, or a network whose channels cannot be followed.
+        ValueError: no such pattern; a network whose channels cannot be followed; a pattern along the inputs or outputs of a
+            transposed convolution, whose weight is [in, out, kh, kw].
     """
     shapes = {layer: tuple(weight.shape) for layer, weight in prunable_weights(model).items()}
     if name == "channel":
         return Channels(channel_groups(model, dense_layers), shapes, dict(model.named_parameters()))
-    if name == "fan-in":
-        return FanIn(shapes)
     if name in UNITS:
         return Units(name, UNITS[name], shapes)
+    transposed = [n for n, m in model.named_modules() if n in shapes and getattr(m, "transposed", False)]
+    if transposed := [layer for layer in transposed if layer not in dense_layers]:
+        raise ValueError(
+            f"{listed(transposed)} are transposed convolutions, for which there is no pattern '{name}': keep them dense by name, "
+            "or take unstructured or kernel"
+        )
+    if name == "fan-in":
+        return FanIn(shapes)
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
         height, width = map(int, match.groups())
         if height and width:

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 
@@ -20,6 +20,7 @@ from prune.masks import (
     layers_by_position,
     listed,
     prunable_weights,
+    recomputed_weights,
     select_layers,
 )
 from prune.methods import METHODS, Value, complete_options, refuse_pattern
@@ -90,15 +91,15 @@ class Pruner:
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
         self.warn = warn
         self.masks = Masks.of(model)
-        if method != "none" and (computed := computed_weights(model)):
-            self.warn(
-                f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
-            )
+        if method != "none":
+            self._warn_of_weights()
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         depthwise = depthwise_layers(model) & shapes.keys()
         self.dense_layers = select_layers(list(shapes), list(dense_layers), depthwise, layers_by_position(model))
         dense = {name for matches in self.dense_layers.values() for name in matches}
         self.pattern = find_pattern(pattern, model, dense)
+        if self.method.moves:
+            self._refuse_frozen(self.masks.weights.keys() - dense)
         complete = complete_options(method, options)
         interval = complete.pop("update_interval", None)
         self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
@@ -136,6 +137,26 @@ class Pruner:
         self._first: dict[str, Tensor] = {}  # masks, where they move
         self._overlap = torch.ones(())  # of the masks before and after the last change
         self._settled = not self.method.update  # masks came to their last change
+
+    def _warn_of_weights(self) -> None:
+        if computed := computed_weights(self.model):
+            self.warn(
+                f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
+            )
+        if recomputed := recomputed_weights(self.model):
+            self.warn(
+                f"{listed(recomputed)} compute with other weights than those that masks hold, as weight standardisation "
+                "does: they are counted as sparse, and compute without a zero"
+            )
+
+    def _refuse_frozen(self, layers: Collection[str]) -> None:
+        if frozen := [
+            name for name, weight in self.masks.weights.items() if name in layers and not weight.requires_grad
+        ]:
+            raise ValueError(
+                f"the weights of {listed(frozen)} are frozen, and what moving masks drop there would not grow again: keep "
+                "these layers dense by name, or take a method whose masks stay"
+            )
 
     def choose_masks(self, sample: Sample | None = None) -> None:
         """Score the weights, choose the masks, and zero what they drop and what optimizers remember of it.

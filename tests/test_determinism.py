@@ -20,7 +20,8 @@ assert len(SPARSE) >= len(OTHERS)  # each is in a pair
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [*zip(SPARSE, itertools.cycle(OTHERS), strict=False), *(("final", rival) for rival in RIVALS)]
+    ("name", "optimizer"),
+    [*zip(SPARSE, itertools.cycle(OTHERS), strict=False), *(("final", rival) for rival in RIVALS)],
 )
 def test_two_runs_are_bit_for_bit_the_same(train, trained, name, optimizer):
     method, flags = METHODS[name], f"{optimizer} --prune-method {name} --sparsity 0.5 --epochs 1"

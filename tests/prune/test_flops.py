@@ -49,6 +49,31 @@ def test_flops_of_a_small_network_are_those_counted_by_hand():
     assert flops.train(half, dense_gradients=True) == 2 * expected["0"] + 2 * (expected["3"] + expected["5"])
 
 
+def test_a_layer_that_sees_images_normalised_by_buffers_has_no_input_gradient():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.rand(3, 1, 1))
+            self.register_buffer("deviation", torch.rand(3, 1, 1))
+            self.register_buffer("shift", torch.rand(4))
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.first((x - self.mean) * (1 / self.deviation))
+            return nn.functional.conv2d(x, self.second.weight, self.shift)
+
+    flops = count_flops(Normalised(), (3, 8, 8))
+    assert flops.forward == {"first": 2 * 36 * 4 * 27, "second": 2 * 16 * 4 * 36}
+    assert flops.training == {"first": 2 * flops.forward["first"], "second": 3 * flops.forward["second"]}
+
+
+def test_a_layer_whose_weight_another_shares_is_charged_for_both():
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), first, second)
+    assert count_flops(model, (3, 2, 2)).forward == {"1": 2 * 72, "2": 2 * 2 * 36}
+
+
 def test_flops_of_depthwise_convolutions_and_attention_are_those_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
     flops = count_flops(model, (3, 4, 4))

@@ -339,6 +339,57 @@ def test_weights_that_are_computed_from_others_are_named():
     assert said == ["the weights of 0, 3 are computed from others: they stay dense, and are not counted"]
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 0, 1, 0)))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * 2, self.bias)
+
+
+def test_layers_that_compute_with_other_weights_than_those_that_masks_hold_are_named():
+    state, said = torch.get_rng_state(), []
+    model = nn.Sequential(
+        Standardised(3, 8, 3), Standardised(8, 8, 3, groups=2), Padded(8, 4, 3), nn.Flatten(), Scaled(9, 2)
+    )
+    torch.set_rng_state(state)
+    model.to(memory_format=torch.channels_last)
+    pruner = Pruner(model, "random", 0.5, warn=said.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [sentence.split(" compute with")[0] for sentence in said] == ["0, 1"]
+    assert list(pruner.masks.weights) == ["0", "1", "2", "4"]
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "mest", "dsr", "snfs", "granet"])
+def test_moving_masks_refuse_frozen_layers_unless_they_are_dense(method):
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="the weights of 0 are frozen"):
+        Pruner(model, method, 0.3, total_steps=20, steps_per_epoch=4)
+    Pruner(model, method, 0.1, dense_layers=["0"], total_steps=20, steps_per_epoch=4)
+    Pruner(model, "random", 0.5)
+    Pruner(model, "gmp", 0.5, total_steps=20)
+
+
+@pytest.mark.parametrize("pattern", ["fan-in", "2:4", "4x1"])
+def test_patterns_along_inputs_or_outputs_refuse_transposed_convolutions_unless_they_are_dense(pattern):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    sparsity = None if pattern == "2:4" else 0.5
+    with pytest.raises(ValueError, match="1 are transposed convolutions"):
+        Pruner(model, "magnitude", sparsity, pattern=pattern)
+    Pruner(model, "magnitude", sparsity, pattern=pattern, dense_layers=["1"]).choose_masks()
+    for other in ("unstructured", "kernel"):
+        Pruner(model, "magnitude", 0.5, pattern=other).choose_masks()
+
+
 @pytest.mark.parametrize("direction", ["previous", "momentum", "ema"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("how", ["attach", "train", "by hand", "no SAM"])
