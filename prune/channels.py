@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from prune.masks import prunable_weights
+from prune.masks import own_weight, prunable_weights
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Walk:
         self.values: dict[fx.Node, _Value] = {}
         self.called: set[str] = set()
         layers = [name for name, module in self.modules.items() if isinstance(module, CONVOLUTION | nn.Linear)]
-        own = Counter(id(self.modules[name].weight) for name in layers)
+        own = Counter(id(own_weight(self.modules[name])) for name in layers)
         prunable = prunable_weights(model)
         self.unlike = {name for name in layers if name not in prunable or own[id(prunable[name])] > 1}
         self.unlike |= {

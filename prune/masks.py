@@ -24,7 +24,7 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         found: dict[str, object] = {}
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            found = {name: module.weight}
+            found = {name: own_weight(module)}
         elif isinstance(module, nn.MultiheadAttention):
             below = f"{name}." if name else ""
             found = {f"{below}{part}": getattr(module, f"{part}_weight", None) for part in PROJECTIONS}
@@ -43,8 +43,13 @@ def computed_weights(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not isinstance(module.weight, nn.Parameter)
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and own_weight(module) is None
     ]
+
+
+def own_weight(layer: nn.Module) -> nn.Parameter | None:
+    """Return a layer's weight, or None if it is computed: not read as an attribute, which spectral norm would take a step at."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
 
 
 def recomputed_weights(model: nn.Module) -> list[str]:
@@ -57,8 +62,8 @@ def recomputed_weights(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-        and isinstance(module.weight, nn.Parameter)
-        and not module.weight.is_meta
+        and (weight := own_weight(module)) is not None
+        and not weight.is_meta
         and not type(module).forward.__module__.startswith("torch.nn.")
         and _fills_zeros(module)
     ]

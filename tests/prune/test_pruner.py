@@ -1,5 +1,6 @@
 """Masks, distributions and methods against formulas and counts written out here."""
 
+import copy
 import math
 
 import numpy as np
@@ -337,6 +338,19 @@ def test_weights_that_are_computed_from_others_are_named():
     pruner = Pruner(model, "random", 0.9, warn=said.append)
     assert list(pruner.masks.weights) == ["2"]
     assert said == ["the weights of 0, 3 are computed from others: they stay dense, and are not counted"]
+
+
+def test_looking_for_weights_takes_no_step_of_spectral_norm():
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(20, 20))
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    assert before
+    for pattern in ("unstructured", "channel"):
+        pruner = Pruner(model, "random", 0.1, pattern=pattern, warn=lambda sentence: None)
+        pruner.choose_masks()
+        assert list(pruner.masks.weights) == ["2", "4"]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 class Standardised(nn.Conv2d):
