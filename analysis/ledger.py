@@ -18,6 +18,7 @@ from pathlib import Path
 from analysis.command import run_command, writing_to
 from analysis.labels import count_text
 from experiment.flags import NOT_OF_FIGURES, PATHS, parse, resolve
+from experiment.study import MEASURED_IMAGES
 from training.checkpoint import NEWEST
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -168,8 +169,11 @@ def read_entry(path: Path) -> dict:
 
 
 def figures(entry: dict) -> dict:
-    """Return what two entries of the same run have in common, wherever it ran."""
-    return {name: value for name, value in entry.items() if name not in (*VOLATILE, "earlier_commits", "sharpness")}
+    """Return what two entries of the same run have in common, wherever it ran and whatever was measured of it later."""
+    same = {name: value for name, value in entry.items() if name not in (*VOLATILE, "earlier_commits", "sharpness")}
+    if "final" in same:
+        same["final"] = {name: value for name, value in same["final"].items() if name != "test_top1_recalibrated_bn"}
+    return same
 
 
 def entry_text(entry: dict) -> str:
@@ -209,7 +213,7 @@ def read_run(directory: Path) -> dict:
             entry["seconds"] = round(sum(float(row["seconds"]) for row in read_epochs(directory)), 1)
             return entry
         entry["final"] = {key: rounded(result[key], 6) for key in FINAL if key in result}
-        if measured := measured_at_the_end(directory) or result.get("sharpness"):
+        if measured := measured_at_the_end(directory):
             entry["sharpness"] = sharpness(measured)
         return with_curves(entry, read_epochs(directory))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -229,13 +233,21 @@ def read_epochs(directory: Path) -> list[dict]:
 def measured_at_the_end(directory: Path) -> dict:
     """Return what analysis.sharpness wrote of a run as it ended, with an eigenvalue; {} where it wrote nothing of the kind.
 
-    A file of best.pt, of an earlier epoch, or with batch norm's statistics estimated anew is of another network.
+    A record of best.pt, of an earlier epoch, of another run, or with batch norm's statistics estimated anew is of another
+    network; one on another number of images than the studies take does not compare with theirs.
     """
     file, last = directory / "sharpness.json", read_epochs(directory)[-1:]
-    records = json.loads(file.read_text()) if file.exists() else []
-    for record in filter(lambda record: isinstance(record, dict), records):
+    if not (file.exists() and last):
+        return {}
+    own = telling_flags(json.loads((directory / "args.json").read_text())["args"])
+    for record in filter(lambda record: isinstance(record, dict), json.loads(file.read_text())):
         of = Path(record.get("checkpoint", "")).name, record.get("epochs"), record.get("recalibrated_bn")
-        if last and of == (NEWEST, int(last[0]["epoch"]), False) and sharpness(record):
+        if (
+            of == (NEWEST, int(last[0]["epoch"]), False)
+            and telling_flags(record.get("args", {})) == own
+            and record.get("settings", {}).get("images") == MEASURED_IMAGES
+            and sharpness(record)
+        ):
             return record
     return {}
 

@@ -106,7 +106,13 @@ class Study(Sweep):
                 if not (self.finished(f"{run.task}/{needed.parent.name}") and needed.exists()):
                     return None
                 flags[place] = str(needed)
-        return [*flags, *self.images[TASKS[run.task].images], *self.extra]
+        return [*flags, *self.images[TASKS[run.task].images], *self.extra, *self.own_epochs(run)]
+
+    def own_epochs(self, run: Run) -> list[str]:
+        """Return the length of an arm that is to train longer or shorter than others, where a trial has a length of its own."""
+        args, given = parse(self.extra)
+        length = TASKS[run.task].arms[run.arm].length
+        return ["--epochs", str(max(1, round(length * args.epochs)))] if "epochs" in given and length != 1 else []
 
     def missing(self) -> list[tuple[Run, list[str] | None]]:
         """List the runs that the ledger lacks, with their flags as far as they are known."""
@@ -334,7 +340,7 @@ def check_ledger(study: Study) -> None:
 
 def set_by_study(plan: list[Run]) -> set[str]:
     """Return the names of the flags that tell its runs apart, or say where a run goes."""
-    names = {"seed", "output_dir", "resume", "evaluate"}
+    names = {"seed", "output_dir", "resume", "evaluate", "config"}
     for task, cell, arm in {(run.task, run.cell, run.arm) for run in plan}:
         one = TASKS[task].arms[arm]
         tuned = f"{one.tuned} 0.1" if one.values or one.rho_of or one.rho else ""

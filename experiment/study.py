@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 TUNING_SEEDS = (100, 101)
-MEASURED = "--splits train --spaces living --top 1 --trace-samples 0 --images 500 --rhos --adaptive-rhos"
+MEASURED_IMAGES = 500
+MEASURED = f"--splits train --spaces living --top 1 --trace-samples 0 --images {MEASURED_IMAGES} --rhos --adaptive-rhos"
 
 
 @dataclass(frozen=True)

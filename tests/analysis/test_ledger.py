@@ -175,15 +175,19 @@ def test_adding_a_run_again_or_from_another_machine_changes_nothing(add, run, ch
     edit(run / "args.json", device="cuda:0")
     edit(run / "result.json", seconds=1.0)
     assert add(run)[0] == 0
+    edit(run / "result.json", test_top1_recalibrated_bn=12.5)  # by a later launch
+    assert add(run)[0] == 0
     assert entries(checkout) == before
 
 
 def test_sharpness_that_is_measured_later_is_added(add, run, checkout):
     add(run)
     assert "sharpness" not in entry(checkout)
-    about = {"checkpoint": str(run / "checkpoint.pt"), "epochs": 3, "recalibrated_bn": False}
-    measured = about | {"train": {"living": {"eigenvalues": [{"value": 31.41592}]}}}
+    args = json.loads((run / "args.json").read_text())["args"]
+    about = {"checkpoint": str(run / "checkpoint.pt"), "args": args, "epochs": 3, "recalibrated_bn": False}
+    measured = about | {"settings": {"images": 500}, "train": {"living": {"eigenvalues": [{"value": 31.41592}]}}}
     others = [measured | {"checkpoint": "best.pt"}, measured | {"epochs": 2}, measured | {"recalibrated_bn": True}]
+    others += [measured | {"args": args | {"seed": 7}}, measured | {"settings": {"images": 20}}]
     others.append(about | {"train": {"all": measured["train"]["living"]}})  # not over the living weights
     (run / "sharpness.json").write_text(json.dumps(others))  # of networks that are not the run's last
     assert add(run)[0] == 0

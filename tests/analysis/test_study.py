@@ -186,6 +186,14 @@ def test_no_tuned_baseline_has_the_default_among_its_values():
         assert vars(resolve(parse(arm.flags.split())[0]))[arm.tuned[2:].replace("-", "_")] not in arm.values
 
 
+def test_a_trial_of_another_length_keeps_what_arms_are_to_each_other(study):
+    for how in ({"EPOCHS": "4"}, {}):
+        flags = [] if how else ["--epochs", "4"]
+        listed = commands(study("--dry-run", *flags, "--only", "digits-noise/random-0.9-sgd*-seed0", **how))
+        epochs = {Path(value("--output-dir", line)).name: line[len(line) - line[::-1].index("--epochs")] for line in listed}
+        assert [epochs[f"random-0.9-sgd{arm}-seed0"] for arm in ("", "-quarter", "-half", "-long")] == list("4128")
+
+
 @pytest.mark.parametrize(("arm", "times"), [("sgd-quarter", 0.25), ("sgd-half", 0.5), ("sgd-long", 2)])
 def test_a_training_of_another_length_has_a_multiple_of_its_task_s_epochs(arm, times):
     for task, epochs in {"digits-noise": 60, "cifar-clean": 100}.items():
@@ -316,7 +324,14 @@ def test_a_run_without_its_sharpness_has_failed_and_is_measured_by_the_next_laun
         build_parser().parse_args(argv)
         (study.root.parent / "asked").write_text(json.dumps(argv))
         if not code[0]:
-            found = {"checkpoint": argv[0], "epochs": 1, "recalibrated_bn": False}
+            args = json.loads((Path(argv[0]).parent / "args.json").read_text())["args"]
+            found = {
+                "checkpoint": argv[0],
+                "args": args,
+                "epochs": 1,
+                "recalibrated_bn": False,
+                "settings": {"images": 500},
+            }
             found["train"] = {"living": {"eigenvalues": [{"value": 7.0}]}}
             (Path(argv[0]).parent / "sharpness.json").write_text(json.dumps([found]))
         return code[0]
@@ -441,6 +456,7 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
         (["--rho", "0.1"], {}, "did you mean --sam-rho?"),
         (["--seed", "3"], {}, "--seed is set by the study"),
         (["--output-dir", "x"], {}, "--output-dir is set by the study"),
+        (["--config", "x"], {}, "--config is set by the study"),  # which would bring flags that nobody sees
         (["--sparsity=0.5"], {}, "--sparsity is set by the study"),
         (["--sam-rho", "0.1", "--only", "digits-noise/*-random-scaled-*"], {}, "--sam-rho is set by the study"),
         (["--weight-decay", "0", "--only", "digits-noise/*-sgd-decay-*"], {}, "--weight-decay is set by the study"),
