@@ -277,18 +277,18 @@ class Budget:
         return {name: value for name, value in by_layer.items() if name not in self.dense}
 
     def _fixed_sparsity(self, sparsity: float | None, source: str) -> float:
-        """Return the sparsity of all layers that are not dense. Raises ValueError for another one that was asked for."""
+        """Return the sparsity of the layers that are not dense. Raises ValueError if another one of all layers was asked for."""
         assert self._by_layer is not None
         sizes = {name: math.prod(self._shapes[name]) for name in self._by_layer}
         dead = sum(value * sizes[name] for name, value in self._by_layer.items())
-        fixed = dead / sum(sizes.values())
-        if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-            # What 2:4 fixes holds for any network; a sparsity by layer depends on their sizes, and so on the classes.
-            error = ValueError if isinstance(self._pattern, NofM) else BudgetError
+        fixed = dead / sum(math.prod(shape) for shape in self._shapes.values())
+        if sparsity is not None and abs(sparsity - fixed) > 1e-6:  # as many digits as the sentence below gives
+            # What 2:4 fixes without dense layers holds for any network; else sizes count, and so do the classes.
+            error = ValueError if isinstance(self._pattern, NofM) and not self.dense else BudgetError
             raise error(
                 f"{source} fixes the sparsity at {fixed:g}: leave out sparsity={sparsity:g}, or change one of them"
             )
-        return fixed
+        return dead / sum(sizes.values())
 
     def _refuse_emptied_layers(self, pattern: Units) -> None:
         """Raise EmptyLayerError for a layer whose own sparsity leaves it nothing, before masks come to that."""

@@ -176,7 +176,8 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
     [
         ({"layer_sparsity": {"clasifier": 0.5}}, "the nearest name is 'classifier'"),
         ({"layer_sparsity": {"conv": 1.5}}, "sparsity of layer 'conv' has to be"),
-        ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.6}, "the sparsity by layer fixes the sparsity at 0.5"),
+        ({"layer_sparsity": {"conv": 0.5}, "sparsity": 0.5}, r"the sparsity by layer fixes the sparsity at 0\.3:"),
+        ({"pattern": "2:4", "sparsity": 0.5, "dense_layers": ["conv"]}, r"pattern 2:4 fixes the sparsity at 0\.2:"),
         ({"layer_sparsity": {"conv": 0.5}, "distribution": "erk"}, "leaves nothing to distribute"),
         ({"layer_sparsity": {}}, "every layer is to stay dense"),
         ({"layer_sparsity": {"conv": 0.5}, "dense_layers": ["conv"]}, "has sparsity 0.5 and is among the dense layers"),
