@@ -1,6 +1,7 @@
 """The loss of a trained network over fixed images, as a function of its weights."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -77,12 +78,22 @@ class FixedImagesLoss:
         """Multiply the Hessian at the model's weights by a vector [P].
 
         The product is the derivative of the gradient along the vector (Pearlmutter 1994).
+
+        Raises:
+            ValueError: torch cannot derive an operation of the network twice.
         """
         total = torch.zeros_like(vector)
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the only attention with a second derivative
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch itself uses it here
-            for inputs, labels in self._batches():
-                total += self._product(inputs, labels, self.weights, vector)
+            try:
+                for inputs, labels in self._batches():
+                    total += self._product(inputs, labels, self.weights, vector)
+            except NotImplementedError as error:
+                operation = re.search(r"aten::\w+", str(error))
+                raise ValueError(
+                    "this network has no Hessian in torch, which cannot derive the gradient of an operation in it once more "
+                    f"({operation[0] if operation else error}): measure others"
+                ) from error
         return total / len(self.labels)
 
     def parameters_of(self, weights: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from experiment.flags import flag, parse
 from utils.device import pick_device
 from utils.errors import UsageError
 from utils.precision import has_bf16
@@ -66,8 +67,11 @@ def main(argv: list[str] | None = None, run: Callable[[list[str]], int] = run_re
     args, flags = parser.parse_known_args(argv)
     try:
         device = pick_device(args.device)
+        taken = sorted(parse(flags)[1] & {"seed", "precision", "resume"})
     except UsageError as error:
         parser.error(str(error))
+    if taken:
+        parser.error(f"{flag(taken[0])} is set by this command: leave it out; --seeds names the seeds")
     seeds = sorted(set(args.seeds))
     if len(seeds) < 2:
         parser.error("--seeds has to name two or more: an interval needs a spread")

@@ -89,6 +89,10 @@ def count_epochs(lines: Iterable[str]) -> Counter:
             )
         if OPTIMIZERS[args.optmzr].rival:
             raise UsageError(f"steps of --optmzr {args.optmzr} are not measured: time a run with --epochs 1")
+        if args.stem == "imagenet":
+            raise UsageError(
+                "steps are measured with the stem for CIFAR, not with --stem imagenet: time a run with --epochs 1"
+            )
         trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
         share = (args.train_images or IMAGES - args.val_split) / IMAGES  # of an epoch
         network, count = (args.arch, args.depth, args.width), args.epochs * trainings * share

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from experiment.checks import check
-from experiment.flags import number, parse, resolve
+from experiment.config import parse_and_replay
+from experiment.flags import flag, number, resolve
 from imagedata.sources import EXTENSIONS
 from models import build_model
 from prune import METHODS, Pruner
@@ -30,9 +31,14 @@ def main(argv: list[str]) -> int:
     directory, speed_text, _, *flags = argv
     try:
         speed = number(float, least=0)(speed_text)
-        args, given = parse(flags)
+        args, given = parse_and_replay(flags)
         check(args, given)
         args = resolve(args)
+        if args.dataset != "imagefolder":
+            raise UsageError(f"this counts the images of --dataset imagefolder, not of {args.dataset}")
+        for name in ("sparsity_pattern", "sparsity_config"):
+            if name in given:
+                raise UsageError(f"what {flag(name)} saves is not estimated: leave it out of the dry run")
         with torch.device("meta"):
             side = args.image_size
             model = build_model(args.arch, args.depth, 1000, args.width, 3, (side, side), args.stem)
@@ -47,7 +53,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
-    images = trainings * args.epochs * count_files(Path(directory) / "train")
+    images = trainings * args.epochs * (args.train_images or count_files(Path(directory) / "train") - args.val_split)
     flops = count_flops(model, (3, side, side))
     weights = dict(Pruner(model).masks.weights)
     density = {layer: kept / weights[layer].numel() for (layer,), kept in counts.items()}

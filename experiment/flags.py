@@ -488,15 +488,18 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
     A layer is named by its module or, with `.weight`, by its parameter.
 
     Raises:
-        UsageError: there is no such file, or it has another content.
+        UsageError: there is no such file, or it has another content, or names a layer twice.
     """
     import yaml  # here: whoever gives no such file needs no YAML
 
     try:
         content = yaml.safe_load(path.read_text())
         ratios = content["prune_ratios"]
-        return {str(name).removesuffix(".weight"): float(value) for name, value in ratios.items()}
+        sparsities = {str(name).removesuffix(".weight"): float(value) for name, value in ratios.items()}
     except OSError as error:
         raise UsageError(f"cannot read '{path}' ({error.strerror})") from error
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"'{path}' is not a file of 'prune_ratios: {{layer: sparsity}}' in YAML") from error
+    if len(sparsities) < len(ratios):
+        raise UsageError(f"'{path}' names a layer both by its module and by its weight: leave one of them out")
+    return sparsities

@@ -56,6 +56,14 @@ def refuse(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def same_value(one: str, other: str) -> bool:
+    """Return whether two words are the same, or the same number: 0.90 is 0.9."""
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Grid:
     """What a grid says.
@@ -141,7 +149,11 @@ class Grid:
         flags: list[str] = []
         for line in self.added:
             conditions = PLACE.findall(" ".join(line))
-            if all(chosen[name] in only.split("|") for name, only in conditions if name in chosen):
+            if all(
+                any(same_value(chosen[name], one) for one in only.split("|"))
+                for name, only in conditions
+                if name in chosen
+            ):
                 flags += [word for word in line if not PLACE.fullmatch(word)]
         return flags
 

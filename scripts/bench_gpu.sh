@@ -14,10 +14,12 @@ data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json minutes=10
 flags=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --data-dir) data=(--dataset folder --data-dir "$(realpath -m "${2:?--data-dir needs a directory}")"); shift 2 ;;
-        --device) device=${2:?--device needs a name}; shift 2 ;;
-        --output) output=$(realpath -m "${2:?--output needs a file}"); shift 2 ;;
-        --minutes) minutes=${2:?--minutes needs a number}; shift 2 ;;
+        --data-dir | --device | --output | --minutes)
+            [ -n "${2-}" ] || { echo "error: $1 needs a value; --help lists what it takes" >&2; exit 2; } ;;&
+        --data-dir) data=(--dataset folder --data-dir "$(realpath -m "$2")"); shift 2 ;;
+        --device) device=$2; shift 2 ;;
+        --output) output=$(realpath -m "$2"); shift 2 ;;
+        --minutes) minutes=$2; shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
         *) flags+=("$1"); shift ;;
     esac

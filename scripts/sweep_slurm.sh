@@ -10,6 +10,6 @@
 set -euo pipefail
 case ${1:-} in
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" ;;
-    *.sh) exec bash "$1" --slurm "${@:2}" ;;
+    *.sh) [ -f "$1" ] || { echo "error: there is no script '$1': name that of a sweep" >&2; exit 2; }; exec bash "$1" --slurm "${@:2}" ;;
     *) echo "error: name the script of a sweep first, as in: bash $0 scripts/sweep_rho.sh --dataset digits" >&2; exit 2 ;;
 esac

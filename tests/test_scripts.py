@@ -212,6 +212,16 @@ def imagenet(tmp_path, *words, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "command", ["bench_gpu.sh --device", "bench_gpu.sh --output", "bench_gpu.sh --minutes x", "sweep_slurm.sh none.sh"]
+)
+def test_a_script_that_lacks_a_value_says_so_in_one_sentence(command):
+    script, *arguments = command.split()
+    done = subprocess.run(["bash", str(ROOT / "scripts" / script), *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+
+
 def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
@@ -231,8 +241,15 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     late = [word for word in program if word != "--sam-v2"] + ["--sam-from", "0.75"]
     assert estimate_imagenet([str(tmp_path / "data"), "0.05", *late]) == 0
     assert capsys.readouterr().out.endswith(", 1.2 hours at 0.05 images/s a pass\n")  # 1.25 passes
-    assert estimate_imagenet([str(tmp_path / "data"), "1,000", *program]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert estimate_imagenet([str(tmp_path / "data"), "0.05", *program, "--val-split", "1"]) == 0
+    assert capsys.readouterr().out.startswith("# 90 images, ")
+    bad = (
+        ["1,000", *program],
+        *(["0", *program, *more.split()] for more in ("--sparsity-pattern 2:4", "--dataset folder")),
+    )
+    for words in bad:
+        assert estimate_imagenet([str(tmp_path / "data"), *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     for words, sentence in ((["--dry-run"], "name the directory"), ([str(tmp_path)], "train': name the directory")):
         bad = imagenet(tmp_path, *words)
         assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)

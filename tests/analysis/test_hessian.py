@@ -187,6 +187,14 @@ def test_a_hessian_of_zeros_has_no_figures_and_no_traceback():
     assert sam_sharpness(loss, 0.1, 2) == (0, 0)
 
 
+def test_a_network_that_torch_cannot_derive_twice_is_refused_in_one_sentence():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+    loss = FixedImagesLoss(model, torch.randn(4, 4), torch.randint(3, (4,)))
+    with pytest.raises(ValueError, match=r"no Hessian in torch.*aten::hardsigmoid_backward") as refused:
+        loss.hessian_product(torch.ones_like(loss.weights))
+    assert "\n" not in str(refused.value)
+
+
 def test_attention_can_be_differentiated_twice():
     torch.manual_seed(0)
     model = build_model("vit", 2, 3, 1 / 3).double()

@@ -190,7 +190,9 @@ def test_a_trial_of_another_length_keeps_what_arms_are_to_each_other(study):
     for how in ({"EPOCHS": "4"}, {}):
         flags = [] if how else ["--epochs", "4"]
         listed = commands(study("--dry-run", *flags, "--only", "digits-noise/random-0.9-sgd*-seed0", **how))
-        epochs = {Path(value("--output-dir", line)).name: line[len(line) - line[::-1].index("--epochs")] for line in listed}
+        epochs = {
+            Path(value("--output-dir", line)).name: line[len(line) - line[::-1].index("--epochs")] for line in listed
+        }
         assert [epochs[f"random-0.9-sgd{arm}-seed0"] for arm in ("", "-quarter", "-half", "-long")] == list("4128")
 
 

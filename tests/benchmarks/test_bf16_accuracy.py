@@ -34,6 +34,15 @@ def test_a_training_that_fails_ends_the_command_with_its_code(tmp_path, capfd):
     assert "depth 6n+2" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--seed 7", "--precision fp16", "--resume auto", "--seeed 7"])
+def test_flags_that_the_command_sets_and_ones_that_do_not_exist_are_refused(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*flags.split(), "--device", "cpu", "--output-dir", str(tmp_path / "none")])
+    assert ended.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_signal_reaches_the_training_and_its_exit_code_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     training = (

@@ -57,6 +57,7 @@ def test_it_says_what_it_measures_and_keeps_to_the_time_it_is_given(capsys):
         [f"{TINY} --batch-size 64"],
         [f"{TINY} --optmzr sgd-safe --prune-method final --sparsity 0.9"],
         [TINY.replace("cifar10", "digits")],
+        [f"{TINY} --stem imagenet"],
     ],
 )
 def test_commands_that_cannot_be_estimated_end_in_a_sentence(lines, capsys):

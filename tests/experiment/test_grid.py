@@ -166,6 +166,15 @@ def test_sparsities_of_the_official_profile_are_those_of_the_3x3_convolutions(sw
         assert args.sparsity == pytest.approx(named * (total - dense) / total, abs=1e-6)
 
 
+def test_a_sparsity_is_the_same_however_it_is_written(sweep):
+    settings = {"PROFILE": "official", "METHODS": "rigl", "OPTIMIZERS": "sgd", "ARCHS": "resnet", "DATASETS": "cifar10"}
+    for written in ("0.9", "0.90", ".9"):
+        (command,) = commands(
+            sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"), **settings, SEEDS="0", SPARSITIES=written)
+        )
+        assert parse(command[2:])[0].sparsity == 0.893993
+
+
 @cache
 def networks(arch, depth, classes, width):
     with torch.device("meta"):
