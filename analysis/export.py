@@ -86,6 +86,8 @@ def run(args: Namespace) -> None:
         raise UsageError(
             f"--compact has no effect on {name}, which holds living weights alone: take --format onnx or pt2, or leave it out"
         )
+    if args.data_dir and chosen.open is None:
+        raise UsageError(f"--data-dir has no effect on {name}, which is compared on no images: leave it out")
     require_packages(REQUIREMENTS, *chosen.packages)
     trained = load(args.path, arch=args.arch)
     written = without_dead_channels(trained) if args.compact else trained

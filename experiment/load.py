@@ -10,7 +10,7 @@ import models
 from experiment.checks import complete_flags, refuse_to_run_code
 from imagedata.augment import NormalizeImages
 from imagedata.sources import DATASETS
-from models.external import NetworkError
+from models.external import NetworkError, is_own_code
 from prune.masks import Masks
 from training.checkpoint import NEWEST, load_checkpoint, load_network
 from utils.device import pick_device
@@ -56,6 +56,10 @@ def load(path: Path | str, device: torch.device | str = "cpu", arch: str | None 
     device = pick_device(str(device))
     checkpoint = load_checkpoint(network_file(Path(path)))
     refuse_to_run_code({"arch"} if arch else set(), checkpoint["args"])
+    if arch and not is_own_code(str(checkpoint["args"].get("arch"))):
+        raise UsageError(
+            f"the checkpoint is of --arch {checkpoint['args'].get('arch')}, which it can build itself: leave --arch out"
+        )
     return rebuild(checkpoint, device, arch)
 
 

@@ -92,8 +92,15 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     _refuse_all_dense(not sparse)
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
+
+    def works(lower: float) -> bool:
+        """Return whether each layer keeps a weight at a lower sparsity."""
+        least = round((1 - lower) * sum(sizes.values())) - kept_dense
+        amounts = DISTRIBUTIONS[name](sparse, least) if least >= len(sparse) else {}
+        return least >= len(sparse) if not amounts else min(_round_to_sum(amounts, least).values()) > 0
+
     if budget < len(sparse):
-        highest = math.floor(1e4 * (1 - (kept_dense + len(sparse)) / sum(sizes.values()))) / 1e4
+        highest = highest_sparsity(works, sparsity)
         held = f", {len(dense)} of them dense," if dense else ""
         raise BudgetError(
             f"sparsity {sparsity:g} is too high for the {len(shapes)} layers{held} here: at most {highest:g} is possible"
@@ -104,11 +111,6 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     counts = _round_to_sum(amounts, budget)
     for layer, count in counts.items():
         if count == 0:
-
-            def works(lower: float) -> bool:
-                least = round((1 - lower) * sum(sizes.values())) - kept_dense
-                return min(_round_to_sum(DISTRIBUTIONS[name](sparse, least) or {}, least).values()) > 0
-
             erk = "" if name == "erk" else ", or distribution=erk"
             raise EmptyLayerError(
                 f"sparsity={sparsity:g} leaves layer '{layer}' without a weight: take sparsity="

@@ -195,6 +195,16 @@ def test_compact_is_refused_where_it_has_no_effect(trained_runs, command):
     assert not file.exists()
 
 
+def test_flags_that_would_have_no_effect_are_refused(trained_runs, command, tmp_path):
+    code, _, err, _ = command(trained_runs.checkpoint(0), f"--data-dir {tmp_path}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--data-dir has no effect on safetensors" in err
+    for arch in ("resnet", "vgg", "own.py:network"):
+        code, _, err, _ = command(trained_runs.checkpoint(0), f"--format pt2 --arch {arch}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "is of --arch resnet" in err
+
+
 def test_test_images_are_those_of_the_run_where_they_are_at_hand(trained_runs, command, tmp_path):
     network = trained_runs.checkpoint(0)
     moved = shutil.copytree(trained_runs.images, tmp_path / "images")

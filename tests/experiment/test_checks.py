@@ -7,7 +7,7 @@ import pytest
     ("flags", "words"),
     [
         ("--depth 21", "depth 6n+2"),
-        ("--sparsity 0.99999 --prune-method random", "at most 0.9999 is possible"),
+        ("--sparsity 0.99999 --prune-method random", "at most 0.9998 is possible"),
         ("--sparsity 0.9998 --prune-method random --sparsity-distribution uniform", "leaves layer"),
         ("--sparsity 0.9", "--sparsity has no effect with --prune-method none"),
         ("--prune-method random", "--prune-method random needs --sparsity"),
