@@ -1,4 +1,4 @@
-"""Train a sparse network with SGD, SAM or one-step SAM: data, network, optimizer, masks, step, loop, result.
+"""Train a sparse network with SGD, SAM or one-step SAM: data, network, masks, optimizer, step, loop, result.
 
 Read on in training/step.py (the step), sam.py (the perturbation) and prune/pruner.py (the masks).
 """
