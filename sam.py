@@ -33,7 +33,6 @@ class SAM(torch.optim.Optimizer):
 
     The same by hand, without `attach`:
 
-        optimizer.zero_grad()
         optimizer.first_step(zero_grad=True)       # w_t -> w_t + e_t
         criterion(model(inputs), targets).backward()
         optimizer.second_step(zero_grad=True)      # back to w_t, remember g_t, step
