@@ -22,12 +22,12 @@ Objective = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class StepKind(NamedTuple):
-    """What one step does differently from another.
+    """What one step does differently from another: steps of one kind are one CUDA graph.
 
     Attributes:
         batch_size: images of the whole batch, over all processes.
         log: whether to measure what is only logged.
-        keep_gradients: see Pruner.keeps_gradients.
+        keep_gradients: see Pruner.keeps_gradients, which the step asks itself.
         perturbs: whether SAM's radius is not 0.
     """
 
@@ -157,7 +157,7 @@ class TrainingStep:
             sums = self._backward(inputs, targets, kind, add_gradients=not self.sam_local)
             if not self.sam_unmasked:
                 pruner.mask_gradients()
-            at_w = self._keep(sums, kind)
+            at_w = self._record_at_weights(sums, kind)
         elif sam and kind.log and kind.perturbs and self.measure_ascent:
             at_w = self._look_at_weights(inputs, targets, kind)
         if sam:  # w -> w + e; one-step SAM: along what the last step left, and where rho is 0 nowhere
@@ -206,7 +206,7 @@ class TrainingStep:
             self._statistics.restore()
         return sums
 
-    def _keep(self, sums: Tensor, kind: StepKind) -> AtWeights | None:
+    def _record_at_weights(self, sums: Tensor, kind: StepKind) -> AtWeights | None:
         """Return sums and gradients at w, for a step that logs them; others need their memory."""
         if kind.log and self.measure_ascent:
             return AtWeights(sums, get_gradients(self.state.model))
@@ -221,7 +221,7 @@ class TrainingStep:
             sums = self._backward(inputs, targets, kind, keep_statistics=True)
         if not self.sam_unmasked:
             self.state.pruner.mask_gradients()
-        found = self._keep(sums, kind)
+        found = self._record_at_weights(sums, kind)
         self.state.optimizer.zero_grad()
         return found
 
