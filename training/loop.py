@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from imagedata.loaders import EvalLoader, TrainLoader
 from prune.flops import FlopsMeter
+from sam import SAM
 from training.checkpoint import CheckpointWriter
 from training.logger import Logger
 from training.state import PartialEpoch, TrainState
@@ -86,7 +87,9 @@ def run_epoch(run: Run) -> None:
             continue
         row[f"{name}_loss"], row[f"{name}_top1"] = evaluate(state.model, evaluator, run.execution, run.group)
         if not math.isfinite(row[f"{name}_loss"]):
-            raise TrainingError(_advice(f"the {name} loss is {row[f'{name}_loss']}", state.global_step, row["lr"]))
+            raise TrainingError(
+                _advice(state, f"the {name} loss is {row[f'{name}_loss']}", state.global_step, row["lr"])
+            )
     row["sparsity"] = state.pruner.masks.sparsity()
     row["images_per_second"] = row.pop("images_per_second")  # in the order of metrics.csv
     row["seconds"] = earlier + time.perf_counter() - began
@@ -212,9 +215,9 @@ class EpochTotals:
         wrong = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if wrong is not None:
             step = state.global_step - steps + wrong + 1
-            raise TrainingError(_advice(f"the loss is {losses[wrong]}", step, self.lrs[wrong]))
+            raise TrainingError(_advice(state, f"the loss is {losses[wrong]}", step, self.lrs[wrong]))
         if not math.isfinite(norm):
-            raise TrainingError(_advice("the weights are no longer finite", state.global_step, self.lrs[-1]))
+            raise TrainingError(_advice(state, "the weights are no longer finite", state.global_step, self.lrs[-1]))
 
 
 def should_pause(run: Run) -> bool:
@@ -276,8 +279,9 @@ def evaluate(
     return loss, 100 * correct
 
 
-def _advice(what: str, step: int, lr: float) -> str:
+def _advice(state: TrainState, what: str, step: int, lr: float) -> str:
+    lower = "--lr or --sam-rho" if isinstance(state.optimizer, SAM) else "--lr"
     return (
-        f"{what} at step {step:,} with learning rate {lr:g}: lower --lr, clip with --clip-grad, or "
+        f"{what} at step {step:,} with learning rate {lr:g}: lower {lower}, clip with --clip-grad, or "
         "leave such steps out by --nonfinite skip; the last checkpoint, if there is one, is kept"
     )

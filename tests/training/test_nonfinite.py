@@ -170,11 +170,15 @@ def test_skipped_steps_are_counted_and_in_no_mean(train):
     assert all(0 < row["train_loss"] < 10 for row in run.checkpoint()["state"]["rows"])
 
 
-def test_fp16_does_not_hide_a_loss_that_is_not_finite(train):
+@pytest.mark.parametrize(
+    ("arm", "lower"), [("--optmzr sgd", "--lr,"), ("--optmzr sgd-sam --sam-v2", "--lr or --sam-rho,")]
+)
+def test_fp16_does_not_hide_a_loss_that_is_not_finite(train, arm, lower):
     with before_step(3, spoil):
-        stopped = train("--epochs 1 --precision fp16")
+        stopped = train(f"--epochs 1 --precision fp16 {arm}")
     assert (stopped.code, stopped.err.count("\n")) == (1, 1)
     assert "the loss is nan at step 4" in stopped.err
+    assert f": lower {lower}" in stopped.err
 
 
 def test_fp16_may_look_for_its_scale_for_longer_than_an_epoch(train, monkeypatch):
