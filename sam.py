@@ -298,7 +298,6 @@ class SAM(torch.optim.Optimizer):
             if not shared.handles:
                 raise RuntimeError("weights are perturbed: call second_step(), restore() or eval() before state_dict()")
             self._leave()
-        self._show_kept()
         holds = OFFSET if shared.phase == ASIDE else DIRECTION if shared.remembers else NOTHING
         saved = super().state_dict()
         keys = (key for group in saved["param_groups"] for key in group["params"])
@@ -498,9 +497,11 @@ class SAM(torch.optim.Optimizer):
             shared.kept = {p: own for lot in shared.lots for p, own in zip(lot.owners, lot.kept, strict=True)}
             for p, own in kept.items():
                 for name in own:
+                    shown = self.state[p].pop(name, None) is not None
                     if p in shared.kept and name in shared.kept[p]:
                         shared.kept[p][name].copy_(own[name])
-                    self.state[p].pop(name, None)
+                        if shown:  # a state_dict may come before the step ends
+                            self.state[p][name] = shared.kept[p][name]
             shared.signature, shared.shown = signature, False
         return shared.lots
 

@@ -89,10 +89,12 @@ class FixedImagesLoss:
                 for inputs, labels in self._batches():
                     total += self._product(inputs, labels, self.weights, vector)
             except NotImplementedError as error:
-                operation = re.search(r"aten::\w+", str(error))
+                operation = re.search(r"forward AD with (aten::\w+)", str(error))
+                if not operation:
+                    raise
                 raise ValueError(
                     "this network has no Hessian in torch, which cannot derive the gradient of an operation in it once more "
-                    f"({operation[0] if operation else error}): measure others"
+                    f"({operation[1]}): measure one without that operation"
                 ) from error
         return total / len(self.labels)
 

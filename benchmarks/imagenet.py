@@ -12,7 +12,7 @@ import torch
 
 from experiment.checks import check
 from experiment.config import parse_and_replay
-from experiment.flags import flag, number, resolve
+from experiment.flags import number, resolve
 from imagedata.sources import EXTENSIONS
 from models import build_model
 from prune import METHODS, Pruner
@@ -36,9 +36,10 @@ def main(argv: list[str]) -> int:
         args = resolve(args)
         if args.dataset != "imagefolder":
             raise UsageError(f"this counts the images of --dataset imagefolder, not of {args.dataset}")
-        for name in ("sparsity_pattern", "sparsity_config"):
-            if name in given:
-                raise UsageError(f"what {flag(name)} saves is not estimated: leave it out of the dry run")
+        if args.sparsity_pattern != "unstructured" or args.sparsity_config:
+            raise UsageError(
+                "what --sparsity-pattern or --sparsity-config saves is not estimated: leave it out of the dry run"
+            )
         with torch.device("meta"):
             side = args.image_size
             model = build_model(args.arch, args.depth, 1000, args.width, 3, (side, side), args.stem)

@@ -7,9 +7,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of nn.MultiheadAttention, which holds them as parameters of its own, without a layer around them.
 PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
+# Where the weight is among the arguments of torch's operators.
+WEIGHT_PLACES = {"convolution": 1, "linear": 1, "mm": 1, "addmm": 2}
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,7 +59,8 @@ def recomputed_weights(model: nn.Module) -> list[str]:
     """Return the names of the layers in which zeros of the weight are no zeros: their `forward` makes another weight of it.
 
     So it is under weight standardisation, which subtracts the mean. Each layer with a `forward` of its own is tried with a
-    weight of which one entry is not zero: its output then depends on one input. Layers on the meta device are not tried.
+    weight of which one entry is not zero, and what it multiplies its input by is looked at. Layers on the meta device, and
+    ones that do not take a plain tensor, are not known.
     """
     return [
         name
@@ -70,21 +74,33 @@ def recomputed_weights(model: nn.Module) -> list[str]:
 
 
 def _fills_zeros(layer: nn.modules.conv._ConvNd | nn.Linear) -> bool:
-    probe = copy.deepcopy(layer).to("cpu", torch.float32).eval()
-    if isinstance(layer, nn.Linear):
-        shape = [1, layer.in_features]
-    else:
-        sizes = zip(layer.dilation, layer.kernel_size, strict=True)
-        shape = [1, layer.in_channels, *(dilation * (size - 1) + 1 for dilation, size in sizes)]
-    inputs = torch.linspace(1, 2, math.prod(shape)).view(shape).requires_grad_()
-    with torch.no_grad():
-        probe.weight.zero_()[(0,) * probe.weight.ndim] = 1
     try:
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(probe(inputs).square().sum(), [inputs])
-    except (RuntimeError, TypeError):  # it takes other inputs
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Multipliers() as seen:
+            probe = copy.deepcopy(layer).to("cpu", torch.float32).eval()
+            probe.weight.zero_()[(0,) * probe.weight.ndim] = 1
+            if isinstance(layer, nn.Linear):
+                shape = [1, layer.in_features]
+            else:
+                sizes = zip(layer.dilation, layer.kernel_size, strict=True)
+                shape = [2, layer.in_channels, *(dilation * (size - 1) + 2 for dilation, size in sizes)]
+            probe(torch.linspace(1, 2, math.prod(shape)).view(shape))
+    except Exception:  # it is code of somebody else, and this a hint
         return False
-    return bool(slope[:, 1:].any())
+    return any(tensor.numel() == layer.weight.numel() and tensor.count_nonzero() > 1 for tensor in seen.tensors)
+
+
+class _Multipliers(TorchDispatchMode):
+    """Notes what convolutions and linear layers multiply their input by."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        place = WEIGHT_PLACES.get(func.overloadpacket.__name__)
+        if place is not None:
+            self.tensors.append(args[place].detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def depthwise_layers(model: nn.Module) -> set[str]:

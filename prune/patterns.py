@@ -309,7 +309,9 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
-def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()) -> Pattern:
+def find_pattern(
+    name: str, model: nn.Module, dense_layers: Collection[str] = (), masked: Collection[str] | None = None
+) -> Pattern:
     """Return the pattern of a name for a network.
 
     The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks
@@ -320,6 +322,7 @@ def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()
         name: see above.
         model: the network.
         dense_layers: that lose no channel.
+        masked: layers that the pattern is for; None for all.
 
     Raises:
         ValueError: no such pattern; a network whose channels cannot be followed; a pattern along the inputs or outputs of a
@@ -330,12 +333,17 @@ def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()
         return Channels(channel_groups(model, dense_layers), shapes, dict(model.named_parameters()))
     if name in UNITS:
         return Units(name, UNITS[name], shapes)
-    transposed = [n for n, m in model.named_modules() if n in shapes and getattr(m, "transposed", False)]
-    if transposed := [layer for layer in transposed if layer not in dense_layers]:
+    pattern = _along_inputs_or_outputs(name, shapes)
+    layers = shapes.keys() if masked is None else masked
+    if transposed := [n for n, m in model.named_modules() if n in layers and getattr(m, "transposed", False)]:
         raise ValueError(
             f"{listed(transposed)} are transposed convolutions, for which there is no pattern '{name}': keep them dense by name, "
             "or take unstructured or kernel"
         )
+    return pattern
+
+
+def _along_inputs_or_outputs(name: str, shapes: Mapping[str, Shape]) -> Units | NofM:
     if name == "fan-in":
         return FanIn(shapes)
     if match := re.fullmatch(r"(\d+)x(\d+)", name):

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 
@@ -91,15 +91,14 @@ class Pruner:
         self.model, self.method, self.seed, self.optimizers = model, METHODS[method], seed, list(optimizers)
         self.warn = warn
         self.masks = Masks.of(model)
-        if method != "none":
-            self._warn_of_weights()
         shapes = {name: tuple(weight.shape) for name, weight in self.masks.weights.items()}
         depthwise = depthwise_layers(model) & shapes.keys()
         self.dense_layers = select_layers(list(shapes), list(dense_layers), depthwise, layers_by_position(model))
         dense = {name for matches in self.dense_layers.values() for name in matches}
-        self.pattern = find_pattern(pattern, model, dense)
-        if self.method.moves:
-            self._refuse_frozen(self.masks.weights.keys() - dense)
+        unnamed = set() if layer_sparsity is None else {name for name in shapes if not layer_sparsity.get(name)}
+        self.pattern = find_pattern(
+            pattern, model, dense, masked=shapes.keys() - dense - unnamed if method != "none" else ()
+        )
         complete = complete_options(method, options)
         interval = complete.pop("update_interval", None)
         self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
@@ -116,6 +115,10 @@ class Pruner:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         refuse_pattern(method, self.pattern, self.options, by_layer=layer_sparsity is not None)
+        if self.method.moves:
+            self._refuse_frozen()
+        if method != "none":
+            self._warn_of_weights()
         self._rounds = Rounds.of(model, self.options, total_steps) if self.method.tickets else None
         self.timing: Timing | None = None  # when masks change, if they do
         if self.method.update:
@@ -143,16 +146,15 @@ class Pruner:
             self.warn(
                 f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
             )
-        if recomputed := recomputed_weights(self.model):
+        if recomputed := [name for name in recomputed_weights(self.model) if name not in self.budget.dense]:
             self.warn(
                 f"{listed(recomputed)} compute with other weights than those that masks hold, as weight standardisation "
                 "does: they are counted as sparse, and compute without a zero"
             )
 
-    def _refuse_frozen(self, layers: Collection[str]) -> None:
-        if frozen := [
-            name for name, weight in self.masks.weights.items() if name in layers and not weight.requires_grad
-        ]:
+    def _refuse_frozen(self) -> None:
+        weights = self.masks.weights.items()
+        if frozen := [name for name, w in weights if not w.requires_grad and name not in self.budget.dense]:
             raise ValueError(
                 f"the weights of {listed(frozen)} are frozen, and what moving masks drop there would not grow again: keep "
                 "these layers dense by name, or take a method whose masks stay"
@@ -562,7 +564,7 @@ class Pruner:
                 (tensor, kept)
                 for parameter, kept in keep
                 for tensor in optimizer.state.get(parameter, {}).values()
-                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
+                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape and tensor.is_floating_point()
             ]
             if remembered:
                 tensors, keeps = zip(*remembered, strict=True)

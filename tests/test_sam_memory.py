@@ -97,6 +97,40 @@ def test_a_saved_and_loaded_run_goes_on_bit_for_bit():
             assert_same(momenta[:1], momenta[1:])
 
 
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_saving_before_the_base_optimizer_took_a_step_changes_nothing(base, rho):
+    """Many begin where they find a state empty: in a step that is skipped, and for a layer that is unfrozen in one."""
+    first, second = batches(2)
+    ends = []
+    for saves in (False, True):
+        model = network()
+        optimizer = SAM(model.parameters(), base, rho=rho, v2=False, lr=0.1)
+        loss_of(model, first).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(model, first).backward()
+        optimizer.restore()
+        if saves:
+            optimizer.state_dict()
+        documented_step(model, optimizer, second)
+
+        optimizer = SAM(model.parameters(), base, rho=rho, lr=0.1).attach(model)
+        model[0].requires_grad_(False)
+        for batch in (first, second):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model[0].requires_grad_(True)
+        loss_of(model, first).backward()
+        optimizer.eval()
+        loss_of(model, second).backward()
+        if saves:
+            optimizer.state_dict()
+        optimizer.step()
+        ends.append(weights(model))
+    assert_same(*ends)
+
+
 def test_a_learning_rate_set_after_loading_reaches_the_base_optimizer():
     p = nn.Parameter(torch.ones(1))
     optimizer = SAM([p], torch.optim.SGD, lr=0.1)

@@ -241,7 +241,8 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     late = [word for word in program if word != "--sam-v2"] + ["--sam-from", "0.75"]
     assert estimate_imagenet([str(tmp_path / "data"), "0.05", *late]) == 0
     assert capsys.readouterr().out.endswith(", 1.2 hours at 0.05 images/s a pass\n")  # 1.25 passes
-    assert estimate_imagenet([str(tmp_path / "data"), "0.05", *program, "--val-split", "1"]) == 0
+    more = ["--val-split", "1", "--sparsity-pattern", "unstructured"]
+    assert estimate_imagenet([str(tmp_path / "data"), "0.05", *program, *more]) == 0
     assert capsys.readouterr().out.startswith("# 90 images, ")
     bad = (
         ["1,000", *program],

@@ -1,7 +1,9 @@
 """Masks, distributions and methods against formulas and counts written out here."""
 
 import copy
+import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -369,6 +371,38 @@ class Scaled(nn.Linear):
         return nn.functional.linear(x, self.weight * 2, self.bias)
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x))
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
+
+
+class Other(nn.Conv2d):
+    """Takes other inputs, gives other outputs, and cannot be copied once it holds a lock."""
+
+    def forward(self, pair):
+        x, mask = pair
+        return super().forward(x), mask
+
+
+def test_layers_that_try_the_probe_are_neither_named_nor_changed_nor_in_the_way():
+    torch.manual_seed(0)
+    model, said = nn.Sequential(Noisy(4, 4), Cosine(4, 4), Other(3, 4, 3), Other(3, 4, 3), Standardised(1, 4, 3)), []
+    model[3].lock = threading.Lock()
+    state = torch.get_rng_state()
+    Pruner(model, "random", 0.5, warn=said.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [sentence.split(" compute with")[0] for sentence in said] == ["4"]
+    said.clear()
+    Pruner(model, "random", 0.1, dense_layers=["4"], warn=said.append)
+    Pruner(model, "random", layer_sparsity={"0": 0.5}, warn=said.append)
+    assert said == []
+
+
 def test_layers_that_compute_with_other_weights_than_those_that_masks_hold_are_named():
     state, said = torch.get_rng_state(), []
     model = nn.Sequential(
@@ -389,6 +423,8 @@ def test_moving_masks_refuse_frozen_layers_unless_they_are_dense(method):
     with pytest.raises(ValueError, match="the weights of 0 are frozen"):
         Pruner(model, method, 0.3, total_steps=20, steps_per_epoch=4)
     Pruner(model, method, 0.1, dense_layers=["0"], total_steps=20, steps_per_epoch=4)
+    if method not in ("dsr", "snfs"):
+        Pruner(model, method, layer_sparsity={"2": 0.5}, total_steps=20, steps_per_epoch=4)
     Pruner(model, "random", 0.5)
     Pruner(model, "gmp", 0.5, total_steps=20)
 
@@ -400,13 +436,20 @@ def test_patterns_along_inputs_or_outputs_refuse_transposed_convolutions_unless_
     with pytest.raises(ValueError, match="1 are transposed convolutions"):
         Pruner(model, "magnitude", sparsity, pattern=pattern)
     Pruner(model, "magnitude", sparsity, pattern=pattern, dense_layers=["1"]).choose_masks()
+    if pattern != "2:4":
+        Pruner(model, "magnitude", layer_sparsity={"0": 0.5}, pattern=pattern).choose_masks()
+        Pruner(model, "none", pattern=pattern)
+    with pytest.raises(ValueError, match="unknown pattern 'circle'"):
+        Pruner(model, "magnitude", 0.5, pattern="circle")
     for other in ("unstructured", "kernel"):
         Pruner(model, "magnitude", 0.5, pattern=other).choose_masks()
 
 
-@pytest.mark.parametrize("direction", ["previous", "momentum", "ema"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("how", ["attach", "train", "by hand", "no SAM"])
+@pytest.mark.parametrize(
+    ("how", "direction"),
+    [*itertools.product(["attach", "train", "by hand"], ["previous", "momentum", "ema"]), ("no SAM", None)],
+)
 def test_masks_that_are_chosen_during_training_hold_from_then_on(how, base, direction):
     """In the weights that a forward pass sees, and in what optimizers remember."""
     torch.manual_seed(0)
