@@ -339,7 +339,7 @@ def check_ledger(study: Study) -> None:
 
 
 def set_by_study(plan: list[Run]) -> set[str]:
-    """Return the names of the flags that tell its runs apart, or say where a run goes."""
+    """Return the names of the flags that tell its runs apart, say where a run goes, or bring others along."""
     names = {"seed", "output_dir", "resume", "evaluate", "config"}
     for task, cell, arm in {(run.task, run.cell, run.arm) for run in plan}:
         one = TASKS[task].arms[arm]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prune.channels import Group, channel_groups
-from prune.masks import listed, prunable_weights
+from prune.masks import prunable_weights
 
 Shape = tuple[int, ...]
 Counts = dict[tuple[str, ...], int]  # weights to keep in each group of layers that competes for them
@@ -309,9 +309,7 @@ def top(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return alive
 
 
-def find_pattern(
-    name: str, model: nn.Module, dense_layers: Collection[str] = (), masked: Collection[str] | None = None
-) -> Pattern:
+def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()) -> Pattern:
     """Return the pattern of a name for a network.
 
     The names are `unstructured`, `fan-in` (see FanIn), `channel` (see Channels), `kernel` (k x k kernels), `RxC` (blocks
@@ -322,30 +320,17 @@ def find_pattern(
         name: see above.
         model: the network.
         dense_layers: that lose no channel.
-        masked: layers that the pattern is for; None for all.
 
     Raises:
-        ValueError: no such pattern; a network whose channels cannot be followed; a pattern along the inputs or outputs of a
-            transposed convolution, whose weight is [in, out, kh, kw].
+        ValueError: no such pattern, or a network whose channels cannot be followed.
     """
     shapes = {layer: tuple(weight.shape) for layer, weight in prunable_weights(model).items()}
     if name == "channel":
         return Channels(channel_groups(model, dense_layers), shapes, dict(model.named_parameters()))
-    if name in UNITS:
-        return Units(name, UNITS[name], shapes)
-    pattern = _along_inputs_or_outputs(name, shapes)
-    layers = shapes.keys() if masked is None else masked
-    if transposed := [n for n, m in model.named_modules() if n in layers and getattr(m, "transposed", False)]:
-        raise ValueError(
-            f"{listed(transposed)} are transposed convolutions, for which there is no pattern '{name}': keep them dense by name, "
-            "or take unstructured or kernel"
-        )
-    return pattern
-
-
-def _along_inputs_or_outputs(name: str, shapes: Mapping[str, Shape]) -> Units | NofM:
     if name == "fan-in":
         return FanIn(shapes)
+    if name in UNITS:
+        return Units(name, UNITS[name], shapes)
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
         height, width = map(int, match.groups())
         if height and width:

@@ -95,10 +95,7 @@ class Pruner:
         depthwise = depthwise_layers(model) & shapes.keys()
         self.dense_layers = select_layers(list(shapes), list(dense_layers), depthwise, layers_by_position(model))
         dense = {name for matches in self.dense_layers.values() for name in matches}
-        unnamed = set() if layer_sparsity is None else {name for name in shapes if not layer_sparsity.get(name)}
-        self.pattern = find_pattern(
-            pattern, model, dense, masked=shapes.keys() - dense - unnamed if method != "none" else ()
-        )
+        self.pattern = find_pattern(pattern, model, dense)
         complete = complete_options(method, options)
         interval = complete.pop("update_interval", None)
         self.options = {name: value for name, value in complete.items() if not isinstance(value, str)}
@@ -115,10 +112,8 @@ class Pruner:
             raise ValueError(f"pruning method '{method}' needs a sparsity")
         self.budget = Budget(shapes, self.pattern, sparsity, distribution, choices[0], layer_sparsity, dense)
         refuse_pattern(method, self.pattern, self.options, by_layer=layer_sparsity is not None)
-        if self.method.moves:
-            self._refuse_frozen()
         if method != "none":
-            self._warn_of_weights()
+            self._look_at_layers()
         self._rounds = Rounds.of(model, self.options, total_steps) if self.method.tickets else None
         self.timing: Timing | None = None  # when masks change, if they do
         if self.method.update:
@@ -141,20 +136,32 @@ class Pruner:
         self._overlap = torch.ones(())  # of the masks before and after the last change
         self._settled = not self.method.update  # masks came to their last change
 
-    def _warn_of_weights(self) -> None:
+    def _look_at_layers(self) -> None:
+        """Warn of layers whose zeros are none, and raise ValueError for those that the pattern or the method cannot serve."""
         if computed := computed_weights(self.model):
             self.warn(
                 f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
             )
-        if recomputed := [name for name in recomputed_weights(self.model) if name not in self.budget.dense]:
+        sparse = {name: weight for name, weight in self.masks.weights.items() if name not in self.budget.dense}
+        if recomputed := [name for name in recomputed_weights(self.model) if name in sparse]:
             self.warn(
                 f"{listed(recomputed)} compute with other weights than those that masks hold, as weight standardisation "
                 "does: they are counted as sparse, and compute without a zero"
             )
-
-    def _refuse_frozen(self) -> None:
-        weights = self.masks.weights.items()
-        if frozen := [name for name, w in weights if not w.requires_grad and name not in self.budget.dense]:
+        transposed = [
+            n for n, module in self.model.named_modules() if n in sparse and getattr(module, "transposed", False)
+        ]
+        if transposed and self.pattern.name not in (
+            "unstructured",
+            "kernel",
+            "channel",
+        ):  # the weight is [in, out, ...]
+            raise ValueError(
+                f"{listed(transposed)} are transposed convolutions, for which there is no pattern '{self.pattern.name}': keep "
+                "them dense by name, or take unstructured or kernel"
+            )
+        frozen = [name for name, weight in sparse.items() if not weight.requires_grad]
+        if frozen and self.method.moves:
             raise ValueError(
                 f"the weights of {listed(frozen)} are frozen, and what moving masks drop there would not grow again: keep "
                 "these layers dense by name, or take a method whose masks stay"
