@@ -84,7 +84,7 @@ class Connectivity:
 
     def _warn_of_filters(self, masks: Masks) -> None:
         """Warn of depthwise filters without a weight, where there are more than before."""
-        empty, filters = masks.empty_filters(self._depthwise)
+        empty, filters = diagnostics.empty_filters(self._model, masks, self._depthwise)
         if empty > self._lost_filters:
             self._lost_filters = empty
             self._warn(

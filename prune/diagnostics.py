@@ -19,6 +19,31 @@ def overlap(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
     return both / either.clamp_min(1)
 
 
+def units(model: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return which filters and outputs of layers have any part that is not zero: bool [out channels], by layer.
+
+    Args:
+        model: the network.
+        parts: a tensor in the shape of its weight for each layer.
+    """
+    groups = {n: module.groups for n, module in model.named_modules() if getattr(module, "transposed", False)}
+
+    def by_output(name: str, part: Tensor) -> Tensor:
+        if name in groups:  # [in, out / groups, ...]
+            part = part.unflatten(0, (groups[name], -1)).transpose(1, 2).flatten(0, 1)
+        return part.flatten(1).any(1)
+
+    return {name: by_output(name, part) for name, part in parts.items()}
+
+
+def empty_filters(model: nn.Module, masks: Masks, layers: Iterable[str]) -> tuple[int, int]:
+    """Return the number of filters without a weight in the convolutions among layers, and of all there."""
+    weights = {name: weight for name in layers if (weight := masks.weights[name]).ndim > 2}
+    alive = units(model, {name: masks.masks.get(name, w.new_ones(()).expand_as(w)) for name, w in weights.items()})
+    living = torch.cat(list(alive.values())) if alive else torch.ones(0, dtype=torch.bool)
+    return int((~living).sum()), len(living)
+
+
 def path_figures(model: nn.Module, masks: Masks, input_shape: tuple[int, ...] | None) -> dict[str, float]:
     """Return the sparsity that counts only weights on a path, and how many filters and outputs no path leads through.
 
@@ -36,7 +61,7 @@ def path_figures(model: nn.Module, masks: Masks, input_shape: tuple[int, ...] | 
         return {}
     used = weights_on_paths(model, masks.masks, input_shape)
     total, effective = sum(part.numel() for part in used.values()), sum(int(part.sum()) for part in used.values())
-    idle = sum(int((~part.flatten(1).any(1)).sum()) for part in used.values())
+    idle = sum(int((~part).sum()) for part in units(model, used).values())
     return {"effective_sparsity": 1 - effective / total, "dead_units": float(idle)}
 
 

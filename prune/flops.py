@@ -1,8 +1,8 @@
 """Floating-point operations of a sparse network, for one image.
 
-Counted by torch's formulas: convolutions, linear layers and attention, two operations per multiply-add;
-normalisation and elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if
-the hardware made use of every zero (Evci et al. 2020, appendix H).
+Counted by torch's formulas: convolutions, linear layers and attention, two operations per multiply-add; normalisation and
+elementwise work are not counted. A layer at density d is charged d times its dense count, forward and backward, as if the
+hardware made use of every zero (Evci et al. 2020, appendix H).
 """
 
 import copy
@@ -69,10 +69,14 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
     images = torch.zeros(2, *image_shape, device="meta")
     with _Counter(shadow, images) as counter:
         shadow(images)
-    # A layer's forward pass, weight gradient and input gradient take as many operations each. A layer that sees the images
-    # has no input gradient. Only the forward pass is counted: backward torch takes a grouped convolution for a whole one.
+    # A layer's forward pass, weight gradient and input gradient take as many operations each. A frozen layer has no weight
+    # gradient, one that sees the images no input gradient. Only the forward pass is counted: backward torch takes a grouped
+    # convolution for a whole one.
     forward = {name: count // len(images) for name, count in counter.forward.items()}
-    training = {name: (2 if name in counter.of_images else 3) * count for name, count in forward.items()}
+    trained = {name for name, weight in prunable_weights(shadow).items() if weight.requires_grad}
+    training = {
+        name: (1 + (name in trained) + (name not in counter.of_images)) * count for name, count in forward.items()
+    }
     return Flops(forward, training, counter.other // len(images))
 
 
@@ -88,8 +92,8 @@ class _Counter(TorchDispatchMode):
     Attributes:
         forward: operations of each layer that took part.
         other: of everything else.
-        of_images: layers whose input comes from the images without a weight in between. Buffers, such as a mean that is
-            subtracted, are no weights.
+        of_images: layers whose input comes from the images without a weight in between that is trained. Buffers, such as a
+            mean that is subtracted, are no weights.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
@@ -102,7 +106,8 @@ class _Counter(TorchDispatchMode):
         self._at_work: list[str] = []
         self._held = [images]  # and what is computed of them and buffers: so no other tensor takes their place
         self._known = {_storage(images)}
-        self._constant = set(map(_storage, model.buffers()))
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        self._constant = set(map(_storage, [*model.buffers(), *frozen]))
         for name, module in model.named_modules():
             if name in weights:
                 module.register_forward_pre_hook(lambda module, inputs, name=name: self._at_work.append(name))

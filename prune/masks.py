@@ -232,13 +232,6 @@ class Masks:
         """Return the number of living weights by layer."""
         return dict(zip(self.weights, self.alive_counts().tolist(), strict=True))
 
-    def empty_filters(self, layers: Iterable[str]) -> tuple[int, int]:
-        """Return the number of filters without a weight in the convolutions among layers, and of all there."""
-        names = [name for name in layers if self.weights[name].ndim > 2]
-        masks = [self.masks[name] for name in names if name in self.masks]
-        empty = [(mask.flatten(1).amax(1) == 0).sum() for mask in masks]
-        return int(torch.stack(empty).sum()) if empty else 0, sum(len(self.weights[name]) for name in names)
-
     def density(self) -> dict[str, float]:
         """Return the fraction of living weights by layer."""
         return {name: count / self.weights[name].numel() for name, count in self.alive().items()}

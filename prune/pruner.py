@@ -428,7 +428,7 @@ class Pruner:
         if isinstance(self.pattern, Channels) and self.masks.masks:
             units = torch.cat(list(self.pattern.pool(self.masks.masks).values()))
             return f"{line}; {int((units == 0).sum()):,} of {len(units):,} channels are gone"
-        empty, filters = self.masks.empty_filters(self.masks.weights)
+        empty, filters = diagnostics.empty_filters(self.model, self.masks, self.masks.weights)
         if empty:
             line += f"; {empty:,} of {filters:,} filters have no weight"
         return line

@@ -71,6 +71,20 @@ def test_effective_sparsity_and_idle_units_are_counted_and_a_near_collapse_is_to
     assert "7 filters and outputs are cut off" in sentence
 
 
+def test_filters_of_transposed_convolutions_are_counted_along_their_outputs():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.ConvTranspose2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(6, 2, bias=False)
+    )
+    pruner = Pruner(model, "oneshot", 0.3)
+    pruner.choose_masks(lambda k: (torch.randn(k, 2, 1, 1), torch.zeros(k)))
+    transposed = torch.ones(4, 3, 1, 1)  # output 3 g + o of group g reads inputs 2 g and 2 g + 1, at [input, o]
+    transposed[:2, 1] = 0  # output 1
+    transposed[2, 0] = 0  # output 3 has its other input left
+    pruner.masks.set({"0": torch.ones(4, 2, 1, 1), "1": transposed, "3": torch.ones(2, 6)})
+    assert pruner.describe().endswith("; 1 of 10 filters have no weight")
+    assert pruner.figures() == {"effective_sparsity": pytest.approx(1 - (8 + 9 + 10) / (8 + 12 + 12)), "dead_units": 1}
+
+
 def test_overlaps_are_those_with_the_first_masks_and_those_before_the_last_change():
     model, mask, optimizer = build("rigl", 0.7, steps=40, interval=4)
     first = before = kept(mask)

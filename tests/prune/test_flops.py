@@ -67,6 +67,15 @@ def test_a_layer_that_sees_images_normalised_by_buffers_has_no_input_gradient():
     assert flops.training == {"first": 2 * flops.forward["first"], "second": 3 * flops.forward["second"]}
 
 
+def test_frozen_layers_have_no_weight_gradient_and_after_frozen_ones_alone_no_input_gradient():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), *(nn.Conv2d(4, 4, 1) for _ in range(3)))
+    for frozen in (model[0], model[1], model[4]):
+        frozen.requires_grad_(False)
+    flops = count_flops(model, (3, 2, 2))
+    assert flops.forward == {"0": 96} | dict.fromkeys("345", 128)
+    assert flops.training == {"0": 96, "3": 2 * 128, "4": 2 * 128, "5": 3 * 128}
+
+
 def test_a_layer_whose_weight_another_shares_is_charged_for_both():
     first, second = nn.Linear(6, 6), nn.Linear(6, 6)
     second.weight = first.weight
