@@ -114,6 +114,9 @@ class Pruner:
         refuse_pattern(method, self.pattern, self.options, by_layer=layer_sparsity is not None)
         if method != "none":
             self._look_at_layers()
+        if self.options.get("granet_start", 0.0) > self.budget.sparsity:
+            warn(f"masks begin at their final sparsity of {self.budget.sparsity:.4g}, below granet_start, and only move")
+            self.options["granet_start"] = self.budget.sparsity
         self._rounds = Rounds.of(model, self.options, total_steps) if self.method.tickets else None
         self.timing: Timing | None = None  # when masks change, if they do
         if self.method.update:
@@ -495,7 +498,7 @@ class Pruner:
         """Return the counts of the masks that training begins with: those of a sparsity, or GraNet's own first ones."""
         if "granet_start" not in self.options:
             return self.budget.counts(wanted)
-        start, distribution = min(self.options["granet_start"], self.budget.sparsity), self.budget.distribution
+        start, distribution = self.options["granet_start"], self.budget.distribution
         # Random scores do not compare across layers.
         return self.budget.counts(start, "erk" if distribution == "global" else distribution)
 

@@ -136,7 +136,7 @@ class PruneAndRegrow:
         """Return the change."""
         options, layers = now.scored.options, FlatLayers.of(now)
         until = min(options["granet_until"], options["stop_update"]) / options["stop_update"]
-        start = min(options["granet_start"], now.sparsity)
+        start = options["granet_start"]
         wanted = start + (now.sparsity - start) * cubic(min(1.0, now.fraction / until))
         pruned = now.pattern.keep(magnitude(now.scored), now.counts(wanted), square=True)
         alive = layers.alive(pruned)

@@ -71,6 +71,23 @@ def test_granet_prunes_the_smallest_of_all_then_drops_and_regrows_in_each_layer(
     assert_memory_is_zero(optimizer, model, changed)
 
 
+@pytest.mark.parametrize(
+    "how, count",
+    [({"sparsity": 0.3}, 336), ({"sparsity": None, "layer_sparsity": {"conv": 0.5, "linear": 0.25}}, 144 + 96)],
+)
+def test_granet_that_begins_at_its_final_sparsity_says_so_and_only_moves(how, count):
+    said = []
+    model, mask, optimizer = build("granet", steps=40, interval=4, granet_start=0.6, warn=said.append, **how)
+    (sentence,) = said
+    assert "begin at their final sparsity" in sentence
+    assert "granet_start" in sentence
+    living = [int(kept(mask).sum())]
+    train(model, mask, optimizer, 12, on_step=lambda step: living.append(int(kept(mask).sum())))
+    assert set(living) == {count}
+    build("granet", steps=40, interval=4, granet_start=0.0, warn=said.append, **how)
+    assert said == [sentence]
+
+
 def test_granet_follows_its_schedule_exactly_and_then_only_moves():
     model, mask, optimizer = build("granet", 0.8, steps=40, interval=4)
     counts, seen = [], []
