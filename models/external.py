@@ -56,6 +56,7 @@ def build(arch: str, num_classes: int, in_channels: int, image_size: ImageSize) 
                 raise
             with torch.device("cpu"):  # it computes with values, which meta tensors lack
                 model = make().to("meta")
+        _refuse_endless_averages(arch, model)
         logits = _logits_without_data(model, in_channels, image_size)
     except NetworkError:
         raise
@@ -195,6 +196,15 @@ def _logits_without_data(model: nn.Module, in_channels: int, image_size: ImageSi
     """Return what a network in training makes of two images, on a copy of it without data."""
     shadow = copy.deepcopy(model).to("meta").train()
     return shadow(torch.zeros(2, in_channels, *image_size, device="meta"))
+
+
+def _refuse_endless_averages(arch: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None:
+            raise NetworkError(
+                f"batch norm '{name}' of {arch} averages over all of training (momentum=None), by a number that each step "
+                "would wait for: give it a momentum, such as 0.1"
+            )
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

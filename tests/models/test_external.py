@@ -46,6 +46,11 @@ OWN = """
     def broken(num_classes, in_channels, image_size):
         return build(num_classes, 7, image_size)
 
+    def endless(num_classes, in_channels, image_size):
+        layers = build(num_classes, in_channels, image_size)
+        layers[1].momentum = None
+        return layers
+
     def several(num_classes, in_channels, image_size):
         return build(num_classes + 1, in_channels, image_size)
 """
@@ -150,6 +155,7 @@ def test_networks_of_timm_take_the_size_and_the_channels_of_the_images():
         ("{own}:build2", "mine.py' has no function 'build2'"),
         ("{own}:broken", "mine.py:broken does not work for images of 50x50 pixels and 3 channels \\(RuntimeError"),
         ("{own}:several", r"mine.py:several gives \(2, 11\) for two images: it has to give a tensor of \(2, 10\)"),
+        ("{own}:endless", r"batch norm '1' of .*mine.py:endless averages over all of training \(momentum=None\)"),
         pytest.param("timm:resnet19", "there is no timm:resnet19: did you mean resnet", marks=NEEDS_TIMM),
     ],
 )
