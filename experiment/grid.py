@@ -7,7 +7,7 @@ A grid has lines of five kinds; scripts/reproduce_cifar.sh shows all of them:
     ARM FLAG ...                   a name and flags, for each value of every setting in braces: {NAME} stands for the
                                    value, {NAME=VALUE} for this value alone
     + {NAME=VALUE} ... FLAG ...    flags for the runs in which each of these settings, METHODS and SPARSITIES among them,
-                                   has this value, or one of {NAME=VALUE|VALUE}
+                                   has this value, one of {NAME=VALUE|VALUE}, or none of {NAME=!VALUE|VALUE}
     > COMMAND                      runs at the end of the sweep, without a shell; {OUTPUT_DIR} is the sweep's directory
 
 Every arm becomes a run for each pruning method, sparsity and seed.
@@ -62,6 +62,12 @@ def same_value(one: str, other: str) -> bool:
         return one == other or float(one) == float(other)
     except ValueError:
         return False
+
+
+def is_for(value: str, wanted: str) -> bool:
+    """Return whether a value is one of those that a condition lists, or none of them after an exclamation mark."""
+    listed = any(same_value(value, one) for one in wanted.removeprefix("!").split("|"))
+    return listed != wanted.startswith("!")
 
 
 @dataclass(frozen=True)
@@ -142,18 +148,15 @@ class Grid:
                 refuse(
                     f"'{word}' in a line of added flags: such a line says which runs it is for, as {{{found[1]}=VALUE}}"
                 )
-        return {(name, value) for name, only in added for value in [*only.split("|"), *self.settings[name][0].split()]}
+        values = {name: self.settings[name][0].split() for name, _ in added}
+        return {(name, value) for name, only in added for value in [*only.removeprefix("!").split("|"), *values[name]]}
 
     def added_flags(self, chosen: dict[str, str]) -> list[str]:
         """Return the flags that are added where settings have these values, whatever those have that are not among them."""
         flags: list[str] = []
         for line in self.added:
             conditions = PLACE.findall(" ".join(line))
-            if all(
-                any(same_value(chosen[name], one) for one in only.split("|"))
-                for name, only in conditions
-                if name in chosen
-            ):
+            if all(is_for(chosen[name], only) for name, only in conditions if name in chosen):
                 flags += [word for word in line if not PLACE.fullmatch(word)]
         return flags
 

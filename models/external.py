@@ -200,7 +200,11 @@ def _logits_without_data(model: nn.Module, in_channels: int, image_size: ImageSi
 
 def _refuse_endless_averages(arch: str, model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None:
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and module.momentum is None
+        ):
             raise NetworkError(
                 f"batch norm '{name}' of {arch} averages over all of training (momentum=None), by a number that each step "
                 "would wait for: give it a momentum, such as 0.1"

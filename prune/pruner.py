@@ -115,7 +115,9 @@ class Pruner:
         if method != "none":
             self._look_at_layers()
         if self.options.get("granet_start", 0.0) > self.budget.sparsity:
-            warn(f"masks begin at their final sparsity of {self.budget.sparsity:.4g}, below granet_start, and only move")
+            warn(
+                f"masks begin at their final sparsity of {self.budget.sparsity:.4g}, below granet_start, and only move"
+            )
             self.options["granet_start"] = self.budget.sparsity
         self._rounds = Rounds.of(model, self.options, total_steps) if self.method.tickets else None
         self.timing: Timing | None = None  # when masks change, if they do

@@ -27,8 +27,8 @@ PROFILE    = default  # official: as the released scripts train, as far as flags
 + {PROFILE=official} {OPTIMIZERS=samv2} --adaptive --sam-rho 0.05
 + {PROFILE=official} {METHODS=mest} --mest-soft --mest-lambda 0 --stop-update 0.8125
 + {PROFILE=official} {METHODS=random|set|dsr|rigl|mest} --sparsity-distribution uniform
-+ {PROFILE=official} {ARCHS=resnet} --dense-layers stem shortcut classifier
-+ {PROFILE=official} {ARCHS=vgg} --dense-layers stem classifier
++ {PROFILE=official} {METHODS=!none} {ARCHS=resnet} --dense-layers stem shortcut classifier
++ {PROFILE=official} {METHODS=!none} {ARCHS=vgg} --dense-layers stem classifier
 + {PROFILE=official} {ARCHS=resnet} {DATASETS=cifar10}  {SPARSITIES=0.9}  --sparsity 0.893993
 + {PROFILE=official} {ARCHS=resnet} {DATASETS=cifar10}  {SPARSITIES=0.95} --sparsity 0.943660
 + {PROFILE=official} {ARCHS=resnet} {DATASETS=cifar10}  {SPARSITIES=0.98} --sparsity 0.973460

@@ -151,6 +151,15 @@ def test_the_official_profile_trains_as_the_released_scripts_and_the_default_one
     }
 
 
+def test_a_dense_network_has_no_flags_of_sparse_ones_in_the_official_profile(sweep):
+    settings = {"PROFILE": "official", "METHODS": "none", "OPTIMIZERS": "sgd", "DATASETS": "cifar10", "SEEDS": "0"}
+    listed = commands(sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"), **settings))
+    assert [shlex.join(command[2:]).partition(" --output-dir")[0] for command in listed] == [
+        f"--prune-method none --dataset cifar10 {network} --optmzr sgd --batch-size 64 --weight-decay 1e-4 --seed 0 --epochs 160"
+        for network in ("--arch resnet --depth 32 --width 2", "--arch vgg --depth 19")
+    ]
+
+
 def test_sparsities_of_the_official_profile_are_those_of_the_3x3_convolutions(sweep):
     settings = {"PROFILE": "official", "METHODS": "rigl", "OPTIMIZERS": "sgd"}
     listed = commands(sweep("--dry-run", grid=grid_of("reproduce_cifar.sh"), **settings))

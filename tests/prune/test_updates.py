@@ -72,7 +72,7 @@ def test_granet_prunes_the_smallest_of_all_then_drops_and_regrows_in_each_layer(
 
 
 @pytest.mark.parametrize(
-    "how, count",
+    ("how", "count"),
     [({"sparsity": 0.3}, 336), ({"sparsity": None, "layer_sparsity": {"conv": 0.5, "linear": 0.25}}, 144 + 96)],
 )
 def test_granet_that_begins_at_its_final_sparsity_says_so_and_only_moves(how, count):
