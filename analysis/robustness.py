@@ -292,7 +292,8 @@ def print_differences(arms: Sequence[Arm], records: Sequence[dict], partners: Se
         pairs = {name: [(a[name], b[name]) for a, b in zip(own, other, strict=True)] for name in names}
         rows.append({"": arm.title} | {name: difference_text(pair) for name, pair in pairs.items()})
     if rows:
-        print(f"\ndifference to the baseline, 95% interval over seeds\n\n{text_table(rows)}")
+        spread = "" if len(set(partners)) > 1 else ", without the spread of the one baseline"
+        print(f"\ndifference to the baseline, 95% interval over seeds{spread}\n\n{text_table(rows)}")
 
 
 def difference_text(pairs: Sequence[tuple[float | None, float | None]]) -> str:

@@ -83,6 +83,10 @@ def run(args: Namespace) -> None:
     """Measure all networks; print a list of them, their figures, and means over seeds."""
     if args.trace_samples == 1:
         raise UsageError("--trace-samples has to be 0, or 2 and more: one sample has no standard error")
+    if not args.top and args.tolerance != Settings().tolerance:
+        raise UsageError("--tolerance is that of eigenvalues, and --top 0 asks for none: leave one of them out")
+    if not (args.rhos or args.adaptive_rhos) and args.steps != Settings().steps:
+        raise UsageError("--steps are those within a radius, and there is none: give --rhos, or leave it out")
     device = pick_device(args.device)
     checkpoints = find_checkpoints(args.checkpoints, args.arch)
     for path in checkpoints:

@@ -68,7 +68,7 @@ def run(args: Namespace) -> None:
     make_writable(output)
     files = []
     with writing_to(output):
-        for name in ("paired.csv", *(name + suffix for name in PICTURES for suffix in SUFFIXES)):
+        for name in ("paired.csv", "pivot.md", *(name + suffix for name in PICTURES for suffix in SUFFIXES)):
             (output / name).unlink(missing_ok=True)  # of an earlier summary, which may have had more to show
         for name, text in texts.items():
             write_text_atomically(output / name, text)

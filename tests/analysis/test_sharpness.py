@@ -164,6 +164,8 @@ def test_other_images_than_the_runs_are_refused_and_moved_ones_are_found(trained
         ("missing.pt", "there is no checkpoint 'missing.pt'"),
         ("empty", "no checkpoint.pt in or below 'empty'"),
         ("missing.pt --trace-samples 1", "one sample has no standard error"),
+        ("missing.pt --top 0 --tolerance 0.1", "--tolerance is that of eigenvalues, and --top 0 asks for none"),
+        ("missing.pt --rhos --adaptive-rhos --steps 3", "--steps are those within a radius, and there is none"),
         ("missing.pt --device tpu", "--device has to be"),
         ("CKPT --output /proc/x/y", "cannot write to"),
         ("CKPT --output /proc", "cannot write to '/proc', which is a directory"),

@@ -253,7 +253,7 @@ def test_a_lone_run_is_not_bold_and_has_no_pairs(study, capsys):
     study(80.0, epochs_done=1, update_interval=10)
     study(81.0, sparsity=0.5)
     (study.root / "summary").mkdir()
-    stale = [study.root / "summary" / name for name in ("paired.csv", "accuracy_against_rho.png")]
+    stale = [study.root / "summary" / name for name in ("paired.csv", "pivot.md", "accuracy_against_rho.png")]
     for file in stale:
         file.touch()
     out, tables = summarize(study.root, capsys)
