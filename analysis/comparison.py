@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from experiment.study import TASKS, Arm, Run
+from experiment.study_list import TASKS, Arm, Run
 from utils.statistics import Interval, holm, paired_p, student_interval
 
 Entry = dict[str, Any]

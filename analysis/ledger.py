@@ -18,7 +18,7 @@ from pathlib import Path
 from analysis.command import run_command, writing_to
 from analysis.labels import count_text
 from experiment.flags import NOT_OF_FIGURES, PATHS, parse, resolve
-from experiment.study import MEASURED_IMAGES
+from experiment.study_list import MEASURED_IMAGES
 from training.checkpoint import NEWEST
 from utils.errors import UsageError
 from utils.files import write_text_atomically

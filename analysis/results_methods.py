@@ -15,7 +15,7 @@ from analysis.results_tables import (
     provenance,
     spread_text,
 )
-from experiment.study import TASKS, methods_study
+from experiment.study_list import TASKS, methods_study
 from utils.statistics import holm, paired_p, student_interval
 
 

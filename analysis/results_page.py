@@ -16,7 +16,7 @@ from analysis.ledger import Ledger
 from analysis.results_methods import means_over_methods, methods_table, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, networks, task_section
 from analysis.study import CHOSEN
-from experiment.study import DECAY_TASKS, STUDIES, TASKS
+from experiment.study_list import DECAY_TASKS, STUDIES, TASKS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
@@ -94,7 +94,7 @@ def tell_unlisted(ledgers: dict[str, dict[str, Entry]]) -> None:
     for task, entries in ledgers.items():
         if unlisted := [name for name in entries if (task, name) not in listed]:
             print(
-                f"note: results/{task} has {count_text(len(unlisted), 'run')} that experiment/study.py does not list, "
+                f"note: results/{task} has {count_text(len(unlisted), 'run')} that experiment/study_list.py does not list, "
                 f"such as '{unlisted[0]}': in no table",
                 file=sys.stderr,
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.command import matplotlib_imports, writing_to
 from analysis.comparison import FEWEST, Compared, cell_title
-from experiment.study import TASKS
+from experiment.study_list import TASKS
 from utils.files import write_text_atomically
 
 CAPTIONS = {

@@ -21,7 +21,7 @@ from analysis.comparison import (
 from analysis.labels import accuracy_text, count_text
 from analysis.study import best_value, read_choice
 from analysis.text_table import mean_and_std_text
-from experiment.study import ARMS, TASKS, TUNING_SEEDS, Run, tuning
+from experiment.study_list import ARMS, TASKS, TUNING_SEEDS, Run, tuning
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = (CONTROL, "late-0.25", "msam", "previous", "random", "sgd-decay", "sgd-lr", "sgd-half")

@@ -1,7 +1,7 @@
 """Train what a study lacks, and add every finished run to the ledger: python -m analysis.study NAME DIRECTORY [ARGUMENT ...].
 
-scripts/study.sh and scripts/study_gpu.sh launch it. NAME is that of the script and of a list in experiment/study.py, relative
-paths start from DIRECTORY, and the arguments are the script's.
+scripts/study.sh and scripts/study_gpu.sh launch it. NAME is that of the script and of a list in experiment/study_list.py,
+relative paths start from DIRECTORY, and the arguments are the script's.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from analysis.ledger import (
 )
 from experiment.flags import NOT_OF_FIGURES, PATHS, RESOLVED, flag, number, parse, plain, resolve
 from experiment.grid import absolute_paths, refuse
-from experiment.study import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
+from experiment.study_list import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
 from training.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
@@ -284,7 +284,7 @@ def check_choice(path: Path, chosen: dict, values: tuple[float, ...], best: dict
     tried = chosen.get("held_out", {}).keys()
     if tried and tried != {f"{value:g}" for value in values}:
         print(
-            f"note: '{path}' was chosen from other values than experiment/study.py has: remove it to choose again",
+            f"note: '{path}' was chosen from other values than experiment/study_list.py has: remove it to choose again",
             file=sys.stderr,
         )
     elif best and chosen["value"] != best["value"]:
@@ -333,7 +333,7 @@ def check_ledger(study: Study) -> None:
         names = (expected.keys() | found.keys()) - anywhere
         if differing := sorted(name for name in names if expected.get(name) != found.get(name)):
             raise UsageError(
-                f"'{study.results / run.task / run.name}.json' differs from experiment/study.py in {', '.join(differing)}: "
+                f"'{study.results / run.task / run.name}.json' differs from experiment/study_list.py in {', '.join(differing)}: "
                 "remove what the list no longer has from the ledger, or leave it out by --only"
             )
 
@@ -369,7 +369,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
             f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
         )
     for taken in sorted(given & set_by_study(plan)):
-        raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study.py is its list")
+        raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study_list.py is its list")
     output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{listed}"))))
     trial = bool(given - NOT_OF_FIGURES)
     folder = setting("DATA_DIR", "")

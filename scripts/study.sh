@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train what the study of RESULTS.md lacks, two runs at a time, and add every finished run to results/. Launched again it
-# goes on where it was interrupted. The list is in experiment/study.py; --help says what can be set.
+# goes on where it was interrupted. The list is in experiment/study_list.py; --help says what can be set.
 set -euo pipefail
 flags=("$@")
 set -- requirements.txt

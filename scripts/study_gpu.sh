@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the paper's network at its full length on a GPU, several runs at a time, and add every finished run to results/.
 # Launched again it goes on where it was interrupted, so that a study fits into calls of --minutes M. The list is in
-# experiment/study.py; --help says what can be set, and --device cpu tries the script where there is no GPU.
+# experiment/study_list.py; --help says what can be set, and --device cpu tries the script where there is no GPU.
 #
 # Runs share the GPU by NVIDIA's multi-process service, which this starts and stops; without it they take turns. With
 # STUDY=study it trains the list of study.sh like that.

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from analysis.comparison import compare
 from analysis.ledger import Ledger, main
 from analysis.results_pictures import sparsities
-from experiment.study import TASKS, Run
+from experiment.study_list import TASKS, Run
 
 TASK, CELL = "digits-noise", "random-0.9"
 PAGE = "# Results\n\n" + "\n".join(
@@ -360,7 +360,7 @@ def test_an_entry_without_figures_is_one_sentence(checkout, capsys):
 def test_a_run_that_the_study_does_not_list_is_told_of(checkout, capsys):
     checkout.add(Run(TASK, CELL, "sgd", 77), 90.0)
     assert checkout.render() == 0
-    assert f"results/{TASK} has 1 run that experiment/study.py does not list" in capsys.readouterr().err
+    assert f"results/{TASK} has 1 run that experiment/study_list.py does not list" in capsys.readouterr().err
     assert checkout.rows() == {}
 
 

@@ -16,7 +16,7 @@ from analysis.study import main
 from experiment.checks import check
 from experiment.flags import parse, resolve
 from experiment.grid import check_flags
-from experiment.study import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
+from experiment.study_list import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
 
 # It leaves the files of a run whose accuracy on held-out images HELD_OUT has for its rho; null: it diverges.
 STAND_IN = """
@@ -295,7 +295,7 @@ def test_the_rho_with_the_best_mean_on_held_out_images_is_chosen_and_frozen(stud
     listed = study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
     (command,) = commands(listed)
     assert value("--sam-rho", command) == "0.2"  # what is written down, whatever the runs say
-    assert "late-0.1.json' was chosen from other values than experiment/study.py has" in listed.stderr
+    assert "late-0.1.json' was chosen from other values than experiment/study_list.py has" in listed.stderr
     (results / "digits-noise/chosen/late-0.1.json").write_text("{}")
     refused = study("--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
     assert refused.returncode == 2
@@ -447,7 +447,7 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
     path.write_text(json.dumps(entry | {"flags": entry["flags"] | {"label_noise": 0.2}}))
     done = study(*only)
     assert done.returncode == 2
-    assert "differs from experiment/study.py in label_noise" in done.stderr
+    assert "differs from experiment/study_list.py in label_noise" in done.stderr
 
 
 @pytest.mark.parametrize(
