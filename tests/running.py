@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 SPARSE_SAM = "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.9"
 FINISHED = f"{SPARSE_SAM} --epochs 3"  # of the fixtures trained and finished
 TIMES = ("seconds", "images_per_second")
-DIGITS = "--dataset digits --depth 8 --width 0.25 --batch-size 256 --log-interval 2"
+DATA = "--dataset digits --train-images 570 --batch-size 96 --log-interval 2"  # six steps an epoch, the last with 90 images
+DIGITS = f"{DATA} --depth 8 --width 0.25"
 NEEDS_COMPILER = pytest.mark.skipif(bool(what_compilation_lacks(torch.device("cpu"))), reason="no C++ compiler")
 
 Action = Callable[[TrainState], object]

@@ -135,8 +135,8 @@ def test_output_may_be_redirected_in_python(tmp_path):
     ("flags", "words"),
     [
         ("--accumulate 2", "try --accumulate 4, where"),
-        ("", "or --batch-size 128\n"),
-        ("--accumulate 256", "try --batch-size 128\n"),
+        ("", "or --batch-size 48\n"),
+        ("--accumulate 96", "try --batch-size 48\n"),
         ("--arch vit --depth 1 --width 0.34 --batch-size 1", "try a smaller --width\n"),
     ],
 )

@@ -16,7 +16,7 @@ from experiment.run_directory import locate_run
 from training.checkpoint import load_checkpoint
 from utils.errors import UsageError
 
-RUN = "--dataset digits --train-images 720 --depth 8 --width 0.25 --batch-size 120 --epochs 2 --log-interval 3 --precision fp32"
+RUN = "--dataset digits --train-images 480 --depth 8 --width 0.25 --batch-size 80 --epochs 2 --log-interval 3 --precision fp32"
 ARMS = [
     "--optmzr sgd",
     "--optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.8 --val-split 100",

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from running import FINISHED, NEEDS_COMPILER, SPARSE_SAM, before_step, interrupt, rows, same, scalars
+from running import DATA, FINISHED, NEEDS_COMPILER, SPARSE_SAM, before_step, interrupt, rows, same, scalars
 from sklearn.datasets import load_digits
 
 
@@ -38,23 +38,34 @@ def test_a_run_writes_its_flags_metrics_checkpoint_and_result(trained):
     assert f"{total - alive:,} of {total:,} convolution and linear weights are zero" in trained.out
 
 
+SMALL = """
+from torch import nn
+
+def build(num_classes, in_channels, image_size):
+    layers = [nn.Conv2d(in_channels, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
 @NEEDS_COMPILER
-def test_a_compiled_run_trains_like_a_plain_one_and_resumes_bit_for_bit(train):
-    """The last batch of an epoch is a smaller one."""
-    flags = f"{SPARSE_SAM} --precision fp32 --epochs 2"
-    whole = train(f"{flags} --compile on", "whole")
+def test_a_compiled_run_trains_like_a_plain_one_and_resumes_bit_for_bit(train, tmp_path):
+    """The last batch of an epoch is a smaller one, and the network small: compiling resnet-8 takes a minute."""
+    (tmp_path / "small.py").write_text(SMALL)
+    flags = f"{DATA} --arch small.py:build --epochs 2 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.5"
+    flags += " --precision fp32"
+    whole = train(f"{flags} --compile on", "whole", short=False)
     assert whole.code == 0, whole.err
     assert "fp32, compiled" in whole.out.splitlines()[0]
     assert whole.json("args.json")["args"]["compile"] == whole.checkpoint()["args"]["compile"] == "on"
-    plain = train(f"{flags} --compile off", "plain")
+    plain = train(f"{flags} --compile off", "plain", short=False)
     losses = [float(rows(run.directory)[0]["train_loss"]) for run in (whole, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     with before_step(8, interrupt):
-        assert train(f"{flags} --compile on", "cut").code == 130
-    resumed = train(f"{flags} --compile auto --resume auto", "cut")
+        assert train(f"{flags} --compile on", "cut", short=False).code == 130
+    resumed = train(f"{flags} --compile auto --resume auto", "cut", short=False)
     assert resumed.code == 0, resumed.err
     same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
-    refused = train(f"{flags} --compile off --resume auto", "cut")
+    refused = train(f"{flags} --compile off --resume auto", "cut", short=False)
     assert refused.code == 2
     assert "--compile was on and is off" in refused.err
 
@@ -162,7 +173,7 @@ def test_no_epoch_of_a_denser_network_counts_as_the_best(train, method):
 
 def test_sparsities_that_differ_by_units_of_a_pattern_are_one(train):
     sparse = "--prune-method rigl --sparsity 0.8 --sparsity-pattern 3x5 --update-interval 2"
-    run = train(f"--width 0.5 --epochs 6 --val-split 300 --optmzr sgd {sparse}")
+    run = train(f"--width 0.5 --epochs 6 --val-split 300 --train-images 1090 --batch-size 256 --optmzr sgd {sparse}")
     table, result = rows(run.directory), run.json("result.json")
     best = max(table, key=lambda row: float(row["val_top1"]))
     assert 0 < max(float(row["sparsity"]) for row in table) - float(best["sparsity"]) < 0.005  # else no trap
@@ -173,7 +184,7 @@ def test_sparsities_that_differ_by_units_of_a_pattern_are_one(train):
 def test_evaluation_every_few_epochs_leaves_cells_empty_and_trains_the_same(train):
     flags = "--epochs 3 --val-split 200 --optmzr sgd-sam --sam-v2 --lr 0.05"
     whole = train(flags, "whole")
-    with before_step(12, interrupt):
+    with before_step(14, interrupt):
         assert train(f"{flags} --eval-every 2").code == 130
     refused = train(f"{flags} --eval-every 1 --resume auto")
     assert (refused.code, "--eval-every was 2 and is 1" in refused.err) == (2, True)  # it chooses best.pt
@@ -185,7 +196,7 @@ def test_evaluation_every_few_epochs_leaves_cells_empty_and_trains_the_same(trai
         row.update(dict.fromkeys(("seconds", "images_per_second"), ""))
     expected[0].update(dict.fromkeys(("val_loss", "val_top1", "test_loss", "test_top1"), ""))
     assert found == expected
-    assert [step for step, _ in scalars(run.directory)["accuracy/val"]] == [10, 15]
+    assert [step for step, _ in scalars(run.directory)["accuracy/val"]] == [12, 18]
     result = run.json("result.json")
     best = max(found[1:], key=lambda row: float(row["val_top1"]))
     assert (result["best_epoch"], result["best_test_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
@@ -243,8 +254,8 @@ def test_a_folder_of_images_trains_end_to_end(train, tmp_path):
         path = tmp_path / "images" / ("test" if index % 5 == 0 else "train") / f"class{source.target[index]}"
         path.mkdir(parents=True, exist_ok=True)
         Image.fromarray((source.images[index] * 15).astype("uint8")).convert("RGB").save(path / f"{index}.png")
-    flags = f"--dataset folder --data-dir {tmp_path}/images --image-size 16 --optmzr adam-sam --sam-v2 --batch-size 64"
-    run = train(f"{flags} --epochs 2")
+    flags = f"--dataset folder --data-dir {tmp_path}/images --image-size 16 --depth 8 --width 0.25 --batch-size 64 --epochs 2"
+    run = train(f"{flags} --optmzr adam-sam --sam-v2", short=False)
     assert run.code == 0, run.err
     assert len(rows(run.directory)) == 2
     assert len(run.checkpoint()["data"]["mean"]) == 3
