@@ -78,7 +78,8 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
         build.choose_masks(args, pruner, loader)
 
     # directory: nothing is written before everything is known, and the same in all processes
-    earlier = located.read_result() if state.schedule_step >= total_steps else {}
+    trained = state.schedule_step >= total_steps and not pruner.has_next_round
+    earlier = located.read_result() if trained else {}
     if earlier and has_measured(args, earlier):
         if group.is_main:
             print(f"finished already with test accuracy {earlier['test_top1']:.2f}%: {directory / 'result.json'}")
@@ -108,11 +109,11 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
     with interruption.finishing():
         fit(run)
 
-    # result
-    result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
-    result |= compacted_size(pruner.model, pruner.masks, data.image_shape, flops)
-    with logger.writing_result(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
-        measure_trained(result, run, args, data, normalize, earlier)
+        # result
+        result = run_result(state, run.meter, plain(args), args.epochs * len(data.train))
+        result |= compacted_size(pruner.model, pruner.masks, data.image_shape, flops)
+        with logger.writing_result(result, {n: v for n, v in plain(args).items() if n not in MAY_CHANGE_ON_RESUME}):
+            measure_trained(result, run, args, data, normalize, earlier)
     file = directory / "result.json"
     logger.say(f"final test accuracy {result['test_top1']:.2f}% after {result['epochs']} epochs, {file}")
     return result

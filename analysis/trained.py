@@ -2,9 +2,9 @@
 
 import itertools
 from argparse import Namespace
+from collections.abc import Iterator
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analysis import corrupted, hessian
 from analysis.command import throttled
@@ -53,7 +53,7 @@ def measure_trained(
 
     Args:
         result: of the training.
-        run: at its end.
+        run: at its end; signals are only noted. (Raised inside a derivative, Preempted would come out as an error of torch.)
         args: the flags.
         data: what it was trained on.
         normalize: what becomes of the images.
@@ -77,9 +77,14 @@ def measure_trained(
 
 def _recalibrate(run: Run, model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     """Return the network with batch norm's statistics estimated anew, and its figures on the test images."""
-    inputs = (run.loader.batch(step).inputs for step in range(run.loader.steps_per_epoch))
-    model = recalibrated(model, inputs, run.execution)
-    run.group.reduce(model, torch.zeros(1, device=run.loader.device), gradients=False)  # of all processes' images
+
+    def inputs() -> Iterator[Tensor]:
+        for step in range(run.loader.steps_per_epoch):
+            if run.group.world == 1:  # several would wait for the one that ends
+                _exit_if_signalled(run)
+            yield run.loader.batch(step).inputs
+
+    model = recalibrated(model, inputs(), run.execution, run.group)
     figures = evaluate(model, run.evaluators["test"], run.execution, run.group)
     run.logger.say(f"with batch norm's statistics estimated anew: test accuracy {figures[1]:.2f}%")
     return model, dict(zip(RECALIBRATED, figures, strict=True))
@@ -93,8 +98,7 @@ def _sharpness(run: Run, model: nn.Module, data: Dataset, normalize: Normalize) 
         _exit_if_signalled(run)
         run.logger.say(what)
 
-    # A signal is only noted: raised inside a derivative, Preempted would come out as an error of torch.
-    with usage_errors(), memory_errors(advice), run.interruption.finishing():
+    with usage_errors(), memory_errors(advice):
         found = hessian.measure(model, run.state.pruner.masks, data, normalize, run.loader.device, watch=watch)
     run.logger.scalars("sharpness", hessian.scalars(found), run.state.global_step)
     return found
@@ -112,7 +116,7 @@ def _robustness(run: Run, model: nn.Module, data: Dataset, normalize: Normalize)
         show(f"robustness: {next(done):,} of {len(images):,} batches of test images")
 
     networks = [corrupted.Network(model, normalize)]
-    with memory_errors(advice), run.interruption.finishing():
+    with memory_errors(advice):
         (found,), _ = corrupted.measure(networks, images, run.loader.device, advance=advance)
     run.logger.scalars("robustness", corrupted.scalars(found), run.state.global_step)
     return found

@@ -248,8 +248,11 @@ def execution(
     """
     device = next(model.parameters()).device
     with flag_errors():
-        smallest = augmentation(args, data).smallest_part(args.accumulate, group)
-        refuse_single_values(model, data.image_shape, smallest)
+        plans = augmentation(args, data)
+        refuse_single_values(model, data.image_shape, plans.smallest_part(args.accumulate, group))
+        if args.recalibrate_bn and group.synchronised:  # which each process does with its own images
+            alone = plans.smallest_part(1, replace(group, synchronised=False))
+            refuse_single_values(model, data.image_shape, alone)
     perturbing = (args.sam_until - args.sam_from) / args.sam_every  # share of the steps
     resolved = resolve_execution(
         args.precision,
@@ -307,14 +310,19 @@ def step(
     args: Namespace, state: TrainState, execution: Execution, steps_per_epoch: int, group: ProcessGroup = ProcessGroup(),
     measure_ascent: bool = True,
 ) -> TrainingStep:  # fmt: skip
-    """Return the training step. Raises UsageError for a window of SAM that no step falls into."""
+    """Return the training step. Raises UsageError for a window of SAM, or a warm-up, that has no step or leaves none."""
     if group.synchronised:
         synchronise(state.model)
     micro_batch, total_steps = -(-args.batch_size // (args.accumulate * group.world)), args.epochs * steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    if args.warmup_epochs and not 0 < warmup_steps < total_steps:
+        raise UsageError(
+            f"--warmup-epochs {args.warmup_epochs:g} comes to {warmup_steps} of the {total_steps:,} steps: give "
+            f"{'more, or leave it out' if warmup_steps == 0 else 'fewer'}"
+        )
     lr_at = partial(
-        learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps,
-        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-    )  # fmt: skip
+        learning_rate, lr=args.lr, schedule=args.lr_scheduler, total_steps=total_steps, warmup_steps=warmup_steps
+    )
 
     def rho_at(step: int) -> float:
         return radius(

@@ -164,12 +164,16 @@ def with_label_noise(images: AnyImages, fraction: float, classes: int, seed: int
         seed: of the choice.
 
     Raises:
-        ValueError: there is one class, and no other label to give.
+        ValueError: there is one class, and no other label to give; or the fraction comes to no label.
     """
     if classes < 2:
         raise ValueError("label noise needs two classes or more: leave --label-noise out")
     rng = np.random.default_rng([seed, 4])
     wrong = torch.from_numpy(rng.permutation(len(images))[: round(fraction * len(images))])
+    if fraction and not len(wrong):
+        raise ValueError(
+            f"--label-noise {fraction:g} makes none of {len(images):,} labels wrong: give more, or leave it out"
+        )
     labels = images.labels.clone()
     labels[wrong] = (labels[wrong] + torch.from_numpy(rng.integers(1, classes, len(wrong)))) % classes
     return replace(images, labels=labels)

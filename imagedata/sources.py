@@ -386,6 +386,8 @@ def _refuse_empty(directory: Path, name: str, count: int) -> None:
 def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
     """Return a directory and those below it, sorted, each with its directories and its images.
 
+    Links are followed, except those to where they lie in.
+
     Raises:
         UsageError: one of them cannot be listed.
     """
@@ -395,10 +397,18 @@ def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
 
     places = []
     for place, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_over(name)]
+        folders[:] = [name for name in folders if not (_is_left_over(name) or _leads_back(os.path.join(place, name)))]
         images = [name for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not _is_left_over(name)]
         places.append((place, folders, images))
     return sorted(places)
+
+
+def _leads_back(path: str) -> bool:
+    """Return whether a directory is a link to one that it lies in."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(path))]) == target
 
 
 def _is_left_over(name: str) -> bool:

@@ -328,6 +328,11 @@ class Pruner:
             for optimizer in holding:
                 optimizer.train()  # type: ignore[attr-defined]
 
+    @property
+    def has_next_round(self) -> bool:
+        """Whether a training that has come to its end begins once more, with masks that it led to."""
+        return self._rounds is not None and self._rounds.number < self._rounds.count
+
     def next_round(self, step: int) -> int:
         """Return the step to go on with at the end of training: the same one to stop, or the one that a round begins at.
 
@@ -335,7 +340,7 @@ class Pruner:
             EmptyLayerError: see `check_layers`.
         """
         rounds, score = self._rounds, self.method.tickets
-        if rounds is None or rounds.number == rounds.count:
+        if rounds is None or not self.has_next_round:
             return step
         assert score is not None
         rounds.number += 1

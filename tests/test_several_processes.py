@@ -120,6 +120,14 @@ def test_synchronised_batch_norm_needs_one_image_per_process(tmp_path):
     assert synchronised == [(0, ""), (0, "")]
 
 
+def test_batch_norm_that_each_process_estimates_anew_needs_images_of_its_own_for_it(tmp_path):
+    flags = "--dataset digits --arch vgg --depth 16 --width 0.05 --train-images 42 --batch-size 20 --epochs 1 --precision fp32"
+    outcome = launch(f"{flags} --sync-bn --recalibrate-bn", 2, tmp_path / "run")
+    assert outcome[0][0] == 2
+    assert "1 image of this size cannot be batch-normalised" in outcome[0][1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_local_perturbations_change_the_weights_in_all_processes_alike(tmp_path):
     """The run itself compares the weights of its processes after every epoch."""
     flags = f"{CONV} --epochs 1 --optmzr sgd-sam --sam-rho 0.5 {STATIC}"

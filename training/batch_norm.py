@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.distributed import ProcessGroup
 from utils.precision import Execution
 
 
@@ -29,7 +30,12 @@ class SavedStatistics:
 
 
 @torch.no_grad()
-def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Execution = Execution()) -> nn.Module:
+def recalibrated(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    execution: Execution = Execution(),
+    group: ProcessGroup = ProcessGroup(),
+) -> nn.Module:
     """Return a copy of a model, in evaluation mode, whose statistics are estimated anew from these batches.
 
     They are the mean of the batches' own, weighted by size: mean and unbiased variance within each batch, as training
@@ -38,8 +44,9 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
 
     Args:
         model: any network.
-        batches: inputs float32 [B, C, H, W].
+        batches: inputs float32 [B, C, H, W], of each process its own.
         execution: how the forward passes compute.
+        group: the processes.
 
     Raises:
         ValueError: the model has no batch norm.
@@ -56,6 +63,13 @@ def recalibrated(model: nn.Module, batches: Iterable[Tensor], execution: Executi
             layer.momentum = len(inputs) / seen  # the first batch replaces what was there
         with execution.autocast(inputs.device):
             copied(inputs)
+    if group.world > 1:
+        share = torch.tensor([float(seen)], device=next(copied.parameters()).device)
+        share = share / group.add(share.clone())
+        for layer in layers:
+            for statistics in (layer.running_mean, layer.running_var):
+                if statistics is not None:
+                    statistics.copy_(group.add(statistics * share))
     return copied.eval()
 
 

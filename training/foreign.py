@@ -3,7 +3,7 @@
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ RESNET = (
 def read_state_dict(path: Path) -> dict[str, Tensor] | None:
     """Read the state_dict in a file of torch.save or safetensors, on the CPU, or return None where there is none.
 
-    It may lie among other things, and all its names may begin with what wrappers of networks add.
+    It may lie among other things.
     """
     try:
         if is_safetensors(path):
@@ -50,10 +50,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor] | None:
         return None
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
         return None
-    weights = dict(content)
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), ""):
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    return dict(content)
 
 
 def fitting(model: nn.Module, weights: dict[str, Tensor], source: object) -> dict[str, Tensor]:
@@ -61,14 +58,15 @@ def fitting(model: nn.Module, weights: dict[str, Tensor], source: object) -> dic
 
     Args:
         model: of which they have to be all weights and statistics, by name and shape.
-        weights: see `read_state_dict`; those of a ResNet may have torchvision's names.
+        weights: see `read_state_dict`; those of a ResNet may have torchvision's names, and all names may begin with what
+            wrappers of networks add.
         source: their file, for the sentence.
 
     Raises:
         UsageError: they do not fit; it names the first differences.
     """
     wanted, found = model.state_dict(), {}
-    for name, tensor in weights.items():
+    for name, tensor in _without_prefixes(weights, wanted).items():
         renamed = name if name in wanted else _resnet_name(name)
         if renamed in wanted:
             found[renamed] = tensor
@@ -87,6 +85,16 @@ def fitting(model: nn.Module, weights: dict[str, Tensor], source: object) -> dic
         )
     wanted.update(found)  # which keeps the versions of its layers
     return wanted
+
+
+def _without_prefixes(weights: dict[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
+    """Take off what all names begin with, one prefix after the other, until one of them is wanted."""
+    while not any(name in wanted or _resnet_name(name) in wanted for name in weights):
+        prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), "")
+        if not prefix:
+            break
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def _resnet_name(name: str) -> str:

@@ -281,7 +281,7 @@ def evaluate(
 
 def _advice(state: TrainState, what: str, step: int, lr: float) -> str:
     lower = "--lr or --sam-rho" if isinstance(state.optimizer, SAM) else "--lr"
-    return (
-        f"{what} at step {step:,} with learning rate {lr:g}: lower {lower}, clip with --clip-grad, or "
-        "leave such steps out by --nonfinite skip; the last checkpoint, if there is one, is kept"
-    )
+    ways = f"lower {lower}, or clip with --clip-grad"
+    if not state.guard.hides_losses:
+        ways = f"lower {lower}, clip with --clip-grad, or leave such steps out by --nonfinite skip"
+    return f"{what} at step {step:,} with learning rate {lr:g}: {ways}; the last checkpoint, if there is one, is kept"

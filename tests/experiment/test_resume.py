@@ -112,6 +112,16 @@ def test_a_finished_run_is_left_as_it_is(train, finished):
     assert finished.files() == before
 
 
+def test_a_finished_ticket_goes_on_from_the_end_of_an_earlier_round(train):
+    flags = "--epochs 1 --prune-method lth --sparsity 0.5 --lth-rounds 1 --lth-rewind 2"
+    whole = train(flags)
+    before = whole.checkpoint()["state"]
+    resumed = train(f"{flags} --resume {whole.directory / 'previous.pt'}", None)
+    assert (resumed.code, resumed.err) == (0, "")
+    assert "finished already" not in resumed.out
+    same(before, whole.checkpoint()["state"])
+
+
 def test_a_constant_schedule_may_go_on_for_more_epochs(train):
     flags = "--lr-scheduler constant --lr 0.01"
     train(f"{flags} --epochs 1")

@@ -46,6 +46,19 @@ def test_images_below_a_class_belong_to_it(folder):
     assert load_dataset("folder", folder).train.labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("dataset", ["folder", "imagefolder"])
+def test_links_below_a_class_are_followed_but_not_in_circles(folder, dataset):
+    cat = folder / "train" / "cat"
+    (cat / "below").mkdir()
+    for link, target in (
+        (cat / "loop", cat),
+        (cat / "below" / "up", folder / "train"),
+        (cat / "more", folder / "test" / "dog"),
+    ):
+        link.symlink_to(target)
+    assert load_dataset(dataset, folder, 8).train.labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_names_that_are_not_utf_8_are_read_and_trained_on(folder, train):
     odd = os.fsencode(folder / "train" / "cat") + b"/caf\xe9.png"
     os.rename(folder / "train" / "cat" / "1.png", odd)

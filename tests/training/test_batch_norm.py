@@ -21,6 +21,31 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused(options):
         refuse_other_batch_norm(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, **options)))
 
 
+class Pair(ProcessGroup):
+    """One of two processes: what the other one adds comes from a list."""
+
+    def add(self, sums):
+        return sums.add_(self.others.pop(0))
+
+
+@pytest.mark.parametrize("sizes", [(3, 9), (0, 4)])
+def test_recalibrated_statistics_of_several_processes_are_weighted_by_their_images(sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).double()
+    own, other = ([torch.randn(size, 4, 2, 2, dtype=torch.float64)] for size in sizes)
+    theirs = recalibrated(model, other)
+    group, share = Pair(world=2), sizes[1] / sum(sizes)
+    statistics = [getattr(layer, name) for layer in theirs for name in ("running_mean", "running_var")]
+    object.__setattr__(group, "others", [sizes[1], *(share * values for values in statistics)])
+    found = recalibrated(model, own, group=group)
+    alone = recalibrated(model, own) if sizes[0] else model
+    for layer, ours, them in zip(found, alone, theirs, strict=True):
+        for name in ("running_mean", "running_var"):
+            expected = (1 - share) * getattr(ours, name) + share * getattr(them, name)
+            torch.testing.assert_close(getattr(layer, name), expected)
+    assert group.others == []
+
+
 def test_recalibrated_statistics_are_weighted_means_of_the_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from running import same
+from torch import nn
 
 from models import build_model
 from training.foreign import fitting, read_state_dict
@@ -43,6 +44,21 @@ def test_a_state_dict_is_read_however_it_was_saved(tmp_path, model, wrap, zipped
     path = tmp_path / "weights.pth"
     torch.save(wrap(model.state_dict()), path, _use_new_zipfile_serialization=zipped)
     same(fitting(model, read_state_dict(path), path), model.state_dict())
+
+
+class Wrapped(nn.Module):
+    """A network whose own names begin as those that a wrapper adds."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.model = network
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_names_of_the_network_itself_are_no_prefixes(tmp_path, model, prefix):
+    path, own = tmp_path / "weights.pth", Wrapped(model)
+    torch.save(prefixed(own.state_dict(), prefix), path)
+    same(fitting(own, read_state_dict(path), path), own.state_dict())
 
 
 def test_a_state_dict_begins_a_training(tmp_path, train, model):

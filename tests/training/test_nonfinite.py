@@ -9,6 +9,7 @@ from torch import nn
 
 from imagedata.loaders import Batch
 from prune import METHODS, Pruner
+from training import loop
 from training.nonfinite import NonFiniteGuard
 from training.optim import build_optimizer
 from training.state import TrainState
@@ -149,6 +150,15 @@ def test_fp16_trains_like_fp32_and_resumes_with_its_scale(train, arm):
     assert scaler["_growth_tracker"] == 2 * 6  # steps without an overflow
     again = train(f"{flags} --precision fp16 --resume auto", "half")
     assert "finished already" in again.out
+
+
+@pytest.mark.parametrize(("flags", "advised"), [("", True), ("--nonfinite skip", False)])
+def test_a_flag_that_is_given_is_not_advised(train, monkeypatch, flags, advised):
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: (float("nan"), 0.0))
+    ended = train(f"--epochs 1 {flags}")
+    assert ended.code == 1
+    assert ended.err.startswith("error: the test loss is nan at step 6")
+    assert ("--nonfinite skip" in ended.err) == advised
 
 
 def spoil(state):

@@ -14,6 +14,8 @@ import torch
 from processes import Child, forks
 from running import DIGITS, FINISHED, before_step, same
 
+import main_prune_train
+
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
@@ -134,6 +136,19 @@ def test_a_signal_in_the_last_epoch_leaves_measurements_to_another_process(train
 def test_a_signal_in_the_last_epoch_changes_nothing_where_nothing_is_measured(train):
     with sending(signal.SIGTERM, 5):
         assert train("--epochs 1").code == 0
+
+
+def test_a_signal_while_the_result_is_written_changes_nothing(train, monkeypatch):
+    made = main_prune_train.compacted_size
+
+    def size(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return made(*arguments)
+
+    monkeypatch.setattr(main_prune_train, "compacted_size", size)
+    ended = train("--epochs 1")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.json("result.json")["epochs"] == 1
 
 
 @forks
