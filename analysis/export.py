@@ -99,9 +99,10 @@ def run(args: Namespace) -> None:
         sizes = compressed_sizes(trained)
     else:
         images, source = images_to_compare(trained, args.data_dir)
-        with silenced(), failures(name, trained):
-            content = chosen.write(written, images)
-        difference = compare(as_one(trained), chosen.open(content), images)
+        with failures(name, trained):
+            with silenced():
+                content = chosen.write(written, images)
+            difference = compare(as_one(trained), chosen.open(content), images)
         checked = f"compared on {source}: the same top-1 for all, logits within {difference:.1e}"
     with writing_to(output):
         write_atomically(output, lambda file: file.write(content))
@@ -282,6 +283,8 @@ def failures(name: str, trained: Trained) -> Iterator[None]:
     """Turn whatever torch's exporters raise for a network that they cannot export into a TrainingError."""
     try:
         yield
+    except TrainingError:
+        raise
     except Exception as error:  # of any kind: they run the network's own code
         told = next(iter(str(error).splitlines()), "")
         raise TrainingError(

@@ -13,11 +13,14 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Container
+from functools import cache
+from itertools import compress
 from pathlib import Path
 
 from analysis.command import run_command, writing_to
 from analysis.labels import count_text
-from experiment.flags import NOT_OF_FIGURES, PATHS, parse, resolve
+from experiment.flags import NOT_OF_FIGURES, PATHS, RESOLVED, parse, plain, resolve
 from experiment.study_list import MEASURED_IMAGES
 from training.checkpoint import NEWEST
 from utils.errors import UsageError
@@ -126,7 +129,7 @@ class Ledger:
             same_flags = (other["flags"], other["images"]) == (entry["flags"], entry["images"])
             if name == entry["run"] and not same_flags:
                 raise UsageError(f"the ledger has another run '{name}' in {self.folder}: rename the run's directory")
-            if same_flags and figures(other) != figures(entry):
+            if same_flags and not same_figures(other, entry):
                 raise UsageError(
                     f"'{name}' in {self.folder} has the flags of '{entry['run']}' and other figures: which run counts is not "
                     "to be chosen by its figures; delete the file only if that run was wrong"
@@ -168,12 +171,26 @@ def read_entry(path: Path) -> dict:
     return entry
 
 
-def figures(entry: dict) -> dict:
-    """Return what two entries of the same run have in common, wherever it ran and whatever was measured of it later."""
-    same = {name: value for name, value in entry.items() if name not in (*VOLATILE, "earlier_commits", "sharpness")}
-    if "final" in same:
-        same["final"] = {name: value for name, value in same["final"].items() if name != "test_top1_recalibrated_bn"}
-    return same
+def same_figures(one: dict, other: dict) -> bool:
+    """Return whether two entries have the figures of one run, wherever it ran and whatever was measured of it later."""
+    epochs = [entry.get("epochs", {}).get("epoch", []) for entry in (one, other)]
+    common = set(epochs[0]).intersection(epochs[1])  # curves are thinned by what else there is
+    first, second = (
+        {
+            name: at_epochs(value, common) if name == "epochs" else value
+            for name, value in entry.items()
+            if name not in (*VOLATILE, "earlier_commits", "sharpness", "final")
+        }
+        | {name: value for name, value in entry.get("final", {}).items() if name != "test_top1_recalibrated_bn"}
+        for entry in (one, other)
+    )
+    return first == second
+
+
+def at_epochs(curves: dict[str, list], wanted: Container[int]) -> dict[str, list]:
+    """Return the curves of an entry at some of their epochs."""
+    kept = [epoch in wanted for epoch in curves["epoch"]]
+    return {name: list(compress(values, kept)) for name, values in curves.items()}
 
 
 def entry_text(entry: dict) -> str:
@@ -279,6 +296,27 @@ def telling_flags(args: dict) -> dict:
         for name, value in sorted(args.items())
         if name not in NOT_OF_FIGURES and value != defaults.get(name)
     }
+
+
+@cache
+def _planned(flags: tuple[str, ...]) -> tuple[dict, set[str]]:
+    """Return the telling flags of a command, and those that depend on the machine."""
+    args = plain(resolve(parse(list(flags))[0]))
+    return telling_flags(args), {"dataset", "processes", *PATHS, *(name for name in RESOLVED if args[name] == "auto")}
+
+
+def differing_flags(flags: tuple[str, ...], found: dict) -> list[str]:
+    """Return the names in which the flags of an entry differ from those of a command, whatever the machine decides.
+
+    Args:
+        flags: the command's; it may end in --seed N.
+        found: of the entry.
+    """
+    seed = int(flags[-1]) if flags[-2:-1] == ("--seed",) else 0
+    expected, anywhere = _planned(flags[:-2] if flags[-2:-1] == ("--seed",) else flags)
+    expected = expected | ({"seed": seed} if seed else {})
+    names = (expected.keys() | found.keys()) - anywhere
+    return sorted(name for name in names if expected.get(name) != found.get(name))
 
 
 def sharpness(measured: dict) -> dict:

@@ -283,8 +283,8 @@ def print_differences(arms: Sequence[Arm], records: Sequence[dict], partners: Se
     """
     rows = []
     for arm in arms:
-        places = [one.number - 1 for one in arm.runs]
-        if all(partners[place] == place for place in places):
+        places = [one.number - 1 for one in arm.runs if partners[one.number - 1] != one.number - 1]
+        if not places:
             continue
         own = [shown_figures(records[place]) for place in places]
         other = [shown_figures(records[partners[place]]) for place in places]

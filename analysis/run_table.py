@@ -1,6 +1,7 @@
 """Read what runs left behind into a table with one row per run, finished or not."""
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,8 @@ METRIC, HELD_OUT = "test_top1", "val_top1"
 RHO, SPARSITY, SEED = "--sam_rho", "--sparsity", "--seed"
 # Resolved by the length of a run and so by its optimizer: it tells no settings apart.
 COMPILE = "--compile"
+# Flags that some optimizers alone have: these differ in nothing that is compared.
+OF_OPTIMIZERS = (RHO, "--cram_sparsities", "--safe_lambda", "--safe_interval")
 # Flags that the column `optimizer` stands for.
 OPTIMIZER_FLAGS = ("--optmzr", *(f"--{name}" for name in SAM_FLAGS))
 
@@ -97,18 +100,31 @@ def state_counts(runs: pd.DataFrame) -> str:
 def _names_of_data(runs: pd.DataFrame) -> pd.Series:
     """Give the same images one name wherever they lay, and other images another name, even in the same place.
 
-    Images that the seed chose differ from seed to seed, and keep their name.
+    Images that the seed chose differ from seed to seed, and keep their name; but where one seed has several, nobody can tell
+    which of another seed's belong to which, and each gets a name of its own.
     """
     names: dict[tuple, dict[str, str]] = {}
     drawn = runs[[f"--{name}" for name in DRAWN_BY_SEED]].fillna(0)
-    found = []
     sizes = runs["--image_size"].map(repr)  # each size is named apart: its images have a fingerprint of their own
-    for images, name, seed, size, how in zip(
-        runs["images"], runs["data"], runs[SEED], sizes, drawn.to_numpy(), strict=True
-    ):
+    rows = list(zip(runs["images"], runs["data"], runs[SEED], sizes, map(tuple, drawn.to_numpy()), strict=True))
+    of_seed: dict[tuple, set] = {}
+    for images, name, seed, *kind in rows:
+        of_seed.setdefault((name, seed, *kind), set()).add(images)
+    mixed = {
+        (name, *kind): seed for (name, seed, *kind), images in of_seed.items() if len(images) > 1 and any(kind[-1])
+    }
+    for (name, *_), seed in mixed.items():
+        print(
+            f"note: runs of seed {seed:g} on {name} have different images, so that runs of other seeds cannot be told apart: each "
+            "seed's are a line of their own; name the runs of one data set alone",
+            file=sys.stderr,
+        )
+    found = []
+    for images, name, seed, size, how in rows:
         alike = names.setdefault((seed, size, *how) if any(how) else (), {})
         if isinstance(images, str) and images not in alike:
-            alike[images] = f"{name} {images[:8]}" if name in alike.values() else name
+            taken = name in alike.values() or (name, size, how) in mixed
+            alike[images] = f"{name} {images[:8]}" if taken else name
         found.append(alike.get(images, name))
     return pd.Series(found, index=runs.index)
 

@@ -23,22 +23,24 @@ from statistics import mean
 from analysis.ledger import (
     ROOT,
     Ledger,
+    differing_flags,
     git,
     mathematics,
     measured_at_the_end,
     read_run,
     same_mathematics,
-    telling_flags,
 )
-from experiment.flags import NOT_OF_FIGURES, PATHS, RESOLVED, flag, number, parse, plain, resolve
-from experiment.grid import absolute_paths, refuse
+from experiment.flags import NOT_OF_FIGURES, flag, number, parse
+from experiment.grid import absolute_paths, refuse, refuse_misspelt
 from experiment.study_list import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
 from training.checkpoint import BEST, NEWEST, PREVIOUS
 from utils.errors import UsageError
 from utils.files import write_text_atomically
 
+IN_ENVIRONMENT = ("JOBS", "GPUS", "DATA_DIR", "EPOCHS", "OUTPUT_DIR", "STUDY")
 JOBS = {"study": "2", "study_gpu": "3"}  # an H100 trains three runs at a time as fast, in all, as eight
+RESULTS = "results"  # folder of ledgers: of the checkout, or of a trial's OUTPUT_DIR
 CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
 SETTINGS = """
 settings, in the environment:
@@ -47,7 +49,7 @@ settings, in the environment:
   DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*; without it the paper's tasks download
               CIFAR-10, and others on it are left out
   EPOCHS      another length, for a trial: its figures go to OUTPUT_DIR/results, not to the ledger
-  OUTPUT_DIR  where the directories of the runs are (runs/STUDY)
+  OUTPUT_DIR  where the directories of the runs are (runs/STUDY, of a trial runs/STUDY_trial)
   STUDY       the list to train: study or study_gpu ({name})
 
 Further flags go to main_prune_train.py. One that changes figures makes it a trial too."""
@@ -245,14 +247,17 @@ def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
         `value` (None if all diverged; the smaller one of equals), and `held_out` by value (None where a run diverged).
     """
     means: dict[float, float | None] = {}
+    right: dict[float, int] = {}  # images, since the digits that accuracies have here do not tell equals
     for value in dict.fromkeys(run.value for run in trials):
         assert value is not None
         tried = [entries[run.name] for run in trials if run.value == value]
-        alive = all(entry["state"] == "finished" for entry in tried)
-        means[value] = round(mean(entry["epochs"]["val_top1"][-1] for entry in tried), 3) if alive else None
-    known = [(accuracy, -abs(value), value) for value, accuracy in means.items() if accuracy is not None]
+        means[value] = None
+        if all(entry["state"] == "finished" for entry in tried):
+            accuracies = [entry["epochs"]["val_top1"][-1] for entry in tried]
+            means[value] = round(mean(accuracies), 3)
+            right[value] = sum(round(accuracy * TASKS[trials[0].task].val_split / 100) for accuracy in accuracies)
     return {
-        "value": max(known)[2] if known else None,
+        "value": max(right, key=lambda value: (right[value], -abs(value)), default=None),
         "held_out": {f"{value:g}": accuracy for value, accuracy in means.items()},
     }
 
@@ -327,11 +332,7 @@ def check_ledger(study: Study) -> None:
         entry, flags = study.ledgers[run.task].entries.get(run.name), study.complete(run)
         if entry is None or flags is None:
             continue
-        args = plain(resolve(parse(flags)[0]))
-        expected, found = telling_flags(args), entry["flags"]
-        anywhere = {"dataset", "processes", *PATHS, *(name for name in RESOLVED if args[name] == "auto")}
-        names = (expected.keys() | found.keys()) - anywhere
-        if differing := sorted(name for name in names if expected.get(name) != found.get(name)):
+        if differing := differing_flags(tuple(flags), entry["flags"]):
             raise UsageError(
                 f"'{study.results / run.task / run.name}.json' differs from experiment/study_list.py in {', '.join(differing)}: "
                 "remove what the list no longer has from the ledger, or leave it out by --only"
@@ -354,6 +355,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     Raises:
         UsageError: they contradict each other or the ledger.
     """
+    refuse_misspelt(IN_ENVIRONMENT, "study")
     parser = build_parser(name)
     args, extra = parser.parse_known_args(argv)
     extra = list(absolute_paths(extra, directory))
@@ -363,15 +365,17 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     listed = setting("STUDY", name)
     if listed not in STUDIES:
         raise UsageError(f"STUDY takes {' or '.join(STUDIES)}, not '{listed}'")
-    plan = [run for run in STUDIES[listed]() if any(fnmatch(f"{run.task}/{run.name}", word) for word in args.only)]
-    if not plan:
-        raise UsageError(
-            f"--only {' '.join(args.only)}: no run of the study has such a TASK/NAME; --dry-run lists them"
-        )
+    runs = {f"{run.task}/{run.name}": run for run in STUDIES[listed]()}
+    for word in args.only:
+        if not any(fnmatch(run, word) for run in runs):
+            raise UsageError(f"--only {word}: no run of the study has such a TASK/NAME; --dry-run lists them")
+    plan = [run for place, run in runs.items() if any(fnmatch(place, word) for word in args.only)]
     for taken in sorted(given & set_by_study(plan)):
         raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study_list.py is its list")
-    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", f"runs/{listed}"))))
     trial = bool(given - NOT_OF_FIGURES)
+    usual = f"runs/{listed}_trial" if trial else f"runs/{listed}"
+    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", usual))))
+    refuse_mixture(output, trial)
     folder = setting("DATA_DIR", "")
     images = {"": [], "cifar10": ["--dataset", "cifar10"]}
     if folder:
@@ -391,9 +395,16 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         raise UsageError(f"GPUS takes whole numbers, such as '0 1', not '{gpus}'")
     study = Study(
         output, {}, int(jobs), gpus.split(), program=program, plan=known, images=images, extra=extra,
-        results=output / "results" if trial else root / "results", root=None if trial else root,
+        results=output / RESULTS if trial else root / RESULTS, root=None if trial else root,
     )  # fmt: skip
     return study, args
+
+
+def refuse_mixture(output: Path, trial: bool) -> None:
+    """Refuse a trial where runs of the study lie, and the study where those of a trial do: either deletes other flags' runs."""
+    if any((output / task).is_dir() for task in TASKS) and (output / RESULTS).is_dir() != trial:
+        other = "the study" if trial else "a trial"
+        raise UsageError(f"'{output}' has runs of {other}: give another OUTPUT_DIR")
 
 
 def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
@@ -411,6 +422,7 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
         if study.root and (not study.began_with or dirty(study.root)):
             refuse("the ledger takes runs of a git checkout without changes: commit them, or train in another worktree")
         lock = study.lock()
+        study.results.mkdir(exist_ok=True)
         study.writes = True
     except UsageError as error:
         refuse(str(error))

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from analysis.labels import accuracy_text, count_text, setting_name, value_text
-from analysis.run_table import HELD_OUT, METRIC, RHO, SEED, begun, state_counts
+from analysis.run_table import HELD_OUT, METRIC, OF_OPTIMIZERS, RHO, SEED, begun, state_counts
 from utils.statistics import student_interval
 
 
@@ -19,7 +19,7 @@ def summary(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     Returns:
         One row per combination: its settings, `mean` and `std` in percent (a single run has no std), the number of `runs`
         in them and of `unfinished` ones (incomplete or failed), and `best`: whether its mean is the highest of two or more
-        that differ only in optimizer and rho. Where runs have images held out there are also `held_out` and `held_out_std`,
+        that differ only in the optimizer, its rho and what it alone has. Where runs have images held out there are also `held_out` and `held_out_std`,
         and the best are best on these.
     """
     finished = runs["state"] == "finished"
@@ -33,11 +33,12 @@ def summary(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     if HELD_OUT in runs:
         table["held_out"], table["held_out_std"] = groups["held_out"].mean(), groups["held_out"].std()
     table = table.reset_index()
-    shared = [name for name in settings if name != RHO]
+    shared = [name for name in settings if name not in OF_OPTIMIZERS]
     judged = "held_out" if "held_out" in table else "mean"
     rivals = table.groupby(shared, dropna=False)[judged] if shared else table.assign(all=0).groupby("all")[judged]
     table["best"] = (table[judged] == rivals.transform("max")) & (rivals.transform("count") > 1)
-    return table.sort_values([*shared, "optimizer", *([RHO] if RHO in settings else [])], ignore_index=True)
+    own = [name for name in OF_OPTIMIZERS if name in settings]
+    return table.sort_values([*shared, "optimizer", *own], ignore_index=True)
 
 
 def paired(runs: pd.DataFrame, settings: list[str]) -> pd.DataFrame:

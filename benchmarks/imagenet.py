@@ -54,7 +54,11 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     trainings = 1 + args.lth_rounds if METHODS[args.prune_method].tickets else 1
-    images = trainings * args.epochs * (args.train_images or count_files(Path(directory) / "train") - args.val_split)
+    of_epoch = args.train_images or count_files(Path(directory) / "train") - args.val_split
+    if of_epoch < 1:
+        print(f"error: --val-split {args.val_split:,} leaves no image to train on: lower it", file=sys.stderr)
+        return 2
+    images = trainings * args.epochs * of_epoch
     flops = count_flops(model, (3, side, side))
     weights = dict(Pruner(model).masks.weights)
     density = {layer: kept / weights[layer].numel() for (layer,), kept in counts.items()}

@@ -22,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 SETTINGS = {  # of every sweep: default, which a grid may replace, and meaning
@@ -204,11 +205,25 @@ def read_grid(text: str, name: str) -> Grid:
         except ValueError:
             refuse(f"a quotation in the grid has no end: {line}")
     grid.settings.update({known: both for known, both in settings.items() if known not in grid.settings})
-    for variable in filter(str.isupper, os.environ):
-        near = difflib.get_close_matches(variable, grid.settings, 1, NEAR)
-        if near and variable not in grid.settings and near[0] not in os.environ:
-            refuse(f"{variable} is no setting of this sweep, but {near[0]} is: set that, or unset {variable}")
+    refuse_misspelt(grid.settings, "sweep")
     return grid
+
+
+def refuse_misspelt(settings: Iterable[str], what: str) -> None:
+    """Refuse variables of the environment that look like one of the settings of this sweep or study misspelt."""
+    for variable in filter(str.isupper, os.environ):
+        near = difflib.get_close_matches(variable, settings, 1, NEAR)
+        if near and variable not in settings and near[0] not in os.environ:
+            refuse(f"{variable} is no setting of this {what}, but {near[0]} is: set that, or unset {variable}")
+
+
+def refuse_foreign(grid: Grid, scripts: Path) -> None:
+    """Refuse variables of the environment that are settings of another sweep's script, and would do nothing here."""
+    for script in sorted(scripts.glob("*.sh")):
+        for line in script.read_text().partition("<<'GRID'\n")[2].splitlines():
+            setting = SETTING.fullmatch(line.strip())
+            if setting and setting[1] in os.environ and setting[1] not in grid.settings:
+                refuse(f"{setting[1]} is a setting of {script.name}, and not of this sweep: unset it")
 
 
 def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:

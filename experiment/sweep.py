@@ -30,7 +30,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TextIO
 
-from experiment.grid import absolute_paths, check_flags, read_grid, refuse
+from experiment.grid import absolute_paths, check_flags, read_grid, refuse, refuse_foreign
 
 PROGRAM = Path(__file__).parents[1] / "main_prune_train.py"
 IMPORTED_BY_RUNS = ("main_prune_train", "sklearn.datasets", "torchvision.datasets")
@@ -302,6 +302,7 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 130 if a signal ended the sweep."""
     script, directory, *arguments = argv
     grid = read_grid(grid_text, Path(script).stem)
+    refuse_foreign(grid, Path(script).parent)
     options = {"--dry-run", "--estimate", "--slurm", "--help", "-h"}.intersection(arguments)
     if options & {"--help", "-h"}:
         print(f"usage: bash {script} [ARGUMENT ...]\n\n{grid.help()}\n{OPTIONS}")

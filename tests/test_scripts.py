@@ -246,7 +246,7 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     assert capsys.readouterr().out.startswith("# 90 images, ")
     bad = (
         ["1,000", *program],
-        *(["0", *program, *more.split()] for more in ("--sparsity-pattern 2:4", "--dataset folder")),
+        *(["0", *program, *more.split()] for more in ("--sparsity-pattern 2:4", "--dataset folder", "--val-split 2")),
     )
     for words in bad:
         assert estimate_imagenet([str(tmp_path / "data"), *words]) == 2

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,18 @@ def test_every_family_is_exported_and_compared_on_random_images(
     assert (code, err) == (0, "")
     assert "compared on 250 random images, since those of the run are not at hand: the same top-1 for all" in out
     assert file.stat().st_size > 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_file_that_the_runtime_cannot_open_is_one_sentence(trained, tmp_path, monkeypatch, capsys):
+    def broken(content):
+        raise RuntimeError("no kernel for this node\nand more")
+
+    monkeypatch.setitem(export.FORMATS, "pt2", replace(export.FORMATS["pt2"], open=broken))
+    assert export.main([str(trained.directory), "--output", str(tmp_path / "a.pt2")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: torch ")
+    assert "as pt2 (RuntimeError: no kernel for this node): take another --format\n" in err
+    assert list(tmp_path.glob("*.pt2")) == []
 
 
 def test_a_file_of_torch_export_computes_the_same_and_tells_its_classes(run, command):

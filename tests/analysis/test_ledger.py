@@ -107,8 +107,8 @@ def test_flags_of_an_entry_are_those_that_decide_figures_and_are_no_defaults(add
     add(run)
     flags = entry(checkout)["flags"]
     assert {name: flags[name] for name in flags.keys() - {"precision", "compile"}} == {  # which depend on the machine
-        "batch_size": 256, "dataset": "digits", "depth": 8, "epochs": 3, "optmzr": "sgd-sam", "prune_method": "random",
-        "sam_rho": 0.05, "sam_v2": True, "sparsity": 0.9, "width": 0.25,
+        "batch_size": 96, "dataset": "digits", "depth": 8, "epochs": 3, "optmzr": "sgd-sam", "prune_method": "random",
+        "sam_rho": 0.05, "sam_v2": True, "sparsity": 0.9, "train_images": 570, "width": 0.25,
     }  # fmt: skip
 
 
@@ -178,6 +178,19 @@ def test_adding_a_run_again_or_from_another_machine_changes_nothing(add, run, ch
     edit(run / "result.json", test_top1_recalibrated_bn=12.5)  # by a later launch
     assert add(run)[0] == 0
     assert entries(checkout) == before
+
+
+def test_a_run_whose_curves_were_thinned_otherwise_is_the_same_run(add, run, checkout):
+    add(run)
+    path = checkout.root / "results" / "digits" / "run.json"
+    whole = json.loads(path.read_text())
+    thinned = whole | {"epochs": {name: values[::2] for name, values in whole["epochs"].items()}}
+    path.write_text(json.dumps(thinned))
+    assert add(run)[0] == 0
+    wrong = thinned["epochs"] | {"train_loss": [9.0, *thinned["epochs"]["train_loss"][1:]]}
+    path.write_text(json.dumps(whole | {"epochs": wrong}))
+    code, _, err = add(run)
+    assert (code, "and other figures" in err) == (2, True)
 
 
 def test_sharpness_that_is_measured_later_is_added(add, run, checkout):

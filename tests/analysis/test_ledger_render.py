@@ -9,8 +9,9 @@ from scipy.stats import nct
 from scipy.stats import t as student
 
 from analysis.comparison import compare
-from analysis.ledger import Ledger, main
+from analysis.ledger import Ledger, main, telling_flags
 from analysis.results_pictures import sparsities
+from experiment.flags import parse, plain, resolve
 from experiment.study_list import TASKS, Run
 
 TASK, CELL = "digits-noise", "random-0.9"
@@ -27,8 +28,8 @@ ACCURACIES = {  # by seed
 
 def entry(run, accuracy, *, commit="1234567890", **more):
     """Return an entry of the ledger; one without an accuracy diverged."""
-    flags = {}
-    if run.tuned_arm:
+    flags = telling_flags(plain(resolve(parse(run.flags())[0])))
+    if run.tuned_arm and run.value is None:
         arm = TASKS[run.task].arms[run.tuned_arm]
         flags[arm.tuned[2:].replace("-", "_")] = arm.values[1]
     about = {
@@ -362,6 +363,18 @@ def test_a_run_that_the_study_does_not_list_is_told_of(checkout, capsys):
     assert checkout.render() == 0
     assert f"results/{TASK} has 1 run that experiment/study_list.py does not list" in capsys.readouterr().err
     assert checkout.rows() == {}
+
+
+def test_a_run_of_other_flags_than_its_name_says_is_in_no_row(checkout, capsys):
+    checkout.add_cell()
+    before = checkout.page.read_text()
+    run = Run(TASK, CELL, "nesterov", 0)
+    flags = telling_flags(plain(resolve(parse([*run.flags(), "--lr", "7"])[0])))
+    checkout.add(run, 33.0, flags={name: value for name, value in flags.items() if name != "nesterov"})
+    assert checkout.render() == 2
+    words = f"'{TASK}/{run.name}.json' of the ledger differs from experiment/study_list.py in lr, nesterov: it would stand in"
+    assert words in capsys.readouterr().err
+    assert checkout.page.read_text() == before
 
 
 def test_every_method_has_a_row_with_both_sparsities(checkout):

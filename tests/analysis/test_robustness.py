@@ -149,7 +149,9 @@ def test_the_command_measures_all_networks_on_the_same_images_and_pairs_seeds(ru
         )
     out = capsys.readouterr().out
     assert out.splitlines()[1].endswith(f"seed 1, epoch 1: {runs / 'seed1' / 'checkpoint.pt'}")
-    assert "difference to the baseline, 95% interval over seeds, without the spread of the one baseline" in out
+    _, table = out.split("difference to the baseline, 95% interval over seeds, without the spread of the one baseline")
+    shown = re.search(r"  ([+-]\S+)", table)[1]  # of seed 1 alone: the baseline is not compared with itself
+    assert float(shown) == pytest.approx(second["clean"]["error"] - first["clean"]["error"], rel=1e-3)
     assert re.search(r"^contrast +\S+ ± \S+ +[\d,]+$", out, re.MULTILINE)
     assert max(map(len, out.splitlines()[3:-3])) <= 100
     # Alone, and in other batches, a network gets the same figures.

@@ -12,11 +12,11 @@ import pytest
 from sweeps import ROOT, commands, value
 
 from analysis.sharpness import build_parser
-from analysis.study import main
+from analysis.study import best_value, main
 from experiment.checks import check
 from experiment.flags import parse, resolve
 from experiment.grid import check_flags
-from experiment.study_list import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study
+from experiment.study_list import ARMS, MAIN, PAPER_ARMS, TASKS, TUNING_SEEDS, Run, cpu_study, gpu_study, tuning
 
 # It leaves the files of a run whose accuracy on held-out images HELD_OUT has for its rho; null: it diverges.
 STAND_IN = """
@@ -513,6 +513,41 @@ def test_the_gpu_script_lists_its_runs_without_a_gpu(tmp_path):
     assert len(listed) == len(list(gpu_study()))
     assert value("--sparsity", listed[0]) == "0.98"
     assert value("--data-dir", listed[0]) == str(tmp_path / "images")
+
+
+def test_a_trial_and_the_study_keep_out_of_each_others_directory(study, monkeypatch):
+    monkeypatch.delenv("OUTPUT_DIR")
+    only = ("--compile", "off", "--only", NESTEROV)
+    assert study(*TINY, *only, EPOCHS="1").returncode == 0
+    trial = study.output.parent / "runs" / "study_trial"
+    assert (trial / "results" / f"{NESTEROV}.json").exists()
+    assert [path.name for path in trial.parent.iterdir()] == ["study_trial"]
+    mixed = study("--only", NESTEROV, OUTPUT_DIR=str(trial))
+    assert (mixed.returncode, mixed.stderr) == (2, f"error: '{trial}' has runs of a trial: give another OUTPUT_DIR\n")
+    (study.output / NESTEROV).mkdir(parents=True)
+    mixed = study(*TINY, *only, EPOCHS="1", OUTPUT_DIR=str(study.output))
+    assert mixed.stderr == f"error: '{study.output}' has runs of the study: give another OUTPUT_DIR\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "words"),
+    [
+        ((), {"EPOCH": "2"}, "EPOCH is no setting of this study, but EPOCHS is"),
+        (("--only", NESTEROV, "digits-nosie/*"), {}, "--only digits-nosie/*: no run of the study has such a TASK/NAME"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(study, flags, settings, words):
+    done = study(*flags, "--dry-run", **settings)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_equals_of_rounded_accuracies_are_equals():
+    """Of 237 images 229 and 229 were right with the smaller value, 230 and 228 with the larger one."""
+    trials = [run for run in tuning("digits-noise", ("previous",)) if run.value in (0.05, 0.1)]
+    right = {(0.05, 100): 96.62, (0.05, 101): 96.62, (0.1, 100): 97.05, (0.1, 101): 96.2}
+    entries = {run.name: {"state": "finished", "epochs": {"val_top1": [right[run.value, run.seed]]}} for run in trials}
+    assert best_value(trials, entries) == {"value": 0.05, "held_out": {"0.05": 96.62, "0.1": 96.625}}
 
 
 def test_the_gpu_study_lists_the_other_one_when_asked(study):

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from running import DIGITS
-from sweeps import SCRIPTS, commands, grid_of, refused, value
+from sweeps import ROOT, SCRIPTS, commands, grid_of, refused, value
 
 from experiment.config import parse_and_replay
 from experiment.flags import parse
+from experiment.sweep import main
 from models import build_model
 from prune.masks import layers_by_position, prunable_weights, select_layers
 
@@ -244,6 +245,14 @@ def test_a_mistyped_setting_is_refused_by_the_name_of_the_right_one(sweep, monke
     done = sweep("--dry-run", **{wrong: "1"})
     assert refused(done)
     assert f"{wrong} is no setting of this sweep, but {right} is" in done.stderr
+
+
+def test_a_setting_of_another_sweep_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATASETS", "cifar100")
+    with pytest.raises(SystemExit) as refused:
+        main([str(ROOT / "scripts" / "sweep_v2.sh"), str(tmp_path), "--dry-run"], grid_of("sweep_v2.sh"))
+    sentence = "error: DATASETS is a setting of reproduce_cifar.sh, and not of this sweep: unset it\n"
+    assert (refused.value.code, *capsys.readouterr()) == (2, "", sentence)
 
 
 @pytest.mark.parametrize("name", ["CPUS", "SLURM_JOB_ID", "HOSTNAME", "OMP_NUM_THREADS", "rhos", "ARCH", "SEED"])
