@@ -1,6 +1,5 @@
 """The loss of a trained network over fixed images, as a function of its weights."""
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagedata.images import AnyImages
+from prune.copies import copied
 from prune.masks import Masks, prunable_weights
 from utils.precision import Execution, resolve_execution, what_compilation_lacks
 
@@ -44,7 +44,7 @@ class FixedImagesLoss:
         batch_size: int = 250,
         execution: Execution = Execution(),
     ):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copied(model).eval().requires_grad_(False)
         self.inputs, self.labels, self.batch_size = inputs, labels, batch_size
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.weights = torch.cat([p.flatten() for p in self.model.parameters()])

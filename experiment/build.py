@@ -23,7 +23,7 @@ from models.external import is_external, load_published_weights
 from models.resnet import pick_stem
 from prune import METHODS, BudgetError, Pruner
 from prune.flops import Flops
-from prune.scores import refuse_layer_normalisation, synflow
+from prune.scores import refuse_normalisation_by_input, synflow
 from training import foreign
 from training.batch_norm import refuse_other_batch_norm, refuse_single_values, refuse_without_batch_norm, synchronise
 from training.checkpoint import load_checkpoint, load_network
@@ -58,7 +58,7 @@ def check_on_meta(args: Namespace, resumed: bool = False) -> None:
         model = models.build_model(args.arch, args.depth, classes, args.width, channels, (side, side), args.stem)
         refuse_batch_norm_flags(args, model)
         if METHODS[args.prune_method].score is synflow:
-            refuse_layer_normalisation(model)
+            refuse_normalisation_by_input(model)
     if args.pretrained and not resumed:
         checkpoint, weights = pretrained(args)
         if checkpoint is None and source.classes:

@@ -65,8 +65,8 @@ class _Found:
 class _Value:
     """Channels that a tensor holds: `maps` [N, C, H, W], `flat` [N, C * pixels], or `last`, along the last dimension of any."""
 
-    def __init__(self, found: _Found, layout: str):
-        self.found, self.layout = found, layout
+    def __init__(self, found: _Found, layout: str, rank: int = 4):
+        self.found, self.layout, self.rank = found, layout, rank
 
 
 # What acts on each channel by itself, and on maps [N, C, H, W] only.
@@ -154,6 +154,8 @@ class _Walk:
         if name in self.called:
             self.unlike.add(name)
         self.called.add(name)
+        for value in before if len(before) > 1 else ():  # it does with them whatever it likes
+            value.found.fixed = True
         if isinstance(module, CONVOLUTION | nn.Linear):
             return self._layer(name, module, source)
         if source is None:
@@ -162,7 +164,7 @@ class _Walk:
         if isinstance(module, BATCH_NORM) and source.layout != "last" and module.num_features == source.found.size:
             source.found.norms.append(name)
             return source
-        if isinstance(module, CHANNELWISE) or (isinstance(module, ON_MAPS) and maps):
+        if isinstance(module, CHANNELWISE) or (isinstance(module, ON_MAPS) and maps and source.rank == 4):
             return source
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1) and maps:
             return _Value(source.found, "flat")
@@ -174,7 +176,7 @@ class _Walk:
             flat = source is not None and source.layout == "flat"
             written, groups = _Value(_Found(module.out_features, [name]), "flat" if flat else "last"), 1
         else:
-            written, groups = _Value(_Found(module.out_channels, [name]), "maps"), module.groups
+            written, groups = _Value(_Found(module.out_channels, [name]), "maps", module.weight.ndim), module.groups
             written.found.fixed = module.transposed
         if source is None:  # it reads the images, or channels that are not followed
             written.found.fixed |= groups > 1
@@ -198,9 +200,9 @@ class _Walk:
             return None
         (source,) = before
         maps = source.layout == "maps"
-        if target in CHANNELWISE_FUNCTIONS or (target in ON_MAPS_FUNCTIONS and maps):
+        if target in CHANNELWISE_FUNCTIONS or (target in ON_MAPS_FUNCTIONS and maps and source.rank == 4):
             return source
-        if maps and (_flattens(node, target) or _averages(node, target)):
+        if maps and (_flattens(node, target) or (_averages(node, target) and source.rank == 4)):
             return _Value(source.found, "flat")
         return None
 

@@ -4,13 +4,13 @@ A channel goes if all its masks are 0: its filters and biases, its batch norm, a
 are, since kernels for dense tensors multiply by them as by any number.
 """
 
-import copy
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from prune.channels import Group, channel_groups
+from prune.copies import copied
 from prune.flops import Flops, count_flops
 from prune.kernels import skip_zeros
 from prune.masks import Masks
@@ -41,7 +41,7 @@ def _has_weight_of(layer: nn.Module | None, mask: Tensor) -> bool:
 
 
 def _without_dead_channels(model: nn.Module, masks: Masks) -> nn.Module:
-    small = copy.deepcopy(model)
+    small = copied(model)
     try:
         groups = channel_groups(small)
     except ValueError:
@@ -74,7 +74,7 @@ def expand(state: Mapping[str, Tensor], model: nn.Module, masks: Masks) -> None:
     Raises:
         KeyError, RuntimeError: the state is of another network.
     """
-    places = copy.deepcopy(model).to("cpu", torch.float64)  # exact up to 2^53
+    places = copied(model).to("cpu", torch.float64)  # exact up to 2^53
     for tensor in places.state_dict().values():
         tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
     whole = model.state_dict()

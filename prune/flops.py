@@ -5,7 +5,6 @@ elementwise work are not counted. A layer at density d is charged d times its de
 hardware made use of every zero (Evci et al. 2020, appendix H).
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from prune.copies import copied
 from prune.masks import Masks, prunable_weights
 
 
@@ -83,7 +83,7 @@ def count_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> Flops:
 def _without_data(model: nn.Module) -> nn.Module:
     """Return a copy on the meta device, in which layers share the weights that they share in the model."""
     parameters = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, parameters).to("meta")
+    return copied(model, parameters).to("meta")
 
 
 class _Counter(TorchDispatchMode):

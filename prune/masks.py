@@ -32,7 +32,7 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             below = f"{name}." if name else ""
             found = {f"{below}{part}": getattr(module, f"{part}_weight", None) for part in PROJECTIONS}
         for layer, weight in found.items():
-            if isinstance(weight, nn.Parameter) and weight not in seen:
+            if isinstance(weight, nn.Parameter) and weight not in seen and weight.numel():
                 weights[layer] = weight
                 seen.add(weight)
     return weights
@@ -53,6 +53,14 @@ def computed_weights(model: nn.Module) -> list[str]:
 def own_weight(layer: nn.Module) -> nn.Parameter | None:
     """Return a layer's weight, or None if it is computed: not read as an attribute, which spectral norm would take a step at."""
     return dict(layer.named_parameters(recurse=False)).get("weight")
+
+
+def memory_of(weight: Tensor) -> object:
+    """Return where a weight begins in memory; a weight without memory of its own, as in FSDP, is a place for itself."""
+    try:
+        return weight.untyped_storage()._cdata, weight.storage_offset()
+    except (RuntimeError, NotImplementedError):
+        return id(weight)
 
 
 def recomputed_weights(model: nn.Module) -> list[str]:

@@ -1,22 +1,23 @@
 """Whether the living weights still connect the input of a network with its output."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune.copies import copied
 from prune.masks import prunable_weights
 
-NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+# What is the identity in the network that flow runs through. (At its end, a softmax would have no slope for all outputs.)
+IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax)
 
 
 def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
     """Return whether any path of living weights leads from the input to the output. Waits for the device.
 
     This is SynFlow's flow (Tanaka et al. 2020) in a network whose living weights are 1 and whose normalisation is the
-    identity, on an input of ones. Each layer's output is scaled to a largest value of 1, so that the flow through many
+    identity, on an input of ones. Each layer's output is scaled to a largest value of 1/2, so that the flow through many
     layers neither over- nor underflows. Biases do not count: they reach the output without the input.
 
     Args:
@@ -24,11 +25,8 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
         alive: masks of its weights by layer; a layer without one is dense.
         input_shape: of one input, without the batch.
     """
-    shadow, _ = _shadow(model, alive)
-    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(shadow(ones).sum(), [ones], allow_unused=True)
-    return slope is not None and bool(slope.any())
+    of_input, _ = _slopes(model, alive, input_shape)
+    return bool(of_input.any())
 
 
 def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -40,21 +38,33 @@ def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape:
     Args:
         model, alive, input_shape: see `reaches_output`.
     """
-    shadow, weights = _shadow(model, alive)
-    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(shadow.parameters()).device, requires_grad=True)
-    with torch.enable_grad():
-        of_input, *slopes = torch.autograd.grad(
-            shadow(ones).sum(), [ones, *weights.values()], allow_unused=True, materialize_grads=True
-        )
-    reached = of_input.any()
-    return {
-        name: ((w.detach() * slope) != 0) & reached for (name, w), slope in zip(weights.items(), slopes, strict=True)
-    }
+    of_input, products = _slopes(model, alive, input_shape)
+    return {name: (product != 0) & of_input.any() for name, product in products.items()}
 
 
-def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+def _slopes(
+    model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the slope of the flow along the input, and that along each weight times the weight."""
+    for dtype in (torch.float64, torch.float32):  # a network may convert to float32 within
+        shadow, weights = _shadow(model, alive, dtype)
+        ones = torch.ones(1, *input_shape, dtype=dtype, device=next(shadow.parameters()).device, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                flow = shadow(ones).sum()
+            break
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+    of_input, *slopes = torch.autograd.grad(flow, [ones, *weights.values()], allow_unused=True, materialize_grads=True)
+    return of_input, {n: w.detach() * slope for (n, w), slope in zip(weights.items(), slopes, strict=True)}
+
+
+def _shadow(
+    model: nn.Module, alive: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Return the network that flow runs through, and its weights. It averages where the model takes a largest value."""
-    shadow = copy.deepcopy(model).double().eval()
+    shadow = copied(model).to(dtype).eval()
     weights = prunable_weights(shadow)
     with torch.no_grad():
         for name, weight in weights.items():
@@ -62,13 +72,14 @@ def _shadow(model: nn.Module, alive: Mapping[str, Tensor]) -> tuple[nn.Module, d
             weight.fill_(1) if mask is None else weight.copy_(mask)
             weight.requires_grad_()
     for module in shadow.modules():
-        if isinstance(module, NORMALISATION):
+        if isinstance(module, IDENTITIES):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
         elif isinstance(module, nn.MaxPool2d):  # all places have a slope, and not one of them
             pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
             module.forward = pool.forward  # type: ignore[method-assign]
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            module.bias = None
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             module.register_forward_hook(_plain)
             module.register_forward_hook(_scaled)
         elif isinstance(module, nn.MultiheadAttention):  # it uses its layers without calling them
@@ -93,5 +104,5 @@ def _plain(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def _scaled(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    largest = output.detach().abs().amax()
+    largest = 2 * output.detach().abs().amax()  # below 1, from which on some activations have no slope
     return output / torch.where(largest > 0, largest, 1)

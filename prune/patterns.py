@@ -45,7 +45,8 @@ class Units:
         pooled = {}
         for name, value in values.items():
             number, sizes = self._units_of(name, value.device)
-            sums, flat = torch.zeros(len(sizes), dtype=value.dtype, device=value.device), value.flatten()
+            flat = _summable(value.flatten())
+            sums = torch.zeros(len(sizes), dtype=flat.dtype, device=flat.device)
             means = sums.index_add_(0, number, flat.square() if square else flat) / sizes
             pooled[name] = means.sqrt_() if square else means
         return pooled
@@ -244,8 +245,9 @@ class Channels:
         return torch.arange(len(order), device=order.device) <= (left - weights).abs().argmin()
 
     def _pool(self, group: Group, values: Mapping[str, Tensor], square: bool, writers: Collection[str]) -> Tensor:
-        parts = [values[layer].flatten(1) for layer in writers]
-        parts += [values[layer].unflatten(1, (group.size, -1)).movedim(1, 0).flatten(1) for layer in group.readers]
+        parts = [_summable(values[layer].flatten(1)) for layer in writers]
+        for layer in group.readers:
+            parts.append(_summable(values[layer].unflatten(1, (group.size, -1)).movedim(1, 0).flatten(1)))
         sums = torch.stack([(part.square() if square else part).sum(1) for part in parts]).sum(0)
         means = sums / sum(part.shape[1] for part in parts)
         return means.sqrt_() if square else means
@@ -341,6 +343,11 @@ def find_pattern(name: str, model: nn.Module, dense_layers: Collection[str] = ()
             return NofM(n, m)
     names = "unstructured, fan-in, kernel, channel"
     raise ValueError(f"unknown pattern '{name}': choose {names}, blocks such as 4x1, or N:M such as 2:4")
+
+
+def _summable(values: Tensor) -> Tensor:
+    """Return values in float32 at least: sums in half precision stop growing."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _kernel(shape: Shape) -> Tensor:

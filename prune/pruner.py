@@ -19,6 +19,7 @@ from prune.masks import (
     depthwise_layers,
     layers_by_position,
     listed,
+    memory_of,
     prunable_weights,
     recomputed_weights,
     select_layers,
@@ -148,6 +149,12 @@ class Pruner:
                 f"the weights of {listed(computed)} are computed from others: they stay dense, and are not counted"
             )
         sparse = {name: weight for name, weight in self.masks.weights.items() if name not in self.budget.dense}
+        places = {name: memory_of(weight) for name, weight in self.masks.weights.items()}
+        if tied := [name for name in sparse if list(places.values()).count(places[name]) > 1]:
+            raise ValueError(
+                f"the weights of {listed(tied)} are the same memory in several parameters, of which a mask would reach one: give "
+                "the layers one parameter, or keep them dense by name"
+            )
         if recomputed := [name for name in recomputed_weights(self.model) if name in sparse]:
             self.warn(
                 f"{listed(recomputed)} compute with other weights than those that masks hold, as weight standardisation "

@@ -56,6 +56,10 @@ class Rounds:
     def restore(self) -> None:
         """Put the weights to rewind to in place, if rounds go back to them."""
         if not self._keep_weights:
+            if not self._weights:
+                raise RuntimeError(
+                    f"there are no weights of step {self.rewind} to go back to: call update_masks(step) after every step"
+                )
             for name, tensor in self._model.state_dict().items():
                 tensor.copy_(self._weights[name])
 

@@ -3,7 +3,7 @@
 Scoring changes nothing: what needs a forward pass works on a copy of the network.
 """
 
-import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prune.copies import copied
 from prune.masks import prunable_weights
 
 
@@ -49,8 +50,14 @@ Score = Callable[[Scored], Scores]
 
 
 def random(scored: Scored) -> Scores:
-    """Draw independent, uniform scores."""
-    draws = {n: torch.rand(w.shape, generator=scored.generator, dtype=torch.float64) for n, w in scored.weights.items()}
+    """Draw independent scores from the Cauchy distribution.
+
+    The mean of any number of them has that distribution too: units of a pattern are all as likely, whatever their size.
+    """
+    uniform = {
+        n: torch.rand(w.shape, generator=scored.generator, dtype=torch.float64) for n, w in scored.weights.items()
+    }
+    draws = {name: (math.pi * (draw - 0.5)).tan_() for name, draw in uniform.items()}
     return {  # pinned, so that the copy does not make the host wait for the device
         name: (draw.pin_memory() if scored.weights[name].is_cuda else draw).to(
             scored.weights[name].device, non_blocking=True
@@ -138,25 +145,36 @@ def synflow(scored: Scored) -> Scores:
     In float64 and with normalisation in eval mode: elsewhere the product over many layers over- or underflows.
 
     Raises:
-        ValueError: layer normalisation, as in transformers: flow is conserved where outputs scale with their inputs.
+        ValueError: normalisation by the input at hand, as in transformers: flow is conserved where outputs scale with their
+            inputs. Or a network that does not compute in float64.
     """
-    refuse_layer_normalisation(scored.model)
+    refuse_normalisation_by_input(scored.model)
     model, weights = _copy(scored)
     model.double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.abs_()
     ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
-    grads = _gradients(model(ones).sum(), list(weights.values()))
+    try:
+        flow = model(ones).sum()
+    except RuntimeError as error:
+        raise ValueError(
+            f"synflow computes in float64, in which this network does not ({next(iter(str(error).splitlines()), '')}): take "
+            "another pruning method, such as snip"
+        ) from error
+    grads = _gradients(flow, list(weights.values()))
     return {name: (g * w).abs().detach() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
-def refuse_layer_normalisation(model: nn.Module) -> None:
+def refuse_normalisation_by_input(model: nn.Module) -> None:
     """Raise ValueError for a network that synflow cannot score; this is known without scoring it."""
-    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
-        raise ValueError(
-            "synflow has no meaning for a network with layer normalisation: take another pruning method, such as snip"
-        )
+    for module in model.modules():
+        without_statistics = isinstance(module, nn.modules.batchnorm._NormBase) and not module.track_running_stats
+        if without_statistics or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+            raise ValueError(
+                f"synflow has no meaning for a network with {type(module).__name__}, which normalises by the input at hand: take "
+                "another pruning method, such as snip"
+            )
 
 
 def _abs(tensors: dict[str, Tensor]) -> Scores:
@@ -164,7 +182,7 @@ def _abs(tensors: dict[str, Tensor]) -> Scores:
 
 
 def _copy(scored: Scored) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    model = copy.deepcopy(scored.model).train()
+    model = copied(scored.model).train()
     weights = prunable_weights(model)
     for p in model.parameters():
         p.grad = None

@@ -1,5 +1,6 @@
 """How masks change while a network trains. `Pruner` calls an update when its timing says so."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -208,7 +209,7 @@ class ThresholdReallocation:
         if now.fraction < 1:
             threshold *= torch.where(dropped > 1.1 * wanted, 0.5, torch.where(dropped < 0.9 * wanted, 2.0, 1.0))
         grown = share_out(budget - kept.sum(), layers.weights(~chosen), torch.zeros_like(kept), kept)
-        draws = layers.scores(random, now) - (alive & ~chosen).double()
+        draws = layers.scores(random, now).atan_() - math.pi * (alive & ~chosen).double()
         return MaskChange(layers.spread(chosen | layers.fill(draws, chosen, grown)), layers.spread(chosen))
 
 

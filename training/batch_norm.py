@@ -1,12 +1,12 @@
 """Batch norm beyond torch's: statistics kept and restored, estimated anew, and taken over the images of all processes."""
 
-import copy
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prune.copies import copied
 from utils.distributed import ProcessGroup
 from utils.precision import Execution
 
@@ -52,9 +52,9 @@ def recalibrated(
         ValueError: the model has no batch norm.
     """
     refuse_without_batch_norm(model)
-    copied = copy.deepcopy(model).eval()  # without dropout, as the statistics will be used
-    synchronise(copied, False)
-    layers, seen = batch_norm_layers(copied), 0
+    anew = copied(model).eval()  # without dropout, as the statistics will be used
+    synchronise(anew, False)
+    layers, seen = batch_norm_layers(anew), 0
     for layer in layers:
         layer.train()
     for inputs in filter(len, batches):  # a process may have no images of the last one
@@ -62,15 +62,15 @@ def recalibrated(
         for layer in layers:
             layer.momentum = len(inputs) / seen  # the first batch replaces what was there
         with execution.autocast(inputs.device):
-            copied(inputs)
+            anew(inputs)
     if group.world > 1:
-        share = torch.tensor([float(seen)], device=next(copied.parameters()).device)
+        share = torch.tensor([float(seen)], device=next(anew.parameters()).device)
         share = share / group.add(share.clone())
         for layer in layers:
             for statistics in (layer.running_mean, layer.running_var):
                 if statistics is not None:
                     statistics.copy_(group.add(statistics * share))
-    return copied.eval()
+    return anew.eval()
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -82,7 +82,7 @@ def refuse_single_values(model: nn.Module, image_shape: tuple[int, int, int], sm
     """Raise ValueError where a batch of so many images [C, H, W] leaves batch norm one value per channel."""
     if smallest_batch > 1:  # each image has a value of every channel
         return
-    shadow = copy.deepcopy(model).to("meta").train()
+    shadow = copied(model).to("meta").train()
     for layer in batch_norm_layers(shadow):
         layer.forward = _same_if_several  # type: ignore[method-assign, assignment]  # itself slow on meta
     try:

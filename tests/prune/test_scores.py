@@ -126,9 +126,31 @@ def test_grasp_in_parts_has_the_scores_of_one_batch():
         torch.testing.assert_close(score, (w * hg).detach(), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False), nn.RMSNorm([3, 3])]
+)
+def test_synflow_is_refused_with_normalisation_by_the_input(norm):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(36, 2))
+    with pytest.raises(
+        ValueError, match=f"no meaning for a network with {type(norm).__name__}, which normalises by the input"
+    ):
+        Pruner(model, "synflow", 0.5).choose_masks(lambda k: (torch.randn(2, 1, 5, 5), torch.arange(2)))
+
+
+def test_synflow_is_refused_where_a_network_converts_to_float32():
+    class Converts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1).float())
+
+    with pytest.raises(ValueError, match="synflow computes in float64, in which this network does not"):
+        Pruner(nn.Sequential(Converts(4, 4), nn.Linear(4, 2)), "synflow", 0.5).choose_masks(
+            lambda k: (torch.randn(2, 1, 2, 2), torch.arange(2))
+        )
+
+
 def test_synflow_is_refused_where_flow_is_not_conserved():
     mask = Pruner(build_model("vit", 1, 10), "synflow", 0.5)
-    with pytest.raises(ValueError, match="synflow has no meaning for a network with layer normalisation"):
+    with pytest.raises(ValueError, match="synflow has no meaning for a network with LayerNorm"):
         mask.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
 
 
