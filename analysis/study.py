@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 
+from analysis.labels import count_text
 from analysis.ledger import (
     ROOT,
     Ledger,
@@ -378,14 +379,20 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     refuse_mixture(output, trial)
     folder = setting("DATA_DIR", "")
     images = {"": [], "cifar10": ["--dataset", "cifar10"]}
+    if folder and not os.path.isdir(os.path.join(directory, folder, "train")):
+        raise UsageError(
+            f"DATA_DIR: there is no '{os.path.join(directory, folder, 'train')}': name a folder with train and test"
+        )
     if folder:
         images["folder"] = images["cifar10"] = ["--dataset", "folder", "--data-dir", os.path.join(directory, folder)]
     if "dataset" in given:
         images = {"": [], "folder": [], "cifar10": []}
     known = [run for run in plan if TASKS[run.task].images in images]
-    if len(known) < len(plan):
+    results = (output if trial else root) / RESULTS
+    there = [run for run in plan if (results / run.task / f"{run.name}.json").exists()]
+    if left := len({*plan} - {*known, *there}):
         print(
-            f"note: {len(plan) - len(known)} runs need DATA_DIR, a folder with the images of CIFAR-10", file=sys.stderr
+            f"note: {count_text(left, 'run')} more need DATA_DIR, a folder with the images of CIFAR-10", file=sys.stderr
         )
     jobs = setting("JOBS", JOBS[name])
     if not (jobs.isdecimal() and int(jobs)):
@@ -395,7 +402,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         raise UsageError(f"GPUS takes whole numbers, such as '0 1', not '{gpus}'")
     study = Study(
         output, {}, int(jobs), gpus.split(), program=program, plan=known, images=images, extra=extra,
-        results=output / RESULTS if trial else root / RESULTS, root=None if trial else root,
+        results=results, root=None if trial else root,
     )  # fmt: skip
     return study, args
 

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None, run: Callable[[list[str]], int] = run_re
     args, flags = parser.parse_known_args(argv)
     try:
         device = pick_device(args.device)
-        taken = sorted(parse(flags)[1] & {"seed", "precision", "resume"})
+        taken = sorted(parse(flags)[1] & {"seed", "precision", "resume", "evaluate"})
     except UsageError as error:
         parser.error(str(error))
     if taken:

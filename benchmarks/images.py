@@ -42,7 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=number(int, above=0), default=32, metavar="N", help="(%(default)s)")
     parser.add_argument("--batches", type=number(int, above=0), default=24, metavar="N", help="in a turn (%(default)s)")
     parser.add_argument("--turns", type=number(int, above=0), default=5, metavar="N", help="(%(default)s)")
-    parser.add_argument("--workers", type=number(int, least=0), nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--workers",
+        type=number(int, least=0),
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="numbers of worker processes to compare (0 1 2)",
+    )
     args = parser.parse_args(argv)
     try:
         with photos(args.data_dir) as directory:

@@ -150,7 +150,8 @@ def _masks_without_effect(args: argparse.Namespace) -> Reasons:
         return reasons
     for name in ("sparsity", "sparsity_distribution", "sparsity_config", "sparsity_pattern", "dense_layers"):
         fixed = name in ("sparsity", "sparsity_config") or args.sparsity or args.sparsity_config
-        reasons[name] = with_method, "add --prune-method random" + ("" if fixed else " --sparsity 0.9")
+        taken = "final" if OPTIMIZERS[args.optmzr].rival else "random"
+        reasons[name] = with_method, f"add --prune-method {taken}" + ("" if fixed else " --sparsity 0.9")
     if not args.pretrained:
         reasons["keep_masks"] = "without --pretrained", "add --pretrained CKPT"
     if not args.keep_masks:

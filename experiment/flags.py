@@ -172,7 +172,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         help=f"a family of {', '.join(sorted(ARCHITECTURES))}; torchvision:NAME, timm:NAME, or FILE.py:FUNCTION for a network "
              "of your own (%(default)s)")
     add("--depth", type=int,
-        help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet (the family's own)")
+        help="layers: 18, 34, 50 or 6n+2 for a resnet, 16 or 19 for a vgg, 6n+4 for a wideresnet, 28 for a mobilenet, blocks of a vit "
+             "(the family's own)")
     add("--width", type=number(float, above=0, most=100), default=1.0, help="factor on the channels (%(default)g)")
     add("--stem", choices=("auto", *STEMS), default="auto",
         help="of a resnet: cifar, a 3x3 convolution, or imagenet, a 7x7 convolution and a pool, which quarter the image; auto: "
@@ -189,7 +190,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--val-split", type=number(int, least=0), default=0, metavar="N",
         help="hold out N training images and choose best.pt on them (%(default)s)")
     add("--train-images", type=number(int, above=0), metavar="N",
-        help="train on N images, the same number of each class, chosen by the seed (all)")
+        help="train on N images, as many of each class to within one, chosen by the seed (all)")
     add("--label-noise", type=number(float, least=0, below=1), default=0.0, metavar="P",
         help="give this fraction of the training labels a random other class, by the seed (%(default)g)")
     add("--batch-size", type=number(int, above=0), default=128, metavar="N", help="images per step (%(default)s)")
@@ -238,7 +239,7 @@ def _add_sam(group: argparse._ArgumentGroup) -> None:
     add("--rho-schedule", choices=RHO_SCHEDULES, default="constant",
         help="lr: in proportion to the learning rate; sqrt: times sqrt(1/(1+epoch)), epochs counted from 0 (%(default)s)")
     add("--sam-from", type=number(float, least=0, below=1), default=0.0, metavar="SHARE",
-        help="perturb from this share of the training steps on: late SAM is two-step SAM with 0.9 (%(default)g)")
+        help="perturb from this share of the training steps on: late SAM is two-step SAM with 0.9 or 0.75 (%(default)g)")
     add("--sam-until", type=number(float, above=0, most=1), default=1.0, metavar="SHARE",
         help="perturb up to this share of the training steps (%(default)g)")
     add("--sam-every", type=number(int, above=0), default=1, metavar="K",
@@ -303,7 +304,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="torch.compile; auto turns it on where the run is long enough to repay it, never with --deterministic "
              "(%(default)s)")
     add("--workers", type=number(int, least=0), metavar="N",
-        help="processes that augment images in the host's memory; 0: augment on the device (0 if it holds the images)")
+        help="processes that make training batches on the host; 0: none (0 if the device can hold the images, else one per core, "
+             "at most 4; imagefolder: at most 16)")
     add("--nonfinite", choices=("stop", "skip"), default="stop",
         help="at a loss or gradient that is not finite, end the run or leave the step out; skip waits for the device "
              "once a step (%(default)s)")

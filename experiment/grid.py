@@ -267,6 +267,8 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
     from experiment.checks import check
     from experiment.config import parse_and_replay
     from experiment.flags import SAM_FLAGS, flag, parse, resolve
+    from imagedata.sources import DATASETS
+    from training.checkpoint import CheckpointSchedule
     from utils.errors import UsageError
 
     not_of_networks = {"optmzr", "sam_rho", "seed", *SAM_FLAGS}  # networks that differ in them build alike
@@ -283,6 +285,9 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
                 args, given = parse_and_replay(flags)
             complete[run] = flags
             check(args, given)
+            CheckpointSchedule(args.checkpoint_every)
+            if args.data_dir and DATASETS[args.dataset].own_files and not os.path.isdir(args.data_dir):
+                raise UsageError(f"'{args.data_dir}' is not a directory: --data-dir names the one with the images")
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in not_of_networks))
             if network not in built:
                 check_on_meta(resolve(args))

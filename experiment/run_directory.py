@@ -72,6 +72,8 @@ def locate_run(args: argparse.Namespace, given: set[str]) -> Iterator[Located]:
     """
     resume = Path(args.resume) if args.resume not in (None, "auto") else None
     if resume:
+        if resume.is_dir():
+            resume /= NEWEST
         directory = resume.parent
         if not os.path.exists(resume):
             raise UsageError(f"there is no checkpoint '{resume}'")

@@ -138,8 +138,12 @@ def balanced_part(images: AnyImages, count: int, classes: int, seed: int) -> Any
         seed: of the draw.
 
     Raises:
-        ValueError: a class has too few images.
+        ValueError: a class has too few images, or would have none.
     """
+    if count < classes:
+        raise ValueError(
+            f"--train-images {count} leaves some of {classes} classes without an image: give {classes} or more"
+        )
     rng = np.random.default_rng([seed, 3])
     order, labels = rng.permutation(len(images)), images.labels.numpy()
     quota = np.full(classes, count // classes)

@@ -9,10 +9,11 @@
 #   --output FILE    bench_gpu.json
 #   --minutes M      how long it may take, a whole number (10)
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 data=(--dataset digits) device=cuda output=$PWD/bench_gpu.json minutes=10
 flags=()
 while [ $# -gt 0 ]; do
+    case $1 in --data-dir=* | --device=* | --output=* | --minutes=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
         --data-dir | --device | --output | --minutes)
             [ -n "${2-}" ] || { echo "error: $1 needs a value; --help lists what it takes" >&2; exit 2; } ;;&
@@ -26,6 +27,7 @@ while [ $# -gt 0 ]; do
 done
 [ "${data[1]}" = digits ] || [ -d "${data[3]}/train" ] || { echo "error: --data-dir: there is no '${data[3]}/train'" >&2; exit 2; }
 [ -d "$(dirname "$output")" ] || { echo "error: --output: there is no directory '$(dirname "$output")'" >&2; exit 2; }
+[ ! -d "$output" ] || { echo "error: --output: '$output' is a directory: name a file" >&2; exit 2; }
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes takes a whole number above 0, not '$minutes'" >&2; exit 2; }
 cd "$here"
 PYTHON=python3
@@ -61,14 +63,21 @@ print(output)
 PYTHON
     rm -rf "$scratch"
 }
+child=''
 trap collect EXIT
-trap 'exit 130' INT TERM
+trap '[ -z "$child" ] || { kill -TERM "$child"; wait "$child" || true; }; exit 130' INT TERM
 
 part() { # part NAME COMMAND...: run it, show its output, keep that and how it ended
     local name=$1 left=$((60 * minutes - 10 - SECONDS)) code=0
     shift
     echo "== $name" >&2
-    timeout --kill-after=5 $((left > 1 ? left : 1)) "$@" 2>&1 | tee "$scratch/$name.txt" || code=$?
+    : >"$scratch/$name.txt"
+    timeout --kill-after=5 $((left > 1 ? left : 1)) "$@" >"$scratch/$name.txt" 2>&1 & # behind: a signal ends wait at once
+    child=$!
+    tail -n +1 -f --pid="$child" "$scratch/$name.txt" &
+    wait "$child" || code=$?
+    child=''
+    wait # for tail
     echo "$code" >"$scratch/$name.code"
     [ "$code" = 0 ] || { failed=1; echo "== $name ended with exit code $code" >&2; }
 }

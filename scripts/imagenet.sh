@@ -9,7 +9,7 @@
 # environment: EPOCHS="90 150" SPARSITIES="0.8 0.9" OPTIMIZERS="sgd samv2" METHOD=random SEEDS="0 1 2" PROCESSES=(all GPUs)
 #   OUTPUT_DIR=runs/imagenet IMAGES_PER_SECOND=(of all GPUs together, with SGD: with it --dry-run prints hours)
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 case ${1:-} in
     '' | -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     -*) echo "error: name the directory of ImageNet first: bash scripts/imagenet.sh DIR" >&2; exit 2 ;;
@@ -17,18 +17,34 @@ esac
 data=$(realpath -m "$1") dry=
 shift
 [ -d "$data/train" ] || { echo "error: there is no '$data/train': name the directory that has train/<class>/*" >&2; exit 2; }
-flags=()
+flags=() network=(--arch resnet --depth 50 --stem imagenet)
 for word in "$@"; do
     if [ "$word" = --dry-run ]; then dry=yes; else flags+=("$word"); fi
+    case $word in --arch | --arch=*) network=() ;; esac # another one has a depth of its own
 done
 output=$(realpath -m "${OUTPUT_DIR:-runs/imagenet}")
 cd "$here"
 PYTHON=python3
 wanted='torch torchvision scipy tqdm tensorboard sklearn yaml'
-if ! python3 -c "from importlib.util import find_spec as f; assert all(map(f, '$wanted'.split()))" 2>/dev/null; then
+if ! python3 -c "import sys; from importlib.util import find_spec as f; sys.exit(not all(map(f, '$wanted'.split())))"; then
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh requirements.txt
 fi
+child=''
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; ended=yes' INT TERM HUP
+ended=''
+train() { # a signal ends wait, not the training, which has a checkpoint to write
+    local code=0
+    "$@" &
+    child=$!
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    child=''
+    [ -z "$ended" ] && [ "$code" = 0 ] || exit "${code/#0/130}"
+}
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 for seed in ${SEEDS:-0 1 2}; do
@@ -41,19 +57,24 @@ for seed in ${SEEDS:-0 1 2}; do
                     samv2) sam=(--optmzr sgd-sam --sam-v2 --sam-rho 1.0) ;; # rho of Ji et al. 2024 on ImageNet
                     *) echo "error: OPTIMIZERS are sgd, sam and samv2, not '$optimizer'" >&2; exit 2 ;;
                 esac
+                name=$optimizer-$sparsity
+                case ${METHOD:-random} in
+                    random) sparse=(--prune-method random --sparsity "$sparsity" --sparsity-distribution erk) ;;
+                    none) sparse=(--prune-method none) name=$optimizer-dense ;;
+                    *) sparse=(--prune-method "$METHOD" --sparsity "$sparsity") name=$optimizer-$METHOD-$sparsity ;;
+                esac
                 # The learning rate is 0.1 for 256 images, in proportion to the batch (Goyal et al. 2017).
                 run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" main_prune_train.py
-                    --dataset imagefolder --data-dir "$data" --arch resnet --depth 50 --stem imagenet
+                    --dataset imagefolder --data-dir "$data" ${network[@]+"${network[@]}"}
                     --epochs "$epochs" --batch-size 1024 --lr 0.4 --warmup-epochs 5 --weight-decay 1e-4 --no-norm-decay
-                    --smooth-eps 0.1 "${sam[@]}" --prune-method "${METHOD:-random}" --sparsity "$sparsity"
-                    --sparsity-distribution erk --seed "$seed" --resume auto
-                    --output-dir "$output/$optimizer-$sparsity-$epochs-$seed" ${flags[@]+"${flags[@]}"})
+                    --smooth-eps 0.1 "${sam[@]}" "${sparse[@]}" --seed "$seed" --resume auto
+                    --output-dir "$output/$name-$epochs-$seed" ${flags[@]+"${flags[@]}"})
                 if [ -n "$dry" ]; then
                     printf '%q ' "${run[@]}"
                     echo
                     "$PYTHON" -m benchmarks.imagenet "$data" "${IMAGES_PER_SECOND:-0}" "${run[@]:6}"
                 else
-                    "${run[@]}"
+                    train "${run[@]}"
                 fi
             done
         done

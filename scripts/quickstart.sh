@@ -7,8 +7,6 @@ set -- requirements.txt
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$0")/setup.sh"
 
-"$PYTHON" main_prune_train.py --dataset digits --arch resnet --depth 20 --optmzr sgd-sam --sam-v2 \
-    --prune-method random --sparsity 0.9 --epochs 30 --resume auto ${flags[@]+"${flags[@]}"}
-
-echo
 echo "Curves: $PYTHON -m tensorboard.main --logdir runs"
+exec "$PYTHON" main_prune_train.py --dataset digits --arch resnet --depth 20 --optmzr sgd-sam --sam-v2 \
+    --prune-method random --sparsity 0.9 --epochs 30 --resume auto ${flags[@]+"${flags[@]}"}

@@ -3,6 +3,7 @@
 # a Python that has what they ask for: the running one, else that of .venv, which is made and filled if it has to be.
 # Needs a network only then. TORCH_INDEX=URL names a further package index for pip, say one with torch's CPU builds.
 
+unset CDPATH # it would send cd elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 versioned=(python3.14 python3.13 python3.12 python3.11 python3.10)
 
@@ -52,14 +53,14 @@ version_of() { # version_of PYTHON
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-fault_of_venv() { # fault_of_venv BASE: says why .venv has to be made anew, if it has to be
+fault_of_venv() { # says why .venv has to be made anew, if it has to be
     local version
     if [ -e .venv/unfinished ]; then
         echo "was left half-installed"
     elif ! version=$(version_of .venv/bin/python); then
         echo "has no Python that runs"
-    elif [ "$version" != "$(version_of "$1")" ]; then
-        echo "is of Python $version, not $(version_of "$1")"
+    elif ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "is of Python $version, which is too old"
     fi
 }
 
@@ -88,7 +89,7 @@ install() { # install FILE...: into .venv, made where there is none
     local base fault failed=0
     base=$(find_base) || { echo "error: Python 3.10 or newer is needed, and $base: install one, or put it on PATH" >&2; exit 2; }
     if [ -e .venv ] || [ -L .venv ]; then
-        fault=$(fault_of_venv "$base")
+        fault=$(fault_of_venv)
         [ -z "$fault" ] || { echo "note: .venv $fault, and is made anew" >&2; rm -rf .venv; }
     fi
     PYTHON=.venv/bin/python

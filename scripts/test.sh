@@ -8,12 +8,12 @@ set -- requirements.txt requirements-dev.txt requirements-analysis.txt ${WITH_EX
     ${WITH_EXPORT:+requirements-export.txt}
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$0")/setup.sh"
-commands=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$commands/shellcheck" -x scripts/*.sh .ci/run
+shellcheck -x scripts/*.sh .ci/run
 "$PYTHON" -m mypy
-"$commands/lint-imports"
+lint-imports
 "$PYTHON" -m analysis.ledger render --check
 "$PYTHON" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal ${flags[@]+"${flags[@]}"}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 from benchmarks.imagenet import main as estimate_imagenet
 
@@ -128,17 +129,23 @@ def test_without_a_python_one_sentence_says_so_and_nothing_is_made(machine, pyth
     assert list((machine.root / ".venv").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("version", "words"), [((3, 9), "is of Python 3.9, not 3.12"), ((3, 11), "is of Python 3.11, not 3.12")]
-)
-def test_an_environment_of_another_python_is_said_and_made_anew(machine, version, words):
+@pytest.mark.parametrize(("version", "kept"), [((3, 9), False), ((3, 11), True)])
+def test_an_environment_is_made_anew_if_its_python_is_too_old_and_else_filled(machine, version, kept):
     machine.python("python3", (3, 12))
     machine.python("python", version, machine.root / ".venv" / "bin")
     (machine.root / ".venv" / "old").touch()
     done = machine.setup()
-    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n")
-    assert f"note: .venv {words}, and is made anew\n" in done.stderr
-    assert not (machine.root / ".venv" / "old").exists()
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+    assert ("note: .venv is of Python 3.9, which is too old, and is made anew\n" in done.stderr) != kept
+    assert (machine.root / ".venv" / "old").exists() == kept
+
+
+def test_a_search_path_for_cd_sends_no_script_elsewhere(machine, tmp_path):
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
+    machine.python("python3", (3, 12))
+    assert machine.setup(CDPATH=str(tmp_path / "elsewhere")).returncode == 0
+    assert (machine.root / ".venv").exists()
+    assert not (tmp_path / "elsewhere" / ".venv").exists()
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(machine):
@@ -213,13 +220,74 @@ def imagenet(tmp_path, *words, **environment):
 
 
 @pytest.mark.parametrize(
-    "command", ["bench_gpu.sh --device", "bench_gpu.sh --output", "bench_gpu.sh --minutes x", "sweep_slurm.sh none.sh"]
-)
+    "command",
+    [
+        "bench_gpu.sh --device", "bench_gpu.sh --output", "bench_gpu.sh --minutes x", "bench_gpu.sh --minutes=x",
+        "bench_gpu.sh --output=/", "sweep_slurm.sh none.sh",
+    ],
+)  # fmt: skip
 def test_a_script_that_lacks_a_value_says_so_in_one_sentence(command):
     script, *arguments = command.split()
     done = subprocess.run(["bash", str(ROOT / "scripts" / script), *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
+
+
+SLOW_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *benchmarks.imagenet* | *build_parser*) ;;
+    *torch.distributed.run* | *"-m pytest"*) trap 'touch ended; exit 75' TERM; touch began; while :; do sleep 0.05; done ;;
+    -c*) ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """slow(SCRIPT, ...) launches a script with a Python that trains and tests for ever, and touches `began` and `ended`."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(SLOW_PYTHON.replace("{python}", sys.executable).replace("touch ", f"touch {tmp_path}/"))
+    python.chmod(0o755)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+
+    def launch(script, *words, **settings):
+        environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "PROCESSES": "1"} | settings
+        command = ["bash", str(ROOT / "scripts" / script), *words]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code"), [("imagenet.sh", ["data"], 75), ("bench_gpu.sh", ["--device", "cpu"], 130)]
+)
+def test_a_signal_to_a_script_ends_what_it_runs(slow, tmp_path, script, words, code):
+    running = slow(script, *words)
+    wait_for(tmp_path / "began", lambda: running.poll() is None)
+    running.terminate()
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == code, (out, err)
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "there", "absent"),
+    [
+        ("none", [], "--prune-method none", "--sparsity"),
+        ("lamp", [], "--prune-method lamp --sparsity 0.8", "--sparsity-distribution"),
+        ("random", ["--arch", "vit"], "--arch vit", "--depth"),
+    ],
+)
+def test_the_recipe_for_imagenet_takes_every_method_and_network(slow, method, words, there, absent):
+    one = {"SEEDS": "0", "EPOCHS": "90", "SPARSITIES": "0.8", "OPTIMIZERS": "sgd"}
+    out, err = slow("imagenet.sh", "data", "--dry-run", *words, METHOD=method, **one).communicate(timeout=30)
+    assert err == ""
+    assert there in out
+    assert absent not in out
 
 
 def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp_path, capsys):

@@ -507,6 +507,7 @@ def test_minutes_interrupt_a_run_and_a_new_launch_ends_at_the_same_figures(study
 
 
 def test_the_gpu_script_lists_its_runs_without_a_gpu(tmp_path):
+    (tmp_path / "images" / "train").mkdir(parents=True)
     done = script("study_gpu", tmp_path, "--dry-run", "--device", "cpu", "--epochs", "2", DATA_DIR="images")
     assert done.returncode == 0, done.stderr
     listed = commands(done)
@@ -533,6 +534,7 @@ def test_a_trial_and_the_study_keep_out_of_each_others_directory(study, monkeypa
     ("flags", "settings", "words"),
     [
         ((), {"EPOCH": "2"}, "EPOCH is no setting of this study, but EPOCHS is"),
+        ((), {"DATA_DIR": "nowhere"}, "nowhere/train': name a folder with train and test"),
         (("--only", NESTEROV, "digits-nosie/*"), {}, "--only digits-nosie/*: no run of the study has such a TASK/NAME"),
     ],
 )

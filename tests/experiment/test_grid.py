@@ -250,7 +250,7 @@ def test_a_mistyped_setting_is_refused_by_the_name_of_the_right_one(sweep, monke
 def test_a_setting_of_another_sweep_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATASETS", "cifar100")
     with pytest.raises(SystemExit) as refused:
-        main([str(ROOT / "scripts" / "sweep_v2.sh"), str(tmp_path), "--dry-run"], grid_of("sweep_v2.sh"))
+        main(["scripts/sweep_v2.sh", str(ROOT), "--dry-run"], grid_of("sweep_v2.sh"))
     sentence = "error: DATASETS is a setting of reproduce_cifar.sh, and not of this sweep: unset it\n"
     assert (refused.value.code, *capsys.readouterr()) == (2, "", sentence)
 
@@ -273,7 +273,16 @@ def test_a_setting_that_no_run_could_have_is_refused_before_any_starts(sweep, se
 
 
 @pytest.mark.parametrize(
-    "flags", ["--depht 20", "--depth 9", "--adaptive --mixup --alpha 0", "--warmup-epochs 500", "--no-such"]
+    "flags",
+    [
+        "--depht 20",
+        "--depth 9",
+        "--adaptive --mixup --alpha 0",
+        "--warmup-epochs 500",
+        "--no-such",
+        "--checkpoint-every 0",
+        "--dataset folder --data-dir nowhere",
+    ],
 )
 def test_a_flag_that_a_run_would_refuse_is_refused_before_any_starts(sweep, flags):
     assert refused(sweep(*flags.split()))

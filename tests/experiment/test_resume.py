@@ -106,6 +106,12 @@ def test_resume_auto_begins_a_run_where_there_is_none(train):
     assert len(rows(run.directory)) == 1
 
 
+def test_a_run_goes_on_by_the_name_of_its_directory(train, unfinished):
+    resumed = train(f"--resume {unfinished.directory}", None, short=False)
+    assert (resumed.code, resumed.err) == (0, "")
+    assert len(rows(unfinished.directory)) == 3
+
+
 def test_a_finished_run_is_left_as_it_is(train, finished):
     before = finished.files()
     assert "finished already" in train(f"{FINISHED} --resume auto").out

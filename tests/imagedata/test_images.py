@@ -42,6 +42,8 @@ def test_a_part_has_as_many_images_of_each_class_and_follows_the_seed():
     assert not torch.equal(same.pixels, other.pixels)
     with pytest.raises(ValueError, match="at most 60"):
         balanced_part(images, 64, 3, seed=0)
+    with pytest.raises(ValueError, match="--train-images 2 leaves some of 3 classes without an image"):
+        balanced_part(images, 2, 3, seed=0)
 
 
 def test_label_noise_gives_exactly_the_fraction_another_label_uniformly():
