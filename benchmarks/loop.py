@@ -49,11 +49,10 @@ class Loop:
         network: tuple[str, int | None, float] = ("resnet", 20, 1.0),
     ):
         arch, depth, width = network
-        flags = (
-            f"--optmzr {optimizer} --arch {arch} --width {width} --lr 0.1 --lr-scheduler constant --epochs 100000000"
-        )
+        flags = f"--optmzr {optimizer} --arch {arch} --lr 0.1 --lr-scheduler constant --epochs 100000000"
         flags += f" --batch-size {BATCH} --precision {execution.precision} --workers 0"
         flags += f" --depth {depth}" if depth else ""
+        flags += f" --width {width}" if width != 1 else ""  # which networks from elsewhere do not have
         flags += " --sam-v2" if v2 and optimizer.endswith("-sam") else ""
         flags += "" if method == "none" else f" --prune-method {method} --sparsity 0.9"
         flags += f" --update-interval {MASK_INTERVAL}" if METHODS[method].has_interval else ""

@@ -52,14 +52,16 @@ def path_figures(model: nn.Module, masks: Masks, input_shape: tuple[int, ...] | 
     Args:
         model: the network, which stays as it is.
         masks: of its weights.
-        input_shape: of one input; nothing is returned where it is not known, or for a network with layer normalisation,
-            whose attention no flow describes.
+        input_shape: of one input; nothing is returned where it is not known, or for a network with layer normalisation or
+            attention, which no flow describes.
     """
     if input_shape is None or any(
         isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in model.modules()
     ):
         return {}
     used = weights_on_paths(model, masks.masks, input_shape)
+    if not used:
+        return {}
     total, effective = sum(part.numel() for part in used.values()), sum(int(part.sum()) for part in used.values())
     idle = sum(int((~part).sum()) for part in units(model, used).values())
     return {"effective_sparsity": 1 - effective / total, "dead_units": float(idle)}

@@ -253,7 +253,13 @@ class Masks:
         return {name: mask.bool() for name, mask in (self.masks | self.other_masks).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Set the masks that `state_dict` returned."""
+        """Set the masks that `state_dict` returned. Raises ValueError for those of another network."""
+        for name, mask in state.items():
+            own = self.weights.get(name, self.others.get(name))
+            if own is None or own.shape != mask.shape:
+                raise ValueError(
+                    f"the mask of '{name}' is of another network: load it into the one that it was made for"
+                )
         self.set(state)
 
 

@@ -62,7 +62,8 @@ class Option:
             except ValueError as error:
                 raise ValueError(f"{self.name} {error}") from error
             return
-        assert not isinstance(value, str)
+        if isinstance(value, str):
+            raise ValueError(f"{self.name} has to be a number, not '{value}'")
         if type(self.default) is int and value != int(value):
             raise ValueError(f"{self.name} has to be a whole number, not {value:g}")
         fits = (

@@ -5,12 +5,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prune.copies import copied
 from prune.masks import prunable_weights
 
 # What is the identity in the network that flow runs through. (At its end, a softmax would have no slope for all outputs.)
 IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax)
+
+
+# What mixes its inputs by their own values, so that a slope of 0 does not mean that nothing passes.
+MIXING = {
+    "softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+}  # fmt: skip
+
+
+class _Seen(TorchFunctionMode):
+    """Notes whether any function of MIXING is called."""
+
+    mixing = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.mixing |= getattr(func, "__name__", "") in MIXING
+        return func(*args, **(kwargs or {}))
 
 
 def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
@@ -25,7 +43,7 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
         alive: masks of its weights by layer; a layer without one is dense.
         input_shape: of one input, without the batch.
     """
-    of_input, _ = _slopes(model, alive, input_shape)
+    of_input, _, _ = _slopes(model, alive, input_shape)
     return bool(of_input.any())
 
 
@@ -33,31 +51,33 @@ def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape:
     """Return the weights that lie on a path of living weights from the input to the output: bool, by layer.
 
     By the same flow: a weight of 1 with a slope lies on a path. Where the input has no slope none does: what reaches the
-    output then comes from the network itself, such as a learned shift.
+    output then comes from the network itself, such as a learned shift. {} for a network with attention or another
+    function of MIXING, which no flow describes.
 
     Args:
         model, alive, input_shape: see `reaches_output`.
     """
-    of_input, products = _slopes(model, alive, input_shape)
-    return {name: (product != 0) & of_input.any() for name, product in products.items()}
+    of_input, products, mixing = _slopes(model, alive, input_shape)
+    return {} if mixing else {name: (product != 0) & of_input.any() for name, product in products.items()}
 
 
 def _slopes(
     model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the slope of the flow along the input, and that along each weight times the weight."""
+) -> tuple[Tensor, dict[str, Tensor], bool]:
+    """Return the slope of the flow along the input, that along each weight times the weight, and whether anything mixes."""
     for dtype in (torch.float64, torch.float32):  # a network may convert to float32 within
         shadow, weights = _shadow(model, alive, dtype)
         ones = torch.ones(1, *input_shape, dtype=dtype, device=next(shadow.parameters()).device, requires_grad=True)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _Seen() as seen:
                 flow = shadow(ones).sum()
             break
         except RuntimeError:
             if dtype == torch.float32:
                 raise
     of_input, *slopes = torch.autograd.grad(flow, [ones, *weights.values()], allow_unused=True, materialize_grads=True)
-    return of_input, {n: w.detach() * slope for (n, w), slope in zip(weights.items(), slopes, strict=True)}
+    products = {n: w.detach() * slope for (n, w), slope in zip(weights.items(), slopes, strict=True)}
+    return of_input, products, seen.mixing
 
 
 def _shadow(

@@ -106,7 +106,7 @@ class Pruner:
                 f"pruning method '{method}' has no {distribution} distribution: choose {' or '.join(choices)}"
             )
         if method == "none":
-            if sparsity:
+            if sparsity or layer_sparsity:
                 raise ValueError("pruning method 'none' keeps every weight: name another one to reach a sparsity")
             sparsity = 0.0
         elif sparsity is None and layer_sparsity is None and not isinstance(self.pattern, NofM):

@@ -3,7 +3,7 @@
 # a Python that has what they ask for: the running one, else that of .venv, which is made and filled if it has to be.
 # Needs a network only then. TORCH_INDEX=URL names a further package index for pip, say one with torch's CPU builds.
 
-unset CDPATH # it would send cd elsewhere
+unset CDPATH PYTHONSAFEPATH # they would send cd elsewhere, and hide the packages of this directory
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 versioned=(python3.14 python3.13 python3.12 python3.11 python3.10)
 
@@ -65,15 +65,19 @@ fault_of_venv() { # says why .venv has to be made anew, if it has to be
 }
 
 show_progress() { # copies pip's output, and tells on stderr what it is at: one line on a terminal, else one every half minute
-    local began=$SECONDS passed shown=0 code line last='' every=30 before='' after='\n'
+    local began=$SECONDS passed shown=0 code line part='' last='' every=30 before='' after='\n'
     [ ! -t 2 ] || { every=1 before='\r\033[K' after=''; }
     while true; do
         code=0
         IFS= read -r -t 1 line || code=$?
+        line=$part$line part=''
         if [ "$code" = 0 ]; then
             echo "$line"
             case $line in *Collecting* | *Downloading* | *Building* | *Installing*) last=${line#"${line%%[! ]*}"} ;; esac
-        elif [ "$code" -le 128 ]; then # not the time that is over, but the output
+        elif [ "$code" -gt 128 ]; then # time is over, perhaps within a line
+            part=$line
+        else # the output is over
+            [ -z "$line" ] || echo "$line"
             break
         fi
         passed=$((SECONDS - began))

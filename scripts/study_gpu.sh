@@ -7,7 +7,7 @@
 # STUDY=study it trains the list of study.sh like that.
 set -euo pipefail
 from=$PWD
-unset CDPATH
+unset CDPATH PYTHONSAFEPATH
 cd "$(dirname "$0")/.."
 PYTHON=python3
 found='from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, sys.argv[1:])))'

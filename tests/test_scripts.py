@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import shlex
 import shutil
 import subprocess
@@ -210,6 +211,15 @@ def test_a_line_on_the_terminal_tells_what_pip_is_at(machine):
     shown = os.read(reader, 10_000).decode()
     assert "0:01" in shown
     assert "MB in .venv  Downloading torch-2.14.1" in shown
+
+
+def test_a_line_that_comes_in_pieces_is_logged_whole(tmp_path):
+    function = re.search(r"^show_progress.*?^}", (ROOT / "scripts" / "setup.sh").read_text(), re.DOTALL | re.MULTILINE)[
+        0
+    ]
+    pieces = "{ printf 'ERROR: No match'; sleep 1.3; printf 'ing distribution\\nlast'; } | show_progress"
+    done = subprocess.run(["bash", "-c", f"{function}\n{pieces}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "ERROR: No matching distribution\nlast\n"
 
 
 def imagenet(tmp_path, *words, **environment):

@@ -281,6 +281,13 @@ def test_dead_weights_get_no_gradient_and_stay_zero():
         assert torch.equal(w == 0, dead[name])
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 2))])
+def test_masks_of_another_network_are_refused(model):
+    state = pruned(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), method="random", sparsity=0.5).state_dict()
+    with pytest.raises(ValueError, match="the mask of '.' is of another network"):
+        pruned(model, method="random", sparsity=0.5).load_state_dict(state)
+
+
 def test_masks_survive_a_round_trip_through_a_state_dict():
     pruner = pruned(resnet(), method="random", sparsity=0.9)
     other = resnet()
@@ -305,6 +312,8 @@ def test_a_shared_weight_counts_once():
         ({"method": "lottery", "sparsity": 0.9}, "choose one of none, random, magnitude"),
         ({"method": "random"}, "needs a sparsity"),
         ({"method": "none", "sparsity": 0.9}, "name another one"),
+        ({"method": "none", "layer_sparsity": {"classifier": 0.5}}, "name another one"),
+        ({"method": "force", "sparsity": 0.9, "score_rounds": "3"}, "score_rounds has to be a number, not '3'"),
         ({"method": "random", "sparsity": 1.0}, "at least 0 and less than 1"),
         ({"method": "random", "sparsity": -0.1}, "at least 0 and less than 1"),
         ({"method": "random", "sparsity": float("nan")}, "at least 0 and less than 1"),

@@ -71,6 +71,23 @@ def test_masks_paths_flops_and_compaction_work(name):
     torch.testing.assert_close(compact(model, pruner.masks).eval()(images), model.eval()(images))
 
 
+def test_attention_with_normalisation_of_its_own_has_no_figures_of_paths():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.head = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            x = x.flatten(1, 2)  # [images, 18 tokens, 6]
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt()
+            mixed = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1) @ self.v(x)
+            return self.head(mixed.mean(1))
+
+    pruner = Pruner(Attention(), "random", 0.5)
+    pruner.choose_masks(sample)
+    assert pruner.figures() == {}
+
+
 def test_units_of_every_size_are_as_likely_at_random():
     """64 x 10 in blocks of four outputs: the last blocks have two. Of 400 draws each the densities are within 0.03."""
     model, kept = nn.Sequential(nn.Linear(64, 10), nn.Linear(10, 10)), torch.zeros(10, 64)
