@@ -19,6 +19,13 @@ FINISHED = f"{SPARSE_SAM} --epochs 3"  # of the fixtures trained and finished
 TIMES = ("seconds", "images_per_second")
 DATA = "--dataset digits --train-images 570 --batch-size 96 --log-interval 2"  # six steps an epoch, the last with 90 images
 DIGITS = f"{DATA} --depth 8 --width 0.25"
+SMALL = """
+from torch import nn
+
+def build(num_classes, in_channels, image_size):
+    layers = [nn.Conv2d(in_channels, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, num_classes))
+"""  # a file with a network that compiles soon
 NEEDS_COMPILER = pytest.mark.skipif(bool(what_compilation_lacks(torch.device("cpu"))), reason="no C++ compiler")
 
 Action = Callable[[TrainState], object]

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from running import DATA, FINISHED, NEEDS_COMPILER, SPARSE_SAM, before_step, interrupt, rows, same, scalars
+from running import DATA, FINISHED, NEEDS_COMPILER, SMALL, SPARSE_SAM, before_step, interrupt, rows, same, scalars
 from sklearn.datasets import load_digits
 
 
@@ -38,19 +38,10 @@ def test_a_run_writes_its_flags_metrics_checkpoint_and_result(trained):
     assert f"{total - alive:,} of {total:,} convolution and linear weights are zero" in trained.out
 
 
-SMALL = """
-from torch import nn
-
-def build(num_classes, in_channels, image_size):
-    layers = [nn.Conv2d(in_channels, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, num_classes))
-"""
-
-
 @NEEDS_COMPILER
 def test_a_compiled_run_trains_like_a_plain_one_and_resumes_bit_for_bit(train, tmp_path):
     """The last batch of an epoch is a smaller one, and the network small: compiling resnet-8 takes a minute."""
-    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "small.py").write_text(SMALL)  # as in tests/utils/test_precision.py: both are compiled once
     flags = f"{DATA} --arch small.py:build --epochs 2 --optmzr sgd-sam --sam-v2 --prune-method random --sparsity 0.5"
     flags += " --precision fp32"
     whole = train(f"{flags} --compile on", "whole", short=False)

@@ -250,8 +250,9 @@ def test_the_gpu_study_has_98_percent_first_and_whole_seeds():
 
 
 @pytest.mark.parametrize("listed", [cpu_study, gpu_study])
-def test_every_command_of_a_list_is_one_that_the_program_takes(listed):
-    place = {"": [], "folder": ["--dataset", "folder", "--data-dir", "x"], "cifar10": ["--dataset", "cifar10"]}
+def test_every_command_of_a_list_is_one_that_the_program_takes(listed, tmp_path):
+    folder = ["--dataset", "folder", "--data-dir", str(tmp_path)]
+    place = {"": [], "folder": folder, "cifar10": ["--dataset", "cifar10"]}
     checked, networks = set(), {}
     for run in listed():
         if run.tuned_arm and not run.tuning:
