@@ -189,7 +189,7 @@ def same_figures(one: dict, other: dict) -> bool:
 
 def at_epochs(curves: dict[str, list], wanted: Container[int]) -> dict[str, list]:
     """Return the curves of an entry at some of their epochs."""
-    kept = [epoch in wanted for epoch in curves["epoch"]]
+    kept = [epoch in wanted for epoch in curves.get("epoch", [])]
     return {name: list(compress(values, kept)) for name, values in curves.items()}
 
 
@@ -312,8 +312,8 @@ def differing_flags(flags: tuple[str, ...], found: dict) -> list[str]:
         flags: the command's; it may end in --seed N.
         found: of the entry.
     """
-    seed = int(flags[-1]) if flags[-2:-1] == ("--seed",) else 0
-    expected, anywhere = _planned(flags[:-2] if flags[-2:-1] == ("--seed",) else flags)
+    head, seed = (flags[:-2], int(flags[-1])) if flags[-2:-1] == ("--seed",) else (flags, 0)
+    expected, anywhere = _planned(head)
     expected = expected | ({"seed": seed} if seed else {})
     names = (expected.keys() | found.keys()) - anywhere
     return sorted(name for name in names if expected.get(name) != found.get(name))

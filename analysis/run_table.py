@@ -109,14 +109,15 @@ def _names_of_data(runs: pd.DataFrame) -> pd.Series:
     rows = list(zip(runs["images"], runs["data"], runs[SEED], sizes, map(tuple, drawn.to_numpy()), strict=True))
     of_seed: dict[tuple, set] = {}
     for images, name, seed, *kind in rows:
-        of_seed.setdefault((name, seed, *kind), set()).add(images)
+        if isinstance(images, str):
+            of_seed.setdefault((name, seed, *kind), set()).add(images)
     mixed = {
         (name, *kind): seed for (name, seed, *kind), images in of_seed.items() if len(images) > 1 and any(kind[-1])
     }
     for (name, *_), seed in mixed.items():
         print(
-            f"note: runs of seed {seed:g} on {name} have different images, so that runs of other seeds cannot be told apart: each "
-            "seed's are a line of their own; name the runs of one data set alone",
+            f"note: runs of seed {seed:g} on {name} have different images, and nobody can tell which of them the other seeds' "
+            "belong to: no mean is taken over seeds; summarize the runs of each data set by themselves",
             file=sys.stderr,
         )
     found = []

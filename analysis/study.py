@@ -253,6 +253,7 @@ def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
         assert value is not None
         tried = [entries[run.name] for run in trials if run.value == value]
         means[value] = None
+        assert TASKS[trials[0].task].val_split
         if all(entry["state"] == "finished" for entry in tried):
             accuracies = [entry["epochs"]["val_top1"][-1] for entry in tried]
             means[value] = round(mean(accuracies), 3)
@@ -392,7 +393,8 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     there = [run for run in plan if (results / run.task / f"{run.name}.json").exists()]
     if left := len({*plan} - {*known, *there}):
         print(
-            f"note: {count_text(left, 'run')} more need DATA_DIR, a folder with the images of CIFAR-10", file=sys.stderr
+            f"note: {count_text(left, 'run')} left out: DATA_DIR has to name a folder with the images of CIFAR-10",
+            file=sys.stderr,
         )
     jobs = setting("JOBS", JOBS[name])
     if not (jobs.isdecimal() and int(jobs)):

@@ -124,6 +124,10 @@ class Grid:
             chosen = dict(zip(own, values, strict=True))
             for arm in self.arms:
                 places = PLACE.findall(" ".join(arm))
+                if excluded := [name for name, only in places if only.startswith("!")]:
+                    refuse(
+                        f"an arm of the grid is for values, not for all but some: {{{excluded[0]}=!...}} is for added flags"
+                    )
                 if any(only and only != chosen[name] for name, only in places):
                     continue
                 name, *flags = (fill_in(word, chosen) for word in arm)
@@ -217,12 +221,12 @@ def refuse_misspelt(settings: Iterable[str], what: str) -> None:
             refuse(f"{variable} is no setting of this {what}, but {near[0]} is: set that, or unset {variable}")
 
 
-def refuse_foreign(grid: Grid, scripts: Path) -> None:
+def refuse_foreign(grid: Grid) -> None:
     """Refuse variables of the environment that are settings of another sweep's script, and would do nothing here."""
-    for script in sorted(scripts.glob("*.sh")):
+    for script in sorted((Path(__file__).parents[1] / "scripts").glob("*.sh")):
         for line in script.read_text().partition("<<'GRID'\n")[2].splitlines():
             setting = SETTING.fullmatch(line.strip())
-            if setting and setting[1] in os.environ and setting[1] not in grid.settings:
+            if setting and os.environ.get(setting[1]) and setting[1] not in grid.settings:
                 refuse(f"{setting[1]} is a setting of {script.name}, and not of this sweep: unset it")
 
 

@@ -302,7 +302,7 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 130 if a signal ended the sweep."""
     script, directory, *arguments = argv
     grid = read_grid(grid_text, Path(script).stem)
-    refuse_foreign(grid, (Path(directory) / script).parent)
+    refuse_foreign(grid)
     options = {"--dry-run", "--estimate", "--slurm", "--help", "-h"}.intersection(arguments)
     if options & {"--help", "-h"}:
         print(f"usage: bash {script} [ARGUMENT ...]\n\n{grid.help()}\n{OPTIONS}")

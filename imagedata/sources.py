@@ -386,7 +386,7 @@ def _refuse_empty(directory: Path, name: str, count: int) -> None:
 def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
     """Return a directory and those below it, sorted, each with its directories and its images.
 
-    Links are followed, except those to where they lie in.
+    Links are followed, except those that lead back to a directory on the way to them.
 
     Raises:
         UsageError: one of them cannot be listed.
@@ -396,19 +396,17 @@ def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
         raise UsageError(f"'{error.filename}' cannot be read ({error.strerror}): mend its permissions, or remove it")
 
     places = []
+    real = Path(os.path.realpath(directory))
+    inside = {str(directory): {str(real), *map(str, real.parents)}}  # of each directory: itself and those around it
     for place, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not (_is_left_over(name) or _leads_back(os.path.join(place, name)))]
+        around = inside.pop(place)
+        below = {name: os.path.join(place, name) for name in folders if not _is_left_over(name)}
+        true = {name: os.path.realpath(path) for name, path in below.items()}
+        folders[:] = [name for name in below if true[name] not in around]
+        inside.update((below[name], around | {true[name]}) for name in folders)
         images = [name for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not _is_left_over(name)]
         places.append((place, folders, images))
     return sorted(places)
-
-
-def _leads_back(path: str) -> bool:
-    """Return whether a directory is a link to one that it lies in."""
-    if not os.path.islink(path):
-        return False
-    target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(path))]) == target
 
 
 def _is_left_over(name: str) -> bool:

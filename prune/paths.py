@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prune.copies import copied
 from prune.masks import prunable_weights
+from utils.copies import copied
 
 # What is the identity in the network that flow runs through. (At its end, a softmax would have no slope for all outputs.)
 IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax)
@@ -22,13 +22,17 @@ MIXING = {
 
 
 class _Seen(TorchFunctionMode):
-    """Notes whether any function of MIXING is called."""
+    """Notes first argument and result of each call of a function of MIXING."""
 
-    mixing = False
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.mixing |= getattr(func, "__name__", "") in MIXING
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in MIXING:
+            self.calls.append((args[0] if args else None, result))
+        return result
 
 
 def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> bool:
@@ -70,14 +74,20 @@ def _slopes(
         ones = torch.ones(1, *input_shape, dtype=dtype, device=next(shadow.parameters()).device, requires_grad=True)
         try:
             with torch.enable_grad(), _Seen() as seen:
-                flow = shadow(ones).sum()
+                output = shadow(ones)
             break
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             if dtype == torch.float32:
                 raise
-    of_input, *slopes = torch.autograd.grad(flow, [ones, *weights.values()], allow_unused=True, materialize_grads=True)
+    if seen.calls and seen.calls[-1][1] is output and isinstance(seen.calls[-1][0], Tensor):
+        output = seen.calls.pop()[0]  # before a softmax at the end
+    of_input, *slopes = torch.autograd.grad(
+        output.sum(), [ones, *weights.values()], allow_unused=True, materialize_grads=True
+    )
     products = {n: w.detach() * slope for (n, w), slope in zip(weights.items(), slopes, strict=True)}
-    return of_input, products, seen.mixing
+    return of_input, products, bool(seen.calls)
 
 
 def _shadow(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prune.copies import copied
 from prune.masks import prunable_weights
+from utils.copies import copied
 
 
 @dataclass
@@ -157,6 +157,8 @@ def synflow(scored: Scored) -> Scores:
     ones = torch.ones_like(scored.images(1)[0][:1], dtype=torch.float64)
     try:
         flow = model(ones).sum()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(
             f"synflow computes in float64, in which this network does not ({next(iter(str(error).splitlines()), '')}): take "

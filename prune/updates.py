@@ -209,6 +209,7 @@ class ThresholdReallocation:
         if now.fraction < 1:
             threshold *= torch.where(dropped > 1.1 * wanted, 0.5, torch.where(dropped < 0.9 * wanted, 2.0, 1.0))
         grown = share_out(budget - kept.sum(), layers.weights(~chosen), torch.zeros_like(kept), kept)
+        # Bounded, so that what was just dropped comes after all others.
         draws = layers.scores(random, now).atan_() - math.pi * (alive & ~chosen).double()
         return MaskChange(layers.spread(chosen | layers.fill(draws, chosen, grown)), layers.spread(chosen))
 

@@ -65,7 +65,7 @@ PYTHON
 }
 child=''
 trap collect EXIT
-trap '[ -z "$child" ] || { kill -TERM "$child"; wait "$child" || true; }; exit 130' INT TERM
+trap '[ -z "$child" ] || { kill -TERM "$child" 2>/dev/null || true; wait "$child" || true; }; exit 130' INT TERM HUP
 
 part() { # part NAME COMMAND...: run it, show its output, keep that and how it ended
     local name=$1 left=$((60 * minutes - 10 - SECONDS)) code=0

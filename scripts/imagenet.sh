@@ -30,20 +30,20 @@ if ! python3 -c "import sys; from importlib.util import find_spec as f; sys.exit
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh requirements.txt
 fi
-child=''
-trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; ended=yes' INT TERM HUP
-ended=''
+child='' ended=''
+trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
 train() { # a signal ends wait, not the training, which has a checkpoint to write
     local code=0
     "$@" &
     child=$!
+    [ -z "$ended" ] || kill -TERM "$child" 2>/dev/null || true
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do
         code=0
         wait "$child" || code=$?
     done
     child=''
-    [ -z "$ended" ] && [ "$code" = 0 ] || exit "${code/#0/130}"
+    [ "$code" = 0 ] || [ -n "$ended" ] || exit "$code"
 }
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
@@ -51,6 +51,7 @@ for seed in ${SEEDS:-0 1 2}; do
     for epochs in ${EPOCHS:-90 150}; do
         for sparsity in ${SPARSITIES:-0.8 0.9}; do
             for optimizer in ${OPTIMIZERS:-sgd samv2}; do
+                [ -z "$ended" ] || exit 130
                 case $optimizer in
                     sgd) sam=(--optmzr sgd) ;;
                     sam) sam=(--optmzr sgd-sam --sam-rho 0.05) ;;
@@ -80,3 +81,4 @@ for seed in ${SEEDS:-0 1 2}; do
         done
     done
 done
+[ -z "$ended" ] || exit 130

@@ -272,15 +272,13 @@ def slow(tmp_path):
     return launch
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "code"), [("imagenet.sh", ["data"], 75), ("bench_gpu.sh", ["--device", "cpu"], 130)]
-)
-def test_a_signal_to_a_script_ends_what_it_runs(slow, tmp_path, script, words, code):
+@pytest.mark.parametrize(("script", "words"), [("imagenet.sh", ["data"]), ("bench_gpu.sh", ["--device", "cpu"])])
+def test_a_signal_to_a_script_ends_what_it_runs(slow, tmp_path, script, words):
     running = slow(script, *words)
     wait_for(tmp_path / "began", lambda: running.poll() is None)
     running.terminate()
     out, err = running.communicate(timeout=30)
-    assert running.returncode == code, (out, err)
+    assert running.returncode == 130, (out, err)
     assert (tmp_path / "ended").exists()
 
 

@@ -1,4 +1,4 @@
-"""A copy of a network, whatever it keeps."""
+"""A copy of a network that keeps what it computed."""
 
 import copy
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, instead: Mapping[int, Tensor] | None = None) -> Module:
-    """Return a copy of a network, as copy.deepcopy does, which refuses tensors that were computed.
+    """Return a copy of a network. Unlike copy.deepcopy it also copies tensors that were computed, as values.
 
     A network may hold such: activations that its forward pass keeps for others, or the weights that the older weight norm
-    and spectral norm of torch compute. They are copied as values.
+    and spectral norm of torch compute. They are found in the attributes of modules, and in lists, tuples and dicts of these.
 
     Args:
         model: the network.
