@@ -12,8 +12,8 @@ from torch.func import functional_call, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagedata.images import AnyImages
+from prune.copies import copied
 from prune.masks import Masks, prunable_weights
-from utils.copies import copied
 from utils.precision import Execution, resolve_execution, what_compilation_lacks
 
 # Compilation on a CPU: the seconds it takes, and the seconds it saves per FLOP. Measured for Hessian products: one over 250

@@ -1,5 +1,6 @@
 """Networks from elsewhere: `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION` for a network of your own."""
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -12,8 +13,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-
-from utils.copies import copied
 
 ImageSize = tuple[int, int]  # height and width in pixels
 
@@ -195,7 +194,7 @@ def _told(error: Exception) -> str:
 
 def _logits_without_data(model: nn.Module, in_channels: int, image_size: ImageSize) -> object:
     """Return what a network in training makes of two images, on a copy of it without data."""
-    shadow = copied(model).to("meta").train()
+    shadow = copy.deepcopy(model).to("meta").train()
     return shadow(torch.zeros(2, in_channels, *image_size, device="meta"))
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prune.channels import Group, channel_groups
+from prune.copies import copied
 from prune.flops import Flops, count_flops
 from prune.kernels import skip_zeros
 from prune.masks import Masks
-from utils.copies import copied
 
 
 def compact(model: nn.Module, masks: Masks, images: Tensor | None = None) -> nn.Module:

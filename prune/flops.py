@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from prune.copies import copied
 from prune.masks import Masks, prunable_weights
-from utils.copies import copied
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prune.copies import copied
 from prune.masks import prunable_weights
-from utils.copies import copied
 
 # What is the identity in the network that flow runs through. (At its end, a softmax would have no slope for all outputs.)
 IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prune.copies import copied
 from prune.masks import prunable_weights
-from utils.copies import copied
 
 
 @dataclass

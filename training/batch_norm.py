@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.copies import copied
+from prune.copies import copied
 from utils.distributed import ProcessGroup
 from utils.precision import Execution
 

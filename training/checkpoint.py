@@ -161,7 +161,7 @@ def load_network(model: nn.Module, masks: Masks, checkpoint: dict) -> None:
         state.update(saved)
         model.load_state_dict(state)
         masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(
             "the checkpoint does not fit the network of its flags, and so is damaged or of another version of this program: name "
             "another one"

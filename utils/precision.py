@@ -1,5 +1,6 @@
 """How a network computes: in which precision, and compiled or not. Every `auto` is resolved here, once per run."""
 
+import copy
 import math
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.copies import copied
 from utils.errors import TrainingError, UsageError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -185,7 +185,7 @@ def bf16_on_cpu(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
         if max(module.stride) > 1 and module.groups > 1:
             found.add("slow")
 
-    shadow = copied(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(look)
