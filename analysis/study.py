@@ -249,15 +249,15 @@ def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
     """
     means: dict[float, float | None] = {}
     right: dict[float, int] = {}  # images, since the digits that accuracies have here do not tell equals
+    images = TASKS[trials[0].task].val_split if trials else 0
     for value in dict.fromkeys(run.value for run in trials):
         assert value is not None
         tried = [entries[run.name] for run in trials if run.value == value]
         means[value] = None
-        assert TASKS[trials[0].task].val_split
         if all(entry["state"] == "finished" for entry in tried):
             accuracies = [entry["epochs"]["val_top1"][-1] for entry in tried]
             means[value] = round(mean(accuracies), 3)
-            right[value] = sum(round(accuracy * TASKS[trials[0].task].val_split / 100) for accuracy in accuracies)
+            right[value] = sum(round(accuracy * images / 100) for accuracy in accuracies)
     return {
         "value": max(right, key=lambda value: (right[value], -abs(value)), default=None),
         "held_out": {f"{value:g}": accuracy for value, accuracy in means.items()},
@@ -431,7 +431,7 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
         if study.root and (not study.began_with or dirty(study.root)):
             refuse("the ledger takes runs of a git checkout without changes: commit them, or train in another worktree")
         lock = study.lock()
-        study.results.mkdir(exist_ok=True)
+        study.results.mkdir(exist_ok=True)  # by which the directory of a trial is known
         study.writes = True
     except UsageError as error:
         refuse(str(error))

@@ -319,7 +319,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--remark", default="",
         help="a note for args.json, added to the name of the run where --output-dir gives none")
     add("--resume", metavar="PATH",
-        help="go on from a checkpoint; auto: from that of the run's directory, if there is one")
+        help="go on from a checkpoint, or from that of a directory; auto: from that of the run's directory, if there is one")
     add("--checkpoint-every", metavar="N", default="1",
         help="epochs, or with an m minutes (10m), between two checkpoints (%(default)s)")
     add("--eval-every", type=number(int, above=0), default=1, metavar="EPOCHS",

@@ -401,9 +401,9 @@ def _places_below(directory: Path) -> list[tuple[str, list[str], list[str]]]:
     for place, folders, files in os.walk(directory, onerror=refuse, followlinks=True):
         around = inside.pop(place)
         below = {name: os.path.join(place, name) for name in folders if not _is_left_over(name)}
-        true = {name: os.path.realpath(path) for name, path in below.items()}
-        folders[:] = [name for name in below if true[name] not in around]
-        inside.update((below[name], around | {true[name]}) for name in folders)
+        targets = {name: os.path.realpath(path) for name, path in below.items()}
+        folders[:] = [name for name in below if targets[name] not in around]
+        inside.update((below[name], around | {targets[name]}) for name in folders)
         images = [name for name in sorted(files) if name.lower().endswith(EXTENSIONS) and not _is_left_over(name)]
         places.append((place, folders, images))
     return sorted(places)

@@ -63,7 +63,10 @@ class _Found:
 
 
 class _Value:
-    """Channels that a tensor holds: `maps` [N, C, H, W], `flat` [N, C * pixels], or `last`, along the last dimension of any."""
+    """Channels that a tensor holds: `maps` [N, C, ...], `flat` [N, C * pixels], or `last`, along the last dimension of any.
+
+    The rank of maps is that of the weight that made them: 4 of [N, C, H, W].
+    """
 
     def __init__(self, found: _Found, layout: str, rank: int = 4):
         self.found, self.layout, self.rank = found, layout, rank

@@ -36,6 +36,10 @@ Sample = Callable[[int], tuple[Tensor, Tensor]]
 ROUNDING = 0.005  # of a sparsity, to units of a pattern
 
 
+# Patterns that treat inputs and outputs alike: the weight of a transposed convolution is [in, out, ...].
+EITHER_WAY = ("unstructured", "kernel", "channel")
+
+
 class Pruner:
     """Chooses the masks of a network, applies them at the right moments of a training step, and remembers them.
 
@@ -125,10 +129,7 @@ class Pruner:
         if self.method.update:
             if total_steps is None:
                 raise ValueError(f"pruning method '{method}' changes masks during training and needs total_steps")
-            self.timing = Timing.until(self.options.get("stop_update", 1.0), total_steps)
-            if interval is not None:
-                steps = interval_steps(interval, steps_per_epoch)
-                self.timing = self.timing.every(steps, usual="update_interval" not in options, warn=warn)
+            self.timing = self._timing(total_steps, steps_per_epoch, interval, usual="update_interval" not in options)
         self._connectivity = Connectivity(model, depthwise, warn)
         self._compacted = False  # another network is trained in place of the model
         self.ever_alive: dict[str, Tensor] = {}
@@ -141,6 +142,13 @@ class Pruner:
         self._first: dict[str, Tensor] = {}  # masks, where they move
         self._overlap = torch.ones(())  # of the masks before and after the last change
         self._settled = not self.method.update  # masks came to their last change
+
+    def _timing(self, total_steps: int, steps_per_epoch: int | None, interval: Value | None, usual: bool) -> Timing:
+        """Return when masks change; `usual` says that the interval is the method's own, and may be shortened."""
+        timing = Timing.until(self.options.get("stop_update", 1.0), total_steps)
+        if interval is None:
+            return timing
+        return timing.every(interval_steps(interval, steps_per_epoch), usual=usual, warn=self.warn)
 
     def _look_at_layers(self) -> None:
         """Warn of layers whose zeros are none, and raise ValueError for those that the pattern or the method cannot serve."""
@@ -163,11 +171,7 @@ class Pruner:
         transposed = [
             n for n, module in self.model.named_modules() if n in sparse and getattr(module, "transposed", False)
         ]
-        if transposed and self.pattern.name not in (
-            "unstructured",
-            "kernel",
-            "channel",
-        ):  # the weight is [in, out, ...]
+        if transposed and self.pattern.name not in EITHER_WAY:
             raise ValueError(
                 f"{listed(transposed)} are transposed convolutions, for which there is no pattern '{self.pattern.name}': keep "
                 "them dense by name, or take unstructured or kernel"

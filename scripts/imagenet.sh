@@ -26,7 +26,7 @@ output=$(realpath -m "${OUTPUT_DIR:-runs/imagenet}")
 cd "$here"
 PYTHON=python3
 wanted='torch torchvision scipy tqdm tensorboard sklearn yaml'
-if ! python3 -c "import sys; from importlib.util import find_spec as f; sys.exit(not all(map(f, '$wanted'.split())))"; then
+if ! python3 -c "import sys; from importlib.util import find_spec as f; sys.exit(not all(map(f, '$wanted'.split())))" 2>/dev/null; then
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh requirements.txt
 fi
