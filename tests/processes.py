@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from main_prune_train import main
 
@@ -64,6 +66,9 @@ class Child:
 
     def _run(self) -> None:
         os.environ.update(self._environment)
+        tqdm.set_lock(
+            threading.RLock()
+        )  # else it is shared with all forks, and never released by one that is killed with it
         for number, path in ((1, self._out), (2, self._err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
