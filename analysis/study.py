@@ -32,7 +32,7 @@ from analysis.ledger import (
     same_mathematics,
 )
 from experiment.flags import NOT_OF_FIGURES, flag, number, parse
-from experiment.grid import absolute_paths, refuse, refuse_misspelt
+from experiment.grid import absolute_paths, refuse, refuse_foreign, refuse_misspelt
 from experiment.study_list import MEASURED, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from experiment.sweep import IMPORTED_BY_RUNS, PROGRAM, Sweep
 from training.checkpoint import BEST, NEWEST, PREVIOUS
@@ -358,6 +358,7 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
         UsageError: they contradict each other or the ledger.
     """
     refuse_misspelt(IN_ENVIRONMENT, "study")
+    refuse_foreign(IN_ENVIRONMENT, "study")
     parser = build_parser(name)
     args, extra = parser.parse_known_args(argv)
     extra = list(absolute_paths(extra, directory))

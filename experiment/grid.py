@@ -221,13 +221,16 @@ def refuse_misspelt(settings: Iterable[str], what: str) -> None:
             refuse(f"{variable} is no setting of this {what}, but {near[0]} is: set that, or unset {variable}")
 
 
-def refuse_foreign(grid: Grid) -> None:
-    """Refuse variables of the environment that are settings of another sweep's script, and would do nothing here."""
+def refuse_foreign(settings: Iterable[str], what: str) -> None:
+    """Refuse variables of the environment that are settings of sweeps, or of another one, and would do nothing in this one."""
+    for name in SETTINGS:
+        if os.environ.get(name) and name not in settings:
+            refuse(f"{name} is a setting of sweeps, and not of this {what}: unset it")
     for script in sorted((Path(__file__).parents[1] / "scripts").glob("*.sh")):
         for line in script.read_text().partition("<<'GRID'\n")[2].splitlines():
             setting = SETTING.fullmatch(line.strip())
-            if setting and os.environ.get(setting[1]) and setting[1] not in grid.settings:
-                refuse(f"{setting[1]} is a setting of {script.name}, and not of this sweep: unset it")
+            if setting and os.environ.get(setting[1]) and setting[1] not in settings:
+                refuse(f"{setting[1]} is a setting of {script.name}, and not of this {what}: unset it")
 
 
 def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
@@ -256,13 +259,14 @@ def back_to_default(names: set[str]) -> str:
     return flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"
 
 
-def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> Flags:
+def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str], trained_here: bool = True) -> Flags:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain.
 
     Args:
         runs: flags of each run.
         of_grid: lists of flags that the grid sets, and the extra ones may not.
         extra: flags of all runs.
+        trained_here: whether this machine needs the data; others may have a directory that it has not.
 
     Returns:
         The runs. Where --config would bring a run a flag that other arms set and its own does not, it gets the default.
@@ -290,7 +294,8 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str]) -> 
             complete[run] = flags
             check(args, given)
             CheckpointSchedule(args.checkpoint_every)
-            if args.data_dir and DATASETS[args.dataset].own_files and not os.path.isdir(args.data_dir):
+            own_files = args.data_dir and DATASETS[args.dataset].own_files
+            if trained_here and own_files and not os.path.isdir(args.data_dir):
                 raise UsageError(f"'{args.data_dir}' is not a directory: --data-dir names the one with the images")
             network = str(sorted((name, value) for name, value in vars(args).items() if name not in not_of_networks))
             if network not in built:

@@ -287,7 +287,7 @@ def slurm_job(left: Path, program: Path = PROGRAM) -> int:
     output, runs = json.loads(left.read_text())
     if not (number.isdecimal() and int(number) < len(runs)):
         refuse(f"SLURM_ARRAY_TASK_ID says which of {len(runs)} runs this job is for, and is '{number}'")
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     run = list(runs)[int(number)]
     sweep, code = Sweep(Path(output), runs, program=program), 0
     try:
@@ -302,7 +302,7 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
     """Run the command line; return the exit code: 0, 1 if a run has failed, 130 if a signal ended the sweep."""
     script, directory, *arguments = argv
     grid = read_grid(grid_text, Path(script).stem)
-    refuse_foreign(grid)
+    refuse_foreign(grid.settings, "sweep")
     options = {"--dry-run", "--estimate", "--slurm", "--help", "-h"}.intersection(arguments)
     if options & {"--help", "-h"}:
         print(f"usage: bash {script} [ARGUMENT ...]\n\n{grid.help()}\n{OPTIONS}")
@@ -311,9 +311,10 @@ def main(argv: list[str], grid_text: str, program: Path = PROGRAM) -> int:
     arms = grid.expand_arms()
     output = Path(os.path.realpath(os.path.join(directory, grid.value("OUTPUT_DIR"))))
     sweep = Sweep(output, grid.expand_runs(arms, extra), grid.number("JOBS"), grid.numbers("GPUS"), grid.after, program)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // sweep.jobs)))
+    if "--slurm" not in options:  # whose jobs inherit this environment and share out cores of their own
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // sweep.jobs)))
     of_grid = [[*arm.flags, *grid.added_flags(arm.chosen)] for arm in arms.values()]
-    sweep.runs = check_flags(sweep.runs, of_grid, extra)
+    sweep.runs = check_flags(sweep.runs, of_grid, extra, trained_here="--slurm" not in options)
     if "--dry-run" in options:
         print(f"{sweep.commands()}\n{len(sweep.runs)} runs")
         return 0

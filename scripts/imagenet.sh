@@ -9,7 +9,8 @@
 # environment: EPOCHS="90 150" SPARSITIES="0.8 0.9" OPTIMIZERS="sgd samv2" METHOD=random SEEDS="0 1 2" PROCESSES=(all GPUs)
 #   OUTPUT_DIR=runs/imagenet IMAGES_PER_SECOND=(of all GPUs together, with SGD: with it --dry-run prints hours)
 set -euo pipefail
-here=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
+unset CDPATH PYTHONSAFEPATH # they would send cd elsewhere, and hide the packages of this directory
+here=$(cd "$(dirname "$0")/.." && pwd)
 case ${1:-} in
     '' | -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     -*) echo "error: name the directory of ImageNet first: bash scripts/imagenet.sh DIR" >&2; exit 2 ;;
@@ -30,6 +31,13 @@ if ! python3 -c "import sys; from importlib.util import find_spec as f; sys.exit
     # shellcheck source=scripts/setup.sh
     source scripts/setup.sh requirements.txt
 fi
+"$PYTHON" - <<'PYTHON' # settings that would do nothing here
+from experiment.grid import refuse_foreign, refuse_misspelt
+
+settings = "EPOCHS SPARSITIES OPTIMIZERS METHOD SEEDS PROCESSES OUTPUT_DIR IMAGES_PER_SECOND".split()
+refuse_misspelt(settings, "script")
+refuse_foreign(settings, "script")
+PYTHON
 child='' ended=''
 trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
 train() { # a signal ends wait, not the training, which has a checkpoint to write

@@ -327,7 +327,12 @@ def test_the_recipe_for_imagenet_prints_commands_and_what_they_would_compute(tmp
     for words in bad:
         assert estimate_imagenet([str(tmp_path / "data"), *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    for words, sentence in ((["--dry-run"], "name the directory"), ([str(tmp_path)], "train': name the directory")):
-        bad = imagenet(tmp_path, *words)
-        assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    for words, environment, sentence in (
+        (["--dry-run"], {}, "name the directory"),
+        ([str(tmp_path)], {}, "train': name the directory"),
+        (["data", "--dry-run"], {"METHODS": "snip"}, "METHODS is no setting of this script, but METHOD is"),
+        (["data", "--dry-run"], {"RHOS": "0.1"}, "and not of this script: unset it"),
+    ):
+        bad = imagenet(tmp_path, *words, **environment)
+        assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
         assert sentence in bad.stderr

@@ -535,6 +535,8 @@ def test_a_trial_and_the_study_keep_out_of_each_others_directory(study, monkeypa
     ("flags", "settings", "words"),
     [
         ((), {"EPOCH": "2"}, "EPOCH is no setting of this study, but EPOCHS is"),
+        ((), {"SEEDS": "0"}, "SEEDS is a setting of sweeps, and not of this study"),
+        ((), {"RHOS": "0.1"}, "and not of this study: unset it"),
         ((), {"DATA_DIR": "nowhere"}, "nowhere/train': name a folder with train and test"),
         (("--only", NESTEROV, "digits-nosie/*"), {}, "--only digits-nosie/*: no run of the study has such a TASK/NAME"),
     ],

@@ -200,20 +200,20 @@ def test_commands_of_the_grid_run_at_the_end_without_a_shell(sweep):
 
 @pytest.fixture
 def submitted(sweep, tmp_path, monkeypatch):
-    """submitted(**settings) submits to an sbatch that writes down what it was given; returns that."""
+    """submitted(*flags, **settings) submits to an sbatch that writes down what it was given; returns that."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$@" >"$0.arguments"\ncat >"$0.script"\necho "$SWEEP_LEFT" >"$0.left"\n'
+        '#!/bin/sh\nprintf "%s\\n" "$@" >"$0.arguments"\ncat >"$0.script"\necho "$SWEEP_LEFT" >"$0.left"\nenv >"$0.env"\n'
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "")
 
-    def submit(**settings):
-        done = sweep("--slurm", **settings)
+    def submit(*flags, **settings):
+        done = sweep("--slurm", *flags, **settings)
         assert done.returncode == 0, done.stderr
-        return [Path(f"{sbatch}.{name}").read_text() for name in ("arguments", "script", "left")]
+        return [Path(f"{sbatch}.{name}").read_text() for name in ("arguments", "script", "left", "env")]
 
     return submit
 
@@ -231,7 +231,7 @@ def job(left, number, program=None):
 
 def test_slurm_gets_an_array_of_the_runs_that_are_left(sweep, submitted, tmp_path, monkeypatch):
     sweep(RHOS="0.1")
-    arguments, script, left = submitted(RHOS="0.1 0.2 0.3", JOBS="5")
+    arguments, script, left, _ = submitted(RHOS="0.1 0.2 0.3", JOBS="5")
     assert {"--array=0-1%5", "--requeue", "--export=ALL", "--job-name=sweep_test"} <= set(arguments.split("\n"))
     environment = {"SWEEP_PYTHON": "echo", "SWEEP_LEFT": "$(touch it-ran) a"}
     called = subprocess.run(
@@ -240,12 +240,30 @@ def test_slurm_gets_an_array_of_the_runs_that_are_left(sweep, submitted, tmp_pat
     assert called.stdout == "-m experiment.sweep --slurm-job $(touch it-ran) a\n"
     assert not (tmp_path / "it-ran").exists()
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("FATES", '{"0.3": "fail"}')
     assert [job(left, number, sweep.program) for number in ("0", "1")] == [0, 1]
     assert [(value("--sam-rho", run["argv"]), run["OMP_NUM_THREADS"]) for run in begun(sweep.output)] == [
         ("0.1", "1"), ("0.2", "3"), ("0.3", "3"),
     ]  # fmt: skip
     assert [path.stem for path in sweep.output.glob(".sweep/*.failed")] == ["random-0.9-samv2-rho0.3-seed0"]
+
+
+def test_jobs_take_the_threads_that_are_set_and_none_from_the_machine_that_submits(submitted, sweep, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    left, inherited = submitted(RHOS="0.1 0.2")[2:]
+    assert "OMP_NUM_THREADS" not in inherited
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert job(left, "0", sweep.program) == 0
+    assert [run["OMP_NUM_THREADS"] for run in begun(sweep.output)] == ["2"]
+
+
+def test_a_directory_of_images_may_be_one_that_jobs_alone_have(sweep, submitted):
+    flags = ("--dataset", "folder", "--data-dir", "of-the-node", "--image-size", "32")
+    assert refused(sweep(*flags))
+    left = submitted(*flags)[2]
+    assert "of-the-node" in Path(left.strip()).read_text()
 
 
 def test_a_run_of_an_array_that_was_submitted_twice_is_finished(sweep, submitted, monkeypatch):
