@@ -134,11 +134,16 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:
     device = pick_device(args.device, args.no_cuda)
     use_deterministic_kernels(args.deterministic)
     trained = open_run(load_checkpoint(network_file(args.evaluate)), args, given, device)
+    test, workers = trained.dataset.test, args.workers
+    if not isinstance(test, ImageFiles):
+        if workers is not None:
+            raise UsageError("--workers has no effect with --evaluate on images in memory: leave it out")
+        workers = 0
+    elif workers is None:
+        workers = pick_workers(test, device)
     args = trained.args
     print(f"{args.evaluate} on {device_name(device)}, after epoch {trained.epochs}")
     print(trained.pruner.describe())
-    test = trained.dataset.test
-    workers = pick_workers(test, device) if isinstance(test, ImageFiles) else 0
     loader = EvalLoader(test, args.test_batch_size, trained.normalize, device, workers=workers)
     execution = resolve_execution(args.precision, "off", device)  # without gradients bf16 can be trusted everywhere
     loss, top1 = evaluate(trained.model, loader, execution)

@@ -76,7 +76,7 @@ def evaluated_flags(args: argparse.Namespace, given: set[str], saved: dict) -> a
     network = ("arch", "depth", "width", "stem")
     allowed = {
         "dataset", "data_dir", "image_size", "test_batch_size", "device", "no_cuda", "deterministic", "evaluate",
-        "precision", "recalibrate_bn",
+        "precision", "recalibrate_bn", "workers",
     }  # fmt: skip
     for name in sorted(given - allowed - set(network)):
         raise UsageError(f"{flag(name)} has no effect with --evaluate: leave it out")

@@ -305,7 +305,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
              "(%(default)s)")
     add("--workers", type=number(int, least=0), metavar="N",
         help="processes that make training batches on the host; 0: none (0 if the device can hold the images, else one per core, "
-             "at most 4; imagefolder: at most 16)")
+             "at most 4; imagefolder: at most 16, and also for --evaluate)")
     add("--nonfinite", choices=("stop", "skip"), default="stop",
         help="at a loss or gradient that is not finite, end the run or leave the step out; skip waits for the device "
              "once a step (%(default)s)")

@@ -149,7 +149,7 @@ def refuse_full_memory(images: AnyImages, batch_size: int, workers: int) -> None
 def _full_memory(workers: int) -> TrainingError:
     return TrainingError(
         f"shared memory ({SHARED_MEMORY}) has no room for the batches of {workers} worker processes: make room "
-        "there, or give fewer --workers (--workers 0: none), and go on by --resume auto"
+        "there, or give fewer --workers (--workers 0: none), and launch again; a training goes on by --resume auto"
     )
 
 

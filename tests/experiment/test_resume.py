@@ -300,6 +300,7 @@ def test_resume_names_the_checkpoint_of_a_run_directory(train, finished):
         ("--epochs 3", "--epochs has no effect with --evaluate"),
         ("--image-size 9", "--image-size has no effect with --dataset digits"),
         ("--data-dir nowhere", "--data-dir has no effect with --dataset digits"),
+        ("--workers 1", "--workers has no effect with --evaluate on images in memory"),
     ],
 )
 def test_evaluation_refuses_flags_that_its_checkpoint_fixes(train, trained, flags, words):

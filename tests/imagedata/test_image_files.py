@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from running import before_step, interrupt, same
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from imagedata.augment import Augmentation, Normalize
@@ -148,7 +149,17 @@ def test_the_first_of_several_pictures_in_a_file_is_taken(tmp_path):
     assert torch.equal(pixels, torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 16, 16, 3))
 
 
-def test_a_run_on_files_resumes_bit_for_bit_with_any_number_of_workers(photos, train):
+def noting_workers(begun, make=DataLoader.__init__):
+    """DataLoader.__init__, which also notes its number of workers."""
+
+    def noting(self, *args, num_workers=0, **kwargs):
+        begun.append(num_workers)
+        make(self, *args, num_workers=num_workers, **kwargs)
+
+    return noting
+
+
+def test_a_run_on_files_resumes_bit_for_bit_with_any_number_of_workers(photos, train, monkeypatch):
     flags = f"{RUN.format(photos)} --augment randaugment --random-erasing 0.5 --cutmix --mixup --val-split 2"
     whole = train(f"{flags} --workers 0", "whole", short=False)
     assert whole.code == 0, whole.err
@@ -159,8 +170,12 @@ def test_a_run_on_files_resumes_bit_for_bit_with_any_number_of_workers(photos, t
     assert resumed.code == 0, resumed.err
     same(whole.checkpoint()["state"], resumed.checkpoint()["state"])
     assert whole.json("args.json")["args"]["image_size"] == 16
-    again = train(f"--evaluate {whole.directory}/checkpoint.pt", None, short=False)
-    assert f"test top-1 {whole.json('result.json')['test_top1']:.2f}%" in again.out
+    for flags, workers in (("", None), ("--workers 0", 0), ("--workers 1", 1)):
+        begun = []
+        monkeypatch.setattr(DataLoader, "__init__", noting_workers(begun))
+        again = train(f"--evaluate {whole.directory}/checkpoint.pt {flags}", None, short=False)
+        assert f"test top-1 {whole.json('result.json')['test_top1']:.2f}%" in again.out
+        assert workers is None or sum(begun) == workers
 
 
 def test_files_without_a_directory_or_of_other_classes_are_refused(photos, tmp_path):
