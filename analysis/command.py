@@ -76,14 +76,16 @@ def make_writable(directory: Path) -> None:
             pass
 
 
-def make_room_for(file: Path) -> None:
+def make_room_for(file: Path, ending: str = ".json") -> None:
     """Make the directory of a file, and check that the file can be written, before anything expensive begins.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot, or would replace a file of another ending, such as a checkpoint.
     """
     if file.is_dir():
         raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")
+    if file.exists() and file.suffix not in ("", ending):
+        raise UsageError(f"'{file}' is there already, and not a file of this kind ({ending}): name another by --output")
     make_writable(file.parent)
 
 

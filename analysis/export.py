@@ -91,7 +91,7 @@ def run(args: Namespace) -> None:
     require_packages(REQUIREMENTS, *chosen.packages)
     trained = load(args.path, arch=args.arch)
     written = without_dead_channels(trained) if args.compact else trained
-    make_room_for(output)
+    make_room_for(output, f".{name}")
     sizes = {}
     checked = "load() of experiment/load.py reads it"
     if chosen.open is None:

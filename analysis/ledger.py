@@ -146,9 +146,10 @@ class Ledger:
         if entry["run"] not in self.entries and path.exists():  # another process was faster
             self.entries[entry["run"]] = read_entry(path)
             self.check(entry)
-        earlier = self.entries.get(entry["run"])
-        if earlier and ("sharpness" in earlier or "sharpness" not in entry):
-            return
+        if earlier := self.entries.get(entry["run"]):
+            entry = with_later_figures(earlier, entry)
+            if entry == earlier:
+                return
         with writing_to(self.folder, "--results"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text_atomically(path, entry_text(entry))
@@ -185,6 +186,14 @@ def same_figures(one: dict, other: dict) -> bool:
         for entry in (one, other)
     )
     return first == second
+
+
+def with_later_figures(earlier: dict, entry: dict) -> dict:
+    """Return the entry that is there of a run, with what was measured of it since."""
+    merged = earlier | {name: entry[name] for name in ("sharpness",) if name in entry and name not in earlier}
+    if "final" in entry:
+        merged["final"] = entry["final"] | earlier["final"]
+    return merged
 
 
 def at_epochs(curves: dict[str, list], wanted: Container[int]) -> dict[str, list]:

@@ -343,11 +343,15 @@ def check_ledger(study: Study) -> None:
 
 def set_by_study(plan: list[Run]) -> set[str]:
     """Return the names of the flags that tell its runs apart, say where a run goes, or bring others along."""
-    names = {"seed", "output_dir", "resume", "evaluate", "config"}
+    names = {"seed", "val_split", "output_dir", "resume", "evaluate", "config"}
     for task, cell, arm in {(run.task, run.cell, run.arm) for run in plan}:
         one = TASKS[task].arms[arm]
         tuned = f"{one.tuned} 0.1" if one.values or one.rho_of or one.rho else ""
         names |= parse(f"{TASKS[task].cells[cell]} {one.flags} {tuned}".split())[1]
+    of_tasks = [parse(TASKS[task].flags.split()) for task in dict.fromkeys(run.task for run in plan)]
+    for name in set().union(*(given for _, given in of_tasks)) - {"epochs"}:  # of which a trial may have its own
+        if len({str(getattr(args, name)) for args, _ in of_tasks}) > 1:
+            names.add(name)
     return names
 
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,23 +100,27 @@ def compare(directory: Path, args: argparse.Namespace) -> None:
     fast, other = (statistics.median(speeds[name]) for name in ("torchvision", "Pillow"))
     print(f"decoding alone, one core: {fast:,.0f} images/s by torchvision, {other:,.0f} by Pillow ({fast / other:.2f})")
     for workers in args.workers:
-        ours: list[float] = []
-        usual: list[float] = []
+        rates: dict[str, list[float]] = {"here": [], "the usual way": []}
         for turn in range(args.turns):
-            for batches, found in (
-                (pipeline(images, args, workers, turn), ours),
-                (usual_script(directory, args, workers), usual),
-            ):
-                next(batches)  # the start of the workers
-                began = time.perf_counter()
-                count = sum(len(next(batches)) for _ in range(args.batches))
-                found.append(count / (time.perf_counter() - began))
-                del batches
-        ratios = sorted(a / b for a, b in zip(ours, usual, strict=True))
+            ways = {
+                "here": partial(pipeline, images, args, workers, turn),
+                "the usual way": partial(usual_script, directory, args, workers),
+            }
+            for way, begin in list(ways.items())[:: -1 if turn % 2 else 1]:
+                rates[way].append(images_per_second(begin(), args.batches))
+        ratios = sorted(a / b for a, b in zip(*rates.values(), strict=True))
+        medians = ", ".join(f"{statistics.median(rate):,.0f} images/s {way}" for way, rate in rates.items())
         print(
-            f"{workers} workers: {statistics.median(ours):,.0f} images/s here, {statistics.median(usual):,.0f} the usual way, "
-            f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{workers} workers: {medians}, ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
+
+
+def images_per_second(batches: Iterator[torch.Tensor], number: int) -> float:
+    """Return how fast batches come. Whoever holds them no longer ends their workers."""
+    next(batches)  # the start of the workers
+    began = time.perf_counter()
+    count = sum(len(next(batches)) for _ in range(number))
+    return count / (time.perf_counter() - began)
 
 
 def share_of_loading(side: int, turns: int, batch_size: int = 128) -> float:

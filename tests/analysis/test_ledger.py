@@ -175,8 +175,6 @@ def test_adding_a_run_again_or_from_another_machine_changes_nothing(add, run, ch
     edit(run / "args.json", device="cuda:0")
     edit(run / "result.json", seconds=1.0)
     assert add(run)[0] == 0
-    edit(run / "result.json", test_top1_recalibrated_bn=12.5)  # by a later launch
-    assert add(run)[0] == 0
     assert entries(checkout) == before
 
 
@@ -208,6 +206,24 @@ def test_sharpness_that_is_measured_later_is_added(add, run, checkout):
     (run / "sharpness.json").write_text(json.dumps([*others, measured]))
     assert add(run)[0] == 0
     assert entry(checkout)["sharpness"] == {"train": 31.42}
+
+
+def test_what_is_measured_of_a_run_later_joins_what_is_there(add, run, checkout):
+    args = json.loads((run / "args.json").read_text())["args"]
+    measured = {"checkpoint": str(run / "checkpoint.pt"), "args": args, "epochs": 3, "recalibrated_bn": False}
+    measured |= {"settings": {"images": 500}, "train": {"living": {"eigenvalues": [{"value": 3.0}]}}}
+    add(run)
+    before = entry(checkout)
+    edit(run / "result.json", test_top1_recalibrated_bn=81.97, seconds=99.0)
+    add(run)
+    final = before["final"] | {"test_top1_recalibrated_bn": 81.97}
+    assert entry(checkout) == before | {"final": final}
+    result = json.loads((run / "result.json").read_text())
+    del result["test_top1_recalibrated_bn"]
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "sharpness.json").write_text(json.dumps([measured]))
+    assert add(run)[0] == 0
+    assert entry(checkout) == before | {"final": final, "sharpness": {"train": 3.0}}
 
 
 @pytest.mark.parametrize("other", ["elsewhere/run", "better"])

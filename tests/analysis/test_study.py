@@ -310,6 +310,8 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
         (["--sparsity=0.5"], {}, "--sparsity is set by the study"),
         (["--sam-rho", "0.1", "--only", "digits-noise/*-random-scaled-*"], {}, "--sam-rho is set by the study"),
         (["--weight-decay", "0", "--only", "digits-noise/*-sgd-decay-*"], {}, "--weight-decay is set by the study"),
+        (["--val-split", "50", "--only", NESTEROV], {}, "--val-split is set by the study"),
+        (["--label-noise", "0.1", "--only", NESTEROV, "methods/*-seed0"], {}, "--label-noise is set by the study"),
         (["--dry-run"], {"JOBS": "0"}, "JOBS takes one whole number above 0, not '0'"),
         (["--dry-run"], {"GPUS": "0,1"}, "GPUS takes whole numbers, such as '0 1', not '0,1'"),
     ],
