@@ -46,7 +46,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
 
     # data
     data = build.dataset(args, group)
-    about = build.describe_data(data, group)
+    about = build.describe_data(args, data, group)
     normalize = Normalize(about["mean"], about["deviation"], device)
     steps_per_epoch = build.augmentation(args, data).steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -91,7 +91,7 @@ def train(located: Located, interruption: Interruption, command: list[str]) -> d
     logger = Logger(
         directory,
         {"args": plain(args), "command": command, "device": device_name(device), "images": about["fingerprint"]}
-        | {"processes": group.world},
+        | {name: about[name] for name in ("processes", "layer_sparsity")},
         state.rows,
         state.global_step,
         loss_label="loss at w+e" if OPTIMIZERS[args.optmzr].sam else "loss",

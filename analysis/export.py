@@ -28,7 +28,7 @@ from analysis.text_table import text_table
 from experiment.build import network_name
 from experiment.checks import complete_flags
 from experiment.load import Trained, load, network_file
-from imagedata.sources import is_at_hand, load_dataset
+from imagedata.sources import DATASETS, is_at_hand, load_dataset
 from prune.compact import compact
 from training.exported import REQUIREMENTS, exported_bytes
 from utils.errors import TrainingError, UsageError
@@ -217,6 +217,10 @@ def images_to_compare(trained: Trained, data_dir: Path | None) -> tuple[Tensor, 
         UsageError: they are not in a data_dir that was given, or nothing tells how large they are.
     """
     args, shape = trained.args, trained.data.get("image_shape")
+    if data_dir and not DATASETS[args["dataset"]].takes_directory:
+        raise UsageError(
+            f"--data-dir has no effect on a network of {args['dataset']}, which has no directory: leave it out"
+        )
     place = data_dir or (Path(args["data_dir"]) if args["data_dir"] else None)
     data = None
     if is_at_hand(args["dataset"], place):

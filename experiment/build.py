@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import models
 import training.optim
-from experiment.checks import evaluated_flags
+from experiment.checks import complete_flags, evaluated_flags
 from experiment.flags import flag, flag_errors, load_layer_sparsity
 from experiment.load import network_file
 from imagedata.augment import Augmentation, Normalize
@@ -120,14 +120,15 @@ def training_part(args: Namespace, data: Dataset) -> Dataset:
     return data
 
 
-def describe_data(data: Dataset, group: ProcessGroup) -> dict:
-    """Return what a checkpoint tells of its data.
+def describe_data(args: Namespace, data: Dataset, group: ProcessGroup) -> dict:
+    """Return what a checkpoint tells of what its run was given beside flags.
 
-    That is classes, fingerprint, shape of an image, mean and deviation by channel, and processes.
+    That is classes, fingerprint, shape of an image, mean and deviation by channel, processes, and what --sparsity-config says.
     """
     statistics = channel_statistics(data.train)
     about = {"classes": data.classes, "fingerprint": fingerprint(data), "image_shape": list(data.image_shape)}
-    return about | {**statistics, "processes": group.world}
+    layers = load_layer_sparsity(args.sparsity_config) if args.sparsity_config else None
+    return about | {**statistics, "processes": group.world, "layer_sparsity": layers}
 
 
 def augmentation(args: Namespace, data: Dataset) -> Augmentation:
@@ -354,11 +355,14 @@ def restore(state: TrainState, checkpoint: dict, args: Namespace, data: Dataset,
         about: see describe_data.
 
     Raises:
-        UsageError: it is of other images, of another number of processes where that counts, or does not fit.
+        UsageError: it is of other images or sparsities of layers, of another number of processes where that counts, or does not
+            fit.
     """
     check_fits(checkpoint["data"], data)
     if checkpoint["data"]["fingerprint"] != about["fingerprint"]:
         raise UsageError("the images are not those that the run began with: give it its own --data-dir")
+    if checkpoint["data"].get("layer_sparsity", about["layer_sparsity"]) != about["layer_sparsity"]:
+        raise UsageError(f"'{args.sparsity_config}' has other sparsities than when the run began: restore them")
     processes = checkpoint["data"].get("processes", about["processes"])
     if args.sam_local and processes != about["processes"]:
         raise UsageError(
@@ -396,6 +400,11 @@ def load_weights(model: nn.Module, args: Namespace, data: Dataset) -> None:
         model.load_state_dict(foreign.fitting(model, weights, args.pretrained))
     else:
         check_fits(checkpoint["data"], data)
+        stem = complete_flags(checkpoint["args"])["stem"]
+        if args.arch == "resnet" and stem != args.stem:
+            raise UsageError(
+                f"the checkpoint's --stem is {stem}, and that of this network {args.stem}: give --stem {stem}"
+            )
         load_network(model, masks, checkpoint)
     sparsity = masks.sparsity()
     if args.keep_masks and not sparsity:

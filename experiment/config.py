@@ -2,11 +2,11 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from experiment.checks import complete_flags, refuse_to_run_code, without_effect
-from experiment.flags import flag, parse, resolve
+from experiment.flags import flag, load_layer_sparsity, parse, resolve
 from utils.errors import UsageError
 
 ARGS = "args.json"
@@ -16,14 +16,17 @@ NOT_REPLAYED = {"config", "output_dir", "remark", "resume", "evaluate", "device"
 BELONG_TO = {"dataset": ("data_dir", "image_size", "stem"), "arch": ("depth", "stem")}
 
 
-def parse_and_replay(argv: list[str] | None = None) -> tuple[Namespace, set[str]]:
+def parse_and_replay(
+    argv: list[str] | None = None, without: Collection[str] = frozenset()
+) -> tuple[Namespace, set[str]]:
     """Return the flags, those of --config included, and the names of those that were given or are replayed.
 
     A flag of the file that has its default is left to its default, which may depend on flags given beside it. A flag of
-    the file that these leave without effect is left out.
+    the file that these leave without effect is left out, and so is one that is named by `without`.
 
     Raises:
-        UsageError: a flag that does not exist or a value that it cannot have, here or in the file.
+        UsageError: a flag that does not exist or a value that it cannot have, here or in the file; or the file of
+            --sparsity-config has changed since.
     """
     args, given = parse(argv)
     off = {name for name in given if getattr(args, name) is False}
@@ -37,11 +40,13 @@ def parse_and_replay(argv: list[str] | None = None) -> tuple[Namespace, set[str]
     refuse_to_run_code(given, told)
     changed = {name for name in given if getattr(args, name) != told[name]}
     belonging = {other for name in changed for other in BELONG_TO.get(name, ())}
-    recipe = {name: told[name] for name in _not_default(told) - given - belonging}
+    recipe = {name: told[name] for name in _not_default(told).difference(given, belonging, without)}
     while True:
         replayed = Namespace(**vars(args) | recipe)
         useless = recipe.keys() & without_effect(replayed).keys()
         if not useless:
+            if "sparsity_config" in recipe:
+                refuse_other_sparsities(args.config, recipe["sparsity_config"])
             return replayed, (given - off) | recipe.keys()
         recipe = {name: value for name, value in recipe.items() if name not in useless}
 
@@ -78,6 +83,16 @@ def read_recipe(path: Path) -> dict:
         return vars(parse(as_argv(replayed))[0])
     except UsageError as error:
         raise UsageError(f"'{path}': {error}") from error
+
+
+def refuse_other_sparsities(path: Path, file: Path) -> None:
+    """Raise UsageError where the file of --sparsity-config has other sparsities than when the run of `path` began."""
+    told = json.loads((path / ARGS if path.is_dir() else path).read_text()).get("layer_sparsity")
+    if told is not None and told != load_layer_sparsity(file):
+        raise UsageError(
+            f"'{file}' has other sparsities than when the run of '{path}' began: restore them, or give --sparsity-config "
+            "beside --config to take the new ones"
+        )
 
 
 def _not_default(told: Mapping) -> set[str]:

@@ -185,7 +185,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--dataset", choices=DATASETS, default="cifar10", help="digits needs no download (%(default)s)")
     add("--data-dir", type=Path, metavar="DIR",
         help="where torchvision's data is kept (data), or the folder with train/<class>/* and test/<class>/*")
-    add("--image-size", type=number(int, above=0), metavar="PIXELS",
+    add("--image-size", type=number(int, above=0, most=65_535), metavar="PIXELS",
         help="side that images of a folder are resized to (their own; 224 for imagefolder)")
     add("--val-split", type=number(int, least=0), default=0, metavar="N",
         help="hold out N training images and choose best.pt on them (%(default)s)")
@@ -304,8 +304,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="torch.compile; auto turns it on where the run is long enough to repay it, never with --deterministic "
              "(%(default)s)")
     add("--workers", type=number(int, least=0), metavar="N",
-        help="processes that make training batches on the host; 0: none (0 if the device can hold the images, else one per core, "
-             "at most 4; imagefolder: at most 16, and also for --evaluate)")
+        help="processes that make training batches on the host; 0: none (0 if the device can hold the images and no policy or "
+             "erasing takes each by itself, else one per core, at most 4; imagefolder: at most 16, and also for --evaluate)")
     add("--nonfinite", choices=("stop", "skip"), default="stop",
         help="at a loss or gradient that is not finite, end the run or leave the step out; skip waits for the device "
              "once a step (%(default)s)")
@@ -494,8 +494,15 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
     """
     import yaml  # here: whoever gives no such file needs no YAML
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            mapping = super().construct_mapping(node, deep)
+            if len(mapping) < len(node.value):  # of equal names YAML takes the last
+                raise UsageError(f"'{path}' names a layer twice: leave one of them out")
+            return mapping
+
     try:
-        content = yaml.safe_load(path.read_text())
+        content = Loader(path.read_text()).get_single_data()
         ratios = content["prune_ratios"]
         sparsities = {str(name).removesuffix(".weight"): float(value) for name, value in ratios.items()}
     except OSError as error:

@@ -248,17 +248,6 @@ def absolute_paths(arguments: list[str], directory: str) -> Iterator[str]:
         yield f"{flag}={absolute(flag, value)}" if joined else absolute(before, argument)
 
 
-def back_to_default(names: set[str]) -> str:
-    """Return the flag that sets one of these to its default, a switch if there is one: it may leave others without effect."""
-    from experiment.flags import flag, parse
-
-    default = vars(parse([])[0])
-    name = min(names, key=lambda name: (default[name] is not False, name))
-    if default[name] in (None, []):
-        refuse(f"--config has {flag(name)}, which only some arms of the sweep set: take it out of a copy of the file")
-    return flag(f"no_{name}") if default[name] is False else f"{flag(name)}={default[name]}"
-
-
 def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str], trained_here: bool = True) -> Flags:
     """Refuse what a run would refuse before it looks at data, so that none is started in vain.
 
@@ -269,11 +258,12 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str], tra
         trained_here: whether this machine needs the data; others may have a directory that it has not.
 
     Returns:
-        The runs. Where --config would bring a run a flag that other arms set and its own does not, it gets the default.
+        The runs. Flags of --config take its place, so that all runs have the same whatever becomes of the file; one that other
+        arms set, and its own does not, is left out.
     """
     from experiment.build import check_on_meta  # here: these import torch
     from experiment.checks import check
-    from experiment.config import parse_and_replay
+    from experiment.config import as_argv, parse_and_replay
     from experiment.flags import SAM_FLAGS, flag, parse, resolve
     from imagedata.sources import DATASETS
     from training.checkpoint import CheckpointSchedule
@@ -287,11 +277,12 @@ def check_flags(runs: Flags, of_grid: Iterable[list[str]], extra: list[str], tra
         for name in sorted(taken & parse(extra)[1]):
             refuse(f"{flag(name)} is set by the sweep: leave it out; --help lists what can be set, in the environment")
         for run, flags in runs.items():
-            args, given = parse_and_replay(flags)
-            while brought := (given - parse(flags)[1]) & taken:  # by --config
-                flags = [*flags, back_to_default(brought)]
-                args, given = parse_and_replay(flags)
+            args, given = parse_and_replay(flags, without=taken)
             complete[run] = flags
+            if args.config:
+                complete[run] = as_argv(
+                    {name: value for name, value in vars(args).items() if name in given - {"config"}}
+                )
             check(args, given)
             CheckpointSchedule(args.checkpoint_every)
             own_files = args.data_dir and DATASETS[args.dataset].own_files

@@ -23,7 +23,7 @@ class Arm:
         title: as tables and pictures show it.
         flags: of main_prune_train.py, without the one that is tuned.
         values: of the tuned flag, to choose from; () where nothing is tuned.
-        rho_of: the arm whose chosen rho it takes, scaled so that a living weight moves as far as in the task's first cell.
+        rho_of: the arm whose chosen rho it takes, scaled so that a living weight moves about as far as in the task's first cell.
         rho: of the first cell where none is chosen, scaled in the others likewise.
         length: of the training, as a multiple of the task's.
         tuned: the flag that is tuned.
@@ -89,7 +89,10 @@ class Task:
         return flags["prune-method"], float(flags.get("sparsity", 0))
 
     def scale(self, cell: str) -> float:
-        """Return the factor of rho by which a perturbation spread evenly moves each living weight as far as in the first cell."""
+        """Return the factor of rho by which a perturbation spread evenly moves each living weight about as far as in the first cell.
+
+        Biases and batch norm, which are perturbed as well, are not counted: at 98% they would make some 10%.
+        """
         return math.sqrt((1 - self.masks(cell)[1]) / (1 - self.masks(self.first)[1]))
 
     def has(self, cell: str, arm: str) -> bool:

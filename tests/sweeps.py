@@ -18,7 +18,8 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 def value(flag):
-    return sys.argv[sys.argv.index(flag) + 1]
+    joined = [word.partition("=")[2] for word in sys.argv if word.startswith(flag + "=")]
+    return joined[0] if joined else sys.argv[sys.argv.index(flag) + 1]
 
 directory = Path(value("--output-dir"))
 directory.mkdir(exist_ok=True)

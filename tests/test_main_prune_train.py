@@ -307,6 +307,8 @@ def test_oneshot_prunes_the_weights_that_were_trained(train, plain):
             torch.testing.assert_close(after[name], torch.where(w.abs() >= threshold, w, 0), rtol=1e-4, atol=1e-6)
     other = train(f"--depth 14 --epochs 1 {weights}", "other")
     assert "its --depth is 8, not 14" in other.err
+    stem = train(f"--stem imagenet --epochs 1 {weights}", "other")
+    assert "the checkpoint's --stem is cifar, and that of this network imagenet: give --stem cifar" in stem.err
 
 
 def test_the_sparsity_of_each_layer_comes_from_a_file(train, tmp_path):
@@ -324,6 +326,8 @@ def test_the_sparsity_of_each_layer_comes_from_a_file(train, tmp_path):
     assert "the nearest name is 'stage" in bad.err
     (tmp_path / "layers.yaml").write_text("prune_ratios: {stage3.0.conv1: 0.75, stage3.0.conv1.weight: 0.5}")
     assert "names a layer both" in train("--epochs 1 --prune-method random --sparsity-config layers.yaml", "bad").err
+    (tmp_path / "layers.yaml").write_text("prune_ratios:\n  stage3.0.conv1: 0.75\n  stage3.0.conv1: 0.5\n")
+    assert "names a layer twice" in train("--epochs 1 --prune-method random --sparsity-config layers.yaml", "bad").err
 
 
 def test_a_result_tells_the_size_without_dead_channels(train, trained):

@@ -254,6 +254,12 @@ def test_what_cannot_be_exported_is_refused_with_a_sentence(trained_runs, comman
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_directory_of_images_is_refused_for_a_data_set_that_has_none(trained, command, tmp_path):
+    code, _, err, _ = command(trained.directory, f"--format pt2 --data-dir {tmp_path}")
+    assert code == 2
+    assert err == "error: --data-dir has no effect on a network of digits, which has no directory: leave it out\n"
+
+
 def test_a_network_is_not_written_over_itself(trained_runs, command, tmp_path):
     shutil.copy(trained_runs.checkpoint(0), tmp_path / "network")
     code, _, err, _ = command(tmp_path / "network", "--format pt2")

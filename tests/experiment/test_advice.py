@@ -136,8 +136,23 @@ def test_a_run_with_a_sparsity_file_resumes_from_any_directory(train, tmp_path, 
     run = train(flags)
     (run.directory / "result.json").unlink()
     monkeypatch.chdir(tmp_path.parent)
-    assert main(["--resume", str(run.directory / "checkpoint.pt")]) == 0, capsys.readouterr().err
+    resume = ["--resume", str(run.directory / "checkpoint.pt")]
+    assert main(resume) == 0, capsys.readouterr().err
     assert "test accuracy" in capsys.readouterr().out
+    (tmp_path / "layers.yaml").write_text("# as it was\nprune_ratios: {classifier.weight: 0.50}")
+    assert main([*resume, "--epochs", "2"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    (tmp_path / "layers.yaml").write_text("prune_ratios: {classifier: 0.9}")
+    (run.directory / "result.json").unlink()
+    for flags in (resume, ["--config", str(run.directory), "--output-dir", str(tmp_path / "again")]):
+        assert main(flags) == 2
+        told = capsys.readouterr().err
+        assert "layers.yaml' has other sparsities than when the run" in told
+        assert told.count("\n") == 1
+    assert not (tmp_path / "again").exists()
+    (tmp_path / "layers.yaml").rename(tmp_path / "moved.yaml")
+    assert main([*resume, "--sparsity-config", str(tmp_path / "moved.yaml")]) == 2
+    assert "its files have to be where they were: put them back" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_not_utf_8_is_refused(train):

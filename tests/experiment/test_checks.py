@@ -48,6 +48,7 @@ import pytest
         ("--sam-rho 0.1", "--sam-rho has no effect with --optmzr sgd"),
         ("--optmzr adam --momentum 0.8", "--momentum has no effect with --optmzr adam"),
         ("--optmzr adamw-sam --nesterov", "--nesterov has no effect with --optmzr adamw-sam"),
+        ("--dataset folder --image-size 3000000000", "at most 65535"),
         ("--nesterov --momentum 0", "--nesterov needs a --momentum above 0"),
         ("--alpha 0.2", "--alpha has no effect without --mixup"),
         ("--dataset cifar10 --depth 21", "depth 6n+2"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sweeps import GRID, ROOT, SCRIPTS, begun, refused, value
 
+from experiment.flags import parse
 from experiment.sweep import main, slurm_job
 
 # running
@@ -96,6 +97,19 @@ def test_other_flags_for_a_run_that_was_begun_are_refused(sweep):
     (sweep.output / "random-0.9-samv2-rho0.1-seed0" / "begun.json").unlink()
     (sweep.output / "random-0.9-samv2-rho0.1-seed0").rmdir()
     assert sweep("--lr", "0.2", RHOS="0.1").returncode == 0  # it left nothing
+
+
+def test_a_file_of_flags_that_changed_between_launches_is_refused(sweep, tmp_path):
+    file, flags = tmp_path / "args.json", {"dataset": "digits", "lr": 0.2}
+    file.write_text(json.dumps({"args": flags}))
+    assert sweep("--config", "args.json", RHOS="0.1").returncode == 0
+    (run,) = begun(sweep.output)
+    assert parse(run["argv"])[0].lr == 0.2  # whatever becomes of the file
+    file.write_text(json.dumps({"args": flags | {"lr": 0.02}}))
+    other = sweep("--config", "args.json", RHOS="0.1", SEEDS="0 1")
+    assert refused(other)
+    assert "begun with other flags: give another OUTPUT_DIR" in other.stderr
+    assert len(begun(sweep.output)) == 1
 
 
 @pytest.mark.parametrize("end", ["", "\x1f"])
