@@ -98,19 +98,23 @@ class SAM(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> "SAM":
         """Perturb in the model's training forward passes; have others and `state_dict()` see w. Return self.
 
-        Call it after `fully_shard`, and with the compiled module where there is one. Several models may be attached.
+        Call it after `fully_shard`, and with the compiled module where there is one. Several models may be attached. A
+        SAM of the same parameters that was attached before is detached; call `detach()` before another optimizer trains them.
 
         Raises:
             ValueError: two-step SAM.
         """
         self._refuse_two_steps()
+        hooks: list[Any] = [hook for part in model.modules() for hook in part._state_dict_pre_hooks.values()]
+        for other in {hook.function.__self__ for hook in hooks if type(hook).__name__ == "_Hook" and hook.function}:
+            if other._shared is not self._shared and not {*other._parameters()}.isdisjoint(self._parameters()):
+                other.detach()
         handles = self._shared.handles
         # Before other hooks: those of fully_shard gather the weights.
         handles.append(model.register_forward_pre_hook(_Hook(self._before_forward), prepend=True))
         for module in model.modules():  # parts are saved and loaded on their own too
-            handles.append(module.register_state_dict_pre_hook(_Hook(lambda module: self._leave())))
-            # A load ends the step, whose end would bring back what was there before.
-            handles.append(module.register_load_state_dict_pre_hook(_Hook(lambda module: self.restore())))
+            handles.append(module.register_state_dict_pre_hook(_Hook(self._before_saving)))
+            handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_loading)))
             if hasattr(module, "reshard") and hasattr(module, "unshard"):
                 self._shared.sharded.append(module)
         return self
@@ -124,7 +128,10 @@ class SAM(torch.optim.Optimizer):
         self._shared.sharded.clear()
 
     def train(self) -> None:
-        """Perturb now and after each `step()` until `eval()`: for loops without a module to attach to."""
+        """Perturb now and after each `step()` until `eval()`: for loops without a module to attach to.
+
+        Weights are saved, evaluated and loaded after `eval()`.
+        """
         self._shared.training = True
         if not self._shared.handles:
             self._enter()
@@ -177,6 +184,8 @@ class SAM(torch.optim.Optimizer):
             )
         if zero_grad:
             self.zero_grad()  # before the perturbation is made, so that it takes no memory beside the gradients
+        if not self._has_gradients():
+            self._shared.zeroed = True  # by the model's zero_grad()
         self._perturb()
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -260,7 +269,8 @@ class SAM(torch.optim.Optimizer):
         e_norm, g_norm = (_norm(lots, list(flats)) for flats in zip(*pairs, strict=True))
         dot = torch.zeros_like(e_norm)
         for lot, (e, g) in zip(lots, pairs, strict=True):
-            dot += _sum_over_shards((e.conj() * g).sum().real.to(dot), lot.sharding)
+            dtype = torch.promote_types(e.dtype, torch.float32)
+            dot += _sum_over_shards((e.to(dtype).conj() * g).sum().real.to(dot), lot.sharding)
         return e_norm, dot / (e_norm * g_norm).clamp_min(torch.finfo(torch.float32).tiny)
 
     # Groups and state
@@ -320,7 +330,7 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what `state_dict` returned; a plain base optimizer's state_dict loads too, with nothing remembered.
 
-        A perturbation that is in place is dropped, not undone: load the model's weights as well.
+        A perturbation that is in place is dropped, not undone: load the model's weights, too, and before.
 
         Raises:
             ValueError: other parameters, or the state_dict of a SAM that leaves the base optimizer's out.
@@ -353,7 +363,10 @@ class SAM(torch.optim.Optimizer):
             shared.phase, shared.moved = ASIDE, self._lots()
         self._show_kept()
         if generators and generators[0] is not None:
-            self._generator(next(self._parameters()).device).set_state(generators[0].cpu())
+            try:
+                self._generator(next(self._parameters()).device).set_state(generators[0].cpu())
+            except RuntimeError:  # a CPU's state is not a GPU's
+                warnings.warn("random directions begin anew: they were drawn on another kind of device", stacklevel=2)
 
     def __setstate__(self, state: dict) -> None:
         """Let the base optimizer take over a loaded state, in the list and dict that wrappers and it share."""
@@ -389,6 +402,10 @@ class SAM(torch.optim.Optimizer):
         shared.moved = list(compress(lots, moves))
         if shared.moved:
             counted = moves if self.norm_over == "perturbed" else [True] * len(lots)
+            if self.norm_over == "perturbed":  # a tensor may be 0, and is not looked at here
+                for place, lot in enumerate(lots):
+                    if isinstance(lot.group["rho"], Tensor):
+                        weighted[place] = weighted[place] * (lot.group["rho"] != 0).to(lot.buffer.device)
             norm = _norm(list(compress(lots, counted)), list(compress(weighted, counted)))
             for lot, d in zip(shared.moved, compress(directions, moves), strict=True):
                 rho = lot.group["rho"]
@@ -403,11 +420,13 @@ class SAM(torch.optim.Optimizer):
                 torch._foreach_add_(lot.params, lot.views_of(e))
             self._weights_moved()
         shared.phase, shared.remembers = (PERTURBED if shared.moved else OPEN), False
+        shared.versions = self._versions()
 
     def _bring_back(self) -> None:
         """Copy w from the buffers, if they hold it."""
         shared = self._shared
         if shared.phase == PERTURBED:
+            self._refuse_changed_weights()
             for lot in shared.moved:
                 torch._foreach_copy_(lot.params, lot.views)
             self._weights_moved()
@@ -429,19 +448,34 @@ class SAM(torch.optim.Optimizer):
                 torch._foreach_copy_(lot.views, lot.params)
                 torch._foreach_add_(lot.params, lot.views_of(e))
             self._weights_moved()
-            shared.phase = PERTURBED
+            shared.phase, shared.versions = PERTURBED, self._versions()
 
     @torch.no_grad()
     def _leave(self) -> None:
         """Bring w back and keep e in the buffers."""
         shared = self._shared
         if shared.phase == PERTURBED:
+            self._refuse_changed_weights()
             for lot in shared.moved:
                 e = lot.gather(lot.params) - lot.buffer
                 torch._foreach_copy_(lot.params, lot.views)
                 lot.buffer.copy_(e)
             self._weights_moved()
             shared.phase = ASIDE
+
+    def _versions(self) -> list[int]:
+        """Return how often each weight that is perturbed was written to."""
+        return [p._version for lot in self._shared.moved for p in lot.params]
+
+    def _refuse_changed_weights(self) -> None:
+        """Let go of weights that someone else wrote to while they were perturbed: w would replace what was written."""
+        shared = self._shared
+        if shared.versions != self._versions():
+            shared.phase, shared.moved = CLOSED, []
+            raise RuntimeError(
+                "weights were changed while SAM had them perturbed, and stay as they are: call detach() before another "
+                "optimizer trains them, eval() or restore() before they are loaded or changed"
+            )
 
     def _weights_moved(self) -> None:
         """Drop the copies that others have made of the weights."""
@@ -454,6 +488,12 @@ class SAM(torch.optim.Optimizer):
             self._enter()
         else:
             self._leave()
+
+    def _before_saving(self, module: nn.Module) -> None:
+        self._leave()
+
+    def _before_loading(self, module: nn.Module) -> None:
+        self.restore()  # the end of the step would bring back what was there before
 
     # What is remembered
 
@@ -583,6 +623,7 @@ class _Shared:
         self.lots: list[_Lot] = []
         self.signature: list = []  # what the lots were made for
         self.moved: list[_Lot] = []  # those that are perturbed
+        self.versions: list[int] = []  # of their weights, since they are
         self.kept: dict[Tensor, dict[str, Tensor]] = {}  # by parameter, as in `state`
         self.shown = True  # `state` has all that is kept
         self.zeroed = True  # gradients, where there are any, are not those of a step that was taken
@@ -653,9 +694,9 @@ class _Lot:
 
 
 class _Hook:
-    """A hook on a module. A copy or a pickle of the module has one that does nothing."""
+    """A hook on a module, a method of a SAM. A copy or a pickle of the module has one that does nothing."""
 
-    def __init__(self, function: Callable | None = None):
+    def __init__(self, function: Any = None):
         self.function = function
 
     @torch._disable_dynamo

@@ -73,6 +73,6 @@ def build_model(
 def _without_counters(model: nn.Module) -> nn.Module:
     """Return the model without batch norm's counters: of no use at a fixed momentum, and a kernel a layer in each step."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
             module.num_batches_tracked = None
     return model

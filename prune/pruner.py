@@ -329,10 +329,11 @@ class Pruner:
 
     @contextmanager
     def _unperturbed(self) -> Iterator[None]:
-        """Bring back the weights that `optimizer.train()` holds at w + e: scores are of w, and so is what masks zero."""
+        """Bring back the weights that a SAM holds at w + e: scores are of w, and so is what masks zero."""
         holding = [optimizer for optimizer in self.optimizers if getattr(optimizer, "training", False)]
-        for optimizer in holding:
-            optimizer.eval()  # type: ignore[attr-defined]
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "perturbed"):  # of `sam.SAM`: also in the middle of a step
+                optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:

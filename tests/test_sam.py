@@ -280,6 +280,18 @@ def test_stats_count_what_is_perturbed_and_has_no_gradient_now():
     assert cosine.item() == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stats_of_small_gradients_in_half_precision_do_not_underflow(dtype):
+    p = nn.Parameter(torch.zeros(2, dtype=dtype))
+    optimizer = SAM([p], torch.optim.SGD, lr=0.0, rho=2**-10)
+    optimizer.first_step()
+    p.grad = torch.tensor([3.0, 4.0], dtype=dtype) * 2**-14
+    optimizer.second_step()
+    optimizer.first_step()
+    p.grad = torch.tensor([4.0, 3.0], dtype=dtype) * 2**-14
+    assert optimizer.perturbation_stats()[1].item() == pytest.approx(24 / 25, abs=0.01)
+
+
 def test_a_tiny_gradient_is_divided_by_its_norm_plus_1e_12():
     p = nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
     optimizer = SAM([p], torch.optim.SGD, lr=0.0, rho=1.0)

@@ -192,6 +192,60 @@ def test_detach_undoes_attach():
         attached.step()
 
 
+@pytest.mark.parametrize("part", ["whole", "part"])
+def test_a_sam_that_is_attached_again_takes_the_place_of_the_first(part):
+    """As where a notebook's cell is run twice."""
+    model, attached, other, by_hand = pair()
+    first, *rest = batches(4)
+    usual_step(model, attached, first)
+    documented_step(other, by_hand, first)
+    loss_of(model, rest[0])  # which perturbs, and no step follows
+    again = SAM(model.parameters(), torch.optim.SGD, **OPTIONS).attach(model if part == "whole" else model[0])
+    fresh = SAM(other.parameters(), torch.optim.SGD, **OPTIONS)
+    if part == "part":
+        again.attach(model)
+    for batch in rest:
+        usual_step(model, again, batch)
+        documented_step(other, fresh, batch)
+    assert_same(list(model.state_dict().values()), weights(other))
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, first), loss_of(other, first), rtol=0, atol=0)
+
+
+def test_two_optimizers_of_different_parameters_may_be_attached_to_one_model():
+    model, other = network(), network()
+    parts = [list(module.parameters()) for module in (model[0], model[-1])]
+    both = [SAM(params, torch.optim.SGD, **OPTIONS).attach(model) for params in parts]
+    others = [SAM(module.parameters(), torch.optim.SGD, **OPTIONS) for module in (other[0], other[-1])]
+    for batch in batches(3):
+        for optimizer in both:
+            optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        for optimizer in others:
+            optimizer.first_step(zero_grad=True)
+        loss_of(other, batch).backward()
+        for optimizer in (*both, *others):
+            optimizer.step()
+    assert_same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("look", ["evaluation", "state_dict", "detach"])
+def test_weights_that_another_optimizer_changed_are_kept_and_the_user_is_told(look):
+    model, attached, *_ = pair()
+    first, second = batches(2)
+    usual_step(model, attached, first)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, second).backward()
+    plain.step()
+    trained = weights(model)
+    looks = {"evaluation": lambda: model.eval()(second[0]), "state_dict": model.state_dict, "detach": attached.detach}
+    with pytest.raises(RuntimeError, match=r"weights were changed while SAM had them perturbed.*detach\(\)"):
+        looks[look]()
+    assert_same(weights(model), trained)
+    looks[look]()
+    assert_same(weights(model), trained)
+
+
 def test_a_copy_of_an_attached_model_is_a_model_of_its_own():
     model, attached, *_ = pair()
     usual_step(model, attached, batches(1)[0])
@@ -292,6 +346,7 @@ def test_lazy_layers_are_attached_before_they_know_their_shape():
 
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_a_compiled_model_trains_like_an_eager_one(compile_first):
+    torch.compiler.reset()  # it takes a like network without hooks for this one
     model, _, other, by_hand = pair()
     optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
     compiled = torch.compile(model, backend="eager") if compile_first else None

@@ -142,10 +142,11 @@ def test_a_rho_in_a_tensor_gives_the_bits_of_a_number():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)])
 @pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0), ("none", 3.0)])
-def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length):
+def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length, zero):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    groups = [{"params": [b], "rho": 0.0}, {"params": [a]}]
+    groups = [{"params": [b], "rho": zero}, {"params": [a]}]
     optimizer = SAM(groups, torch.optim.SGD, lr=0.0, rho=1.0, norm_over=norm_over)
     optimizer.first_step(zero_grad=True)
     (3 * a + 4 * b).sum().backward()

@@ -46,6 +46,55 @@ def test_a_wrapper_that_copies_attributes_and_the_optimizer_in_it_are_one(v2):
     assert inner.state is inner.base_optimizer.state
 
 
+def test_weights_that_are_loaded_between_train_and_eval_are_not_replaced_by_those_before():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
+    first, second = batches(2)
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.train()
+    for batch in (first, second):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    model.load_state_dict(best)
+    loss_of(model, first).backward()
+    with pytest.raises(RuntimeError, match=r"eval\(\) or restore\(\) before they are loaded"):
+        optimizer.step()
+    assert_same(weights(model), list(best.values()))
+    optimizer.eval()
+    assert_same(weights(model), list(best.values()))
+
+
+def test_a_closure_adds_to_the_gradients_of_a_step_that_the_model_zeroed():
+    model, other = network(), network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
+    by_hand = SAM(other.parameters(), torch.optim.SGD, **OPTIONS)
+    halves = batches(6)
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        model.zero_grad()
+        optimizer.first_step()
+        loss_of(model, first).backward()
+        optimizer.step(lambda batch=second: loss_of(model, batch).backward())
+        by_hand.zero_grad()
+        by_hand.first_step()
+        for half in (first, second):
+            loss_of(other, half).backward()
+        by_hand.second_step()
+        assert_same(weights(model), weights(other))
+
+
+def test_a_state_of_random_directions_from_another_kind_of_device_is_drawn_anew_and_says_so():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, direction="random", **OPTIONS)
+    documented_step(model, optimizer, batches(1)[0])
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["sam_generator"] = torch.zeros(16, dtype=torch.uint8)  # as CUDA has it
+    with pytest.warns(UserWarning, match="drawn on another kind of device"):
+        optimizer.load_state_dict(saved)
+    documented_step(model, optimizer, batches(1)[0])
+
+
 @BOTH
 def test_a_closure_that_computes_nothing_is_refused(v2):
     model = network()

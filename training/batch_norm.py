@@ -39,7 +39,7 @@ def recalibrated(
     """Return a copy of a model, in evaluation mode, whose statistics are estimated anew from these batches.
 
     They are the mean of the batches' own, weighted by size: mean and unbiased variance within each batch, as training
-    estimates them (Izmailov et al. 2018, section 3.2). This shows what accuracy is lost to statistics that lag behind
+    estimates them (Izmailov et al. 2018, section 3.2). A layer that is used several times has the mean of all. This shows what accuracy is lost to statistics that lag behind
     the weights, or that one-step SAM takes at perturbed weights. The model itself is left alone.
 
     Args:
@@ -55,14 +55,20 @@ def recalibrated(
     anew = copied(model).eval()  # without dropout, as the statistics will be used
     synchronise(anew, False)
     layers, seen = batch_norm_layers(anew), 0
-    for layer in layers:
-        layer.train()
+    by_layer = dict.fromkeys(layers, 0)
+
+    def weigh(layer: nn.modules.batchnorm._BatchNorm, args: tuple, kwargs: dict) -> None:
+        size = len(args[0] if args else kwargs["input"])
+        by_layer[layer] += size
+        layer.momentum = size / by_layer[layer]  # what comes first replaces what was there
+
+    handles = [layer.train().register_forward_pre_hook(weigh, with_kwargs=True) for layer in layers]
     for inputs in filter(len, batches):  # a process may have no images of the last one
         seen += len(inputs)
-        for layer in layers:
-            layer.momentum = len(inputs) / seen  # the first batch replaces what was there
         with execution.autocast(inputs.device):
             anew(inputs)
+    for handle in handles:
+        handle.remove()
     if group.world > 1:
         share = torch.tensor([float(seen)], device=next(anew.parameters()).device)
         share = share / group.add(share.clone())

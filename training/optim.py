@@ -12,6 +12,7 @@ from torch import nn
 from sam import SAM
 from training.rivals import SAFE, CrAM
 
+NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SCHEDULES, RHO_SCHEDULES = ("cosine", "step", "constant"), ("constant", "lr", "sqrt")
 
 
@@ -79,7 +80,7 @@ def build_optimizer(
         lr, weight_decay: of every optimizer.
         momentum, nesterov: of SGD.
         rho, v2, adaptive, direction, seed: of SAM, see `sam.SAM`.
-        norm_decay: decay normalisation and biases too, whose parameters are vectors.
+        norm_decay: decay normalisation, biases and other vectors and scalars too.
         **rival: of CrAM and SAFE, see there.
     """
     kind = OPTIMIZERS[name]
@@ -97,8 +98,12 @@ def build_optimizer(
         return kind.rival(model, kind.base, rho, seed=seed, **rival, **options)
     groups: list = parameters
     if not norm_decay:
-        vectors = [p for p in parameters if p.ndim < 2]
-        groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
+        normal = {
+            p for module in model.modules() if isinstance(module, NORMALISATION) for p in module.parameters(False)
+        }
+        decayed = [p for p in parameters if p.ndim > 1 and p not in normal]
+        others = [p for p in parameters if p.ndim < 2 or p in normal]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     if kind.sam:
         assert rho is not None
         return SAM(groups, kind.base, rho, adaptive, v2, direction, seed=seed, **options)

@@ -76,6 +76,7 @@ class CrAM(SAM):
         for name, mask in self._kept.items():
             if self._weights[name] in restored:
                 self._weights[name].mul_(mask)
+        self._shared.versions = self._versions()  # written to here, and by nobody else
 
     @torch.no_grad()
     def complete_gradients(self) -> None:

@@ -170,6 +170,8 @@ class TrainingStep:
         logged = self._measure(sums, at_w, kind) if kind.log else {}
         if isinstance(optimizer, CrAM):
             optimizer.complete_gradients()
+        if kind.log:
+            logged["gradient_norm"] = gradient_norm(self.state.model)
         if self.clip_grad:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), self.clip_grad)
         if guard.accepts(optimizer, sums):  # always, except where steps that are not finite are left out
@@ -226,14 +228,15 @@ class TrainingStep:
         return found
 
     def _measure(self, sums: Tensor, at_w: AtWeights | None, kind: StepKind) -> dict[str, Tensor]:
-        """Return what is only logged: norms, and where SAM's perturbation e led. Gradients are those at w + e.
+        """Return what is only logged of SAM's perturbation e: its norm, and where it led. Gradients are those at w + e.
 
         Args:
             sums: at w + e.
             at_w: the same at w, where it is known.
             kind: see StepKind.
         """
-        logged, sam = {"gradient_norm": gradient_norm(self.state.model)}, self.state.optimizer
+        logged: dict[str, Tensor] = {}
+        sam = self.state.optimizer
         if not (isinstance(sam, SAM) and kind.perturbs):
             return logged
         logged["perturbation_norm"], logged["cos_e_gradient_at_perturbed"] = sam.perturbation_stats()

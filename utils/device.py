@@ -22,7 +22,7 @@ def pick_device(name: str, no_cuda: bool = False) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device has to be auto, cpu, cuda or cuda:N, not '{name}'") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UsageError(f"--device has to be auto, cpu, cuda or cuda:N, not '{name}'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(

@@ -46,6 +46,7 @@ from main_prune_train import main
         ("--checkpoint-every 0", "--checkpoint-every takes epochs"),
         ("--nonfinite ignore", "argument --nonfinite"),
         ("--device tpu", "--device has to be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ("--device cpu:0", "--device has to be auto, cpu, cuda or cuda:N, not 'cpu:0'"),
         ("--device cuda:99", "CUDA devices here"),
         (
             "--lr-schedule cosine",

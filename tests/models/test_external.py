@@ -74,6 +74,18 @@ def test_networks_of_torchvision_have_the_published_number_of_parameters(name):
     assert sum(p.numel() for p in outline(f"torchvision:{name}").parameters()) == PUBLISHED[name]
 
 
+def test_batch_norm_of_every_dimension_goes_without_a_counter(tmp_path):
+    """A process without images of a last batch would count otherwise than the others."""
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def build(classes, channels, size):\n"
+        "    count = channels * size[0] * size[1]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(count), nn.Linear(count, classes))\n"
+    )
+    model = build_model(f"{tmp_path}/own.py:build", None, 10, in_channels=1, image_size=(8, 8))
+    assert "1.num_batches_tracked" not in model.state_dict()
+
+
 @pytest.mark.parametrize(
     ("name", "stem", "classifier"),
     [

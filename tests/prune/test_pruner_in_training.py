@@ -49,6 +49,41 @@ def test_masks_that_are_chosen_during_training_hold_from_then_on(how, base, dire
     assert sum(int(model[layer].weight.count_nonzero()) for layer in (0, 2)) == round(0.3 * 384)
 
 
+@pytest.mark.parametrize("method", ["lamp", "lth"])
+@pytest.mark.parametrize("how", ["attach", "by hand"])
+def test_a_round_begins_with_its_weights_where_a_step_was_left_unfinished(method, how):
+    """A loss for the log that was computed in training mode, or a step that a GradScaler skipped, leaves w + e."""
+    ends = []
+    for unfinished in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+        if how == "attach":
+            optimizer.attach(model)
+        options = {"lth_rounds": 1} if method == "lth" else {}
+        pruner = Pruner(
+            model, method, 0.7, "uniform" if method == "lth" else None, total_steps=4, optimizers=[optimizer], **options
+        )
+        pruner.choose_masks()
+        for step in range(4):
+            optimizer.zero_grad()
+            if how == "by hand":
+                optimizer.first_step()
+            nn.functional.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 2, (8,))).backward()
+            optimizer.step()
+            pruner.update_masks(step)
+        if unfinished and how == "attach":
+            model(torch.randn(8, 10))
+        elif unfinished:
+            optimizer.first_step()
+        pruner.next_round(4)
+        optimizer.restore()
+        assert all((weight[mask == 0] == 0).all() for weight, mask in pruner.masks.pairs())
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert all(p.count_nonzero() for p in ends[0])
+
+
 def test_an_optimizer_that_moves_dead_weights_leaves_none_alive_where_sam_holds_the_perturbed_ones():
     class Restless(torch.optim.SGD):
         def step(self, closure=None):

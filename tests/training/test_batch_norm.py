@@ -46,6 +46,25 @@ def test_recalibrated_statistics_of_several_processes_are_weighted_by_their_imag
     assert group.others == []
 
 
+def test_a_layer_that_is_used_twice_has_the_mean_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1).double()
+
+        def forward(self, inputs):
+            return self.norm(3 * self.norm(input=inputs) + 5)
+
+    model, means, count = Twice(), 0.0, 0
+    batches = [torch.randn(size, 1, 2, 2, dtype=torch.float64) + size for size in (4, 8, 2)]
+    for batch in batches:
+        means += len(batch) * (batch.mean() + 5)  # of the batch, and of what it becomes
+        count += 2 * len(batch)
+    anew = recalibrated(model, batches)
+    torch.testing.assert_close(anew.norm.running_mean, (means / count).view(1))
+    assert not anew.norm._forward_pre_hooks
+
+
 def test_recalibrated_statistics_are_weighted_means_of_the_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))

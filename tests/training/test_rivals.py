@@ -94,7 +94,7 @@ def test_cram_steps_with_the_gradients_at_w_and_at_compressed_perturbed_weights(
     model, optimizer, take = training("sgd-cram", rho=0.4, sparsities=(0.3, 0.8), seed=3)
     reference, drawn = Reference(), set()
     for number, (inputs, targets) in enumerate(batches(6)):
-        take(Batch(inputs, targets, 8))
+        logged = take(Batch(inputs, targets, 8), log=True).logged
         at_w = reference.gradient(inputs, targets)
         start = {p: p.detach().clone() for p in reference.parameters}
         sparsity = random.Random(f"3 {number}").choice([0.3, 0.8])
@@ -109,7 +109,10 @@ def test_cram_steps_with_the_gradients_at_w_and_at_compressed_perturbed_weights(
         with torch.no_grad():
             for p in reference.parameters:
                 p.copy_(start[p])
-        reference.step({p: at_w[p] + compressed[p] * kept.get(p, 1) for p in reference.parameters})
+        gradients = {p: at_w[p] + compressed[p] * kept.get(p, 1) for p in reference.parameters}
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        assert logged["gradient_norm"].item() == pytest.approx(norm, rel=1e-6)  # of what is clipped
+        reference.step(gradients)
         assert_same(model, reference)
     assert drawn == {0.3, 0.8}
     assert passes_per_step(optimizer) == 2
