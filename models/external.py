@@ -9,12 +9,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
 
 ImageSize = tuple[int, int]  # height and width in pixels
+# What the published GoogLeNet and Inception make of inputs that are normalised by ImageNet's mean and deviation.
+PUBLISHED_INPUTS = {
+    "input_scale": torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) / 0.5,
+    "input_shift": (torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) - 0.5) / 0.5,
+}
 
 
 class NetworkError(ValueError):
@@ -96,6 +101,10 @@ def load_published_weights(model: nn.Module, arch: str, weights: str) -> None:
             f"the weights of {arch} are not in '{torch.hub.get_dir()}/checkpoints' and could not be downloaded ({error}): put "
             f"{published[weights].url} there"
         ) from error
+    if hasattr(model, "input_scale"):
+        if model.get_buffer("input_scale").shape[0] != 3:
+            raise NetworkError(f"the published weights of {arch} scale each colour: take images in colour")
+        state |= PUBLISHED_INPUTS
     own = model.state_dict()
     stem, classifier = _first_convolution(model)[0], list(_layers(model))[-1]
     for key in [f"{classifier}.weight", f"{classifier}.bias"]:
@@ -112,10 +121,6 @@ def load_published_weights(model: nn.Module, arch: str, weights: str) -> None:
     with torch.no_grad():
         for key, tensor in kept.items():
             own[key].copy_(tensor)
-    if hasattr(model, "transform_input"):
-        object.__setattr__(
-            model, "transform_input", True
-        )  # GoogLeNet and Inception were trained on inputs of another scale
 
 
 def _torchvision(name: str, num_classes: int, in_channels: int, image_size: ImageSize) -> nn.Module:
@@ -130,9 +135,29 @@ def _torchvision(name: str, num_classes: int, in_channels: int, image_size: Imag
     if name.startswith("maxvit"):
         options["input_size"] = image_size
     model = zoo.get_model(name, weights=None, **options)
+    if name in ("googlenet", "inception_v3"):
+        _scale_inputs(model, in_channels)
     if in_channels != 3:
         _replace_first_convolution(model, in_channels)
     return model
+
+
+def _scale_inputs(model: nn.Module, channels: int) -> None:
+    """Let a network scale its inputs by buffers, which are saved with it, and not by a flag that is not."""
+    model.register_buffer("input_scale", torch.ones(channels, 1, 1))
+    model.register_buffer("input_shift", torch.zeros(channels, 1, 1))
+    model._transform_input = MethodType(_scaled_inputs, model)  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_inputs_as_they_are)
+
+
+def _scaled_inputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    return inputs * model.get_buffer("input_scale") + model.get_buffer("input_shift")
+
+
+def _inputs_as_they_are(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    """Fill in what older states do not have."""
+    for name in PUBLISHED_INPUTS:
+        state.setdefault(prefix + name, getattr(module, name))
 
 
 def _timm(name: str, num_classes: int, in_channels: int, image_size: ImageSize) -> nn.Module:

@@ -229,6 +229,8 @@ class Masks:
 
     def alive_counts(self) -> Tensor:
         """Return the number of living weights of each layer: int64 [layers], without waiting for the device."""
+        if not self.weights:  # a network without a layer that can be pruned
+            return torch.zeros(0, dtype=torch.long)
         return torch.stack(
             [
                 self.masks[name].count_nonzero() if name in self.masks else torch.full((), w.numel(), device=w.device)
@@ -245,8 +247,9 @@ class Masks:
         return {name: count / self.weights[name].numel() for name, count in self.alive().items()}
 
     def sparsity(self) -> float:
-        """Return the fraction of prunable weights that are dead."""
-        return 1 - sum(self.alive().values()) / sum(weight.numel() for weight in self.weights.values())
+        """Return the fraction of prunable weights that are dead; 0 where there are none."""
+        total = sum(weight.numel() for weight in self.weights.values())
+        return 1 - sum(self.alive().values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the masks as boolean tensors."""

@@ -1,37 +1,78 @@
 """Whether the living weights still connect the input of a network with its output."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prune.copies import copied
 from prune.masks import prunable_weights
 
-# What is the identity in the network that flow runs through. (At its end, a softmax would have no slope for all outputs.)
-IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Softmax, nn.LogSoftmax)
+# What is the identity in the network that flow runs through.
+IDENTITIES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+SMALL = 1e-6  # learned shifts and factors there: no shift drowns what comes from the input, no factor stops it
 
 
-# What mixes its inputs by their own values, so that a slope of 0 does not mean that nothing passes.
-MIXING = {
-    "softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "scaled_dot_product_attention",
-    "multi_head_attention_forward",
+def _softmax(scores: Tensor, *_: Any, **__: Any) -> Tensor:
+    """All take part, and so do the scores: a softmax has no slope where one of them is far above the others."""
+    return scores + 1
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _softmax(query @ key.transpose(-2, -1)) @ value
+
+
+def _average(pool: Callable, pool_to: Callable) -> tuple[Callable, Callable]:
+    """Return averages with the arguments of the function that takes the largest value, within windows and to a size."""
+
+    def average(inputs: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+                ceil_mode: bool = False, return_indices: bool = False) -> Tensor:  # fmt: skip
+        return pool(inputs, kernel_size, stride or kernel_size, padding, ceil_mode)
+
+    return average, lambda inputs, size, return_indices=False: pool_to(inputs, size)
+
+
+# What takes the place of functions that look at values, so that all they may pass on has a slope.
+MIXING: dict[str, Callable] = {  # no flow describes which weights they use
+    "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm"), lambda inputs, *_, **__: inputs),
 }  # fmt: skip
+AVERAGES: dict[str, Callable] = {}
+for _dimensions in (1, 2, 3):
+    _within, _to_size = f"max_pool{_dimensions}d", f"adaptive_max_pool{_dimensions}d"
+    AVERAGES[_within], AVERAGES[_to_size] = _average(
+        getattr(F, f"avg_pool{_dimensions}d"), getattr(F, f"adaptive_avg_pool{_dimensions}d")
+    )
 
 
-class _Seen(TorchFunctionMode):
-    """Notes first argument and result of each call of a function of MIXING."""
+class _Flow(TorchFunctionMode):
+    """Puts others in the place of functions.
+
+    Attributes:
+        mixed: results of functions of MIXING.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls: list[tuple[Any, Any]] = []
+        self.mixed: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in MIXING:
-            self.calls.append((args[0] if args else None, result))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        instead = MIXING.get(name) or AVERAGES.get(name)
+        result = func(*args, **kwargs)
+        if instead is None or not isinstance(result, Tensor):
+            return result
+        try:
+            flow = instead(*args, **kwargs)
+        except (RuntimeError, TypeError):  # arguments of a rarer kind
+            flow = result
+        result = flow if flow.shape == result.shape else result
+        if name in MIXING:
+            self.mixed.append(result)
         return result
 
 
@@ -40,7 +81,8 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
 
     This is SynFlow's flow (Tanaka et al. 2020) in a network whose living weights are 1 and whose normalisation is the
     identity, on an input of ones. Each layer's output is scaled to a largest value of 1/2, so that the flow through many
-    layers neither over- nor underflows. Biases do not count: they reach the output without the input.
+    layers neither over- nor underflows. Biases do not count: they reach the output without the input. Attention lets all
+    values through, and where the largest value is taken all are averaged.
 
     Args:
         model: the network, which stays as it is.
@@ -73,7 +115,7 @@ def _slopes(
         shadow, weights = _shadow(model, alive, dtype)
         ones = torch.ones(1, *input_shape, dtype=dtype, device=next(shadow.parameters()).device, requires_grad=True)
         try:
-            with torch.enable_grad(), _Seen() as seen:
+            with torch.enable_grad(), _Flow() as flow:
                 output = shadow(ones)
             break
         except torch.OutOfMemoryError:
@@ -81,22 +123,25 @@ def _slopes(
         except RuntimeError:
             if dtype == torch.float32:
                 raise
-    if seen.calls and seen.calls[-1][1] is output and isinstance(seen.calls[-1][0], Tensor):
-        output = seen.calls.pop()[0]  # before a softmax at the end
+    mixes = any(result is not output for result in flow.mixed)  # a softmax at the end does not
+    mixes = mixes or any(isinstance(module, nn.MultiheadAttention) for module in shadow.modules())
     of_input, *slopes = torch.autograd.grad(
         output.sum(), [ones, *weights.values()], allow_unused=True, materialize_grads=True
     )
     products = {n: w.detach() * slope for (n, w), slope in zip(weights.items(), slopes, strict=True)}
-    return of_input, products, bool(seen.calls)
+    return of_input, products, mixes
 
 
 def _shadow(
     model: nn.Module, alive: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return the network that flow runs through, and its weights. It averages where the model takes a largest value."""
+    """Return the network that flow runs through, and its weights."""
     shadow = copied(model).to(dtype).eval()
     weights = prunable_weights(shadow)
     with torch.no_grad():
+        for parameter in shadow.parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(SMALL)
         for name, weight in weights.items():
             mask = alive.get(name)
             weight.fill_(1) if mask is None else weight.copy_(mask)
@@ -104,17 +149,34 @@ def _shadow(
     for module in shadow.modules():
         if isinstance(module, IDENTITIES):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
-        elif isinstance(module, nn.MaxPool2d):  # all places have a slope, and not one of them
-            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
-            module.forward = pool.forward  # type: ignore[method-assign]
         elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
             module.register_forward_hook(_plain)
             module.register_forward_hook(_scaled)
         elif isinstance(module, nn.MultiheadAttention):  # it uses its layers without calling them
-            module.register_forward_hook(lambda module, inputs, output: (_scaled(module, inputs, output[0]), None))
+            module.forward = partial(_multihead_attention, module)  # type: ignore[method-assign]
     return shadow, weights
+
+
+def _multihead_attention(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """Return the output of all heads as if they were one, which reaches as far, and no weights of attention."""
+    if module.in_proj_weight is None:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    else:
+        weights = list(module.in_proj_weight.chunk(3))
+    projected = [
+        _scaled(module, (), F.linear(tensor, weight))
+        for tensor, weight in zip((query, key, value), weights, strict=True)
+    ]
+    if not module.batch_first and query.ndim == 3:
+        projected = [tensor.transpose(0, 1) for tensor in projected]
+    output = F.linear(_attention(*projected), module.out_proj.weight)
+    if not module.batch_first and query.ndim == 3:
+        output = output.transpose(0, 1)
+    return _scaled(module, (), output), None
 
 
 def _plain(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

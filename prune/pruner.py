@@ -29,7 +29,7 @@ from prune.patterns import Channels, Counts, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.rounds import Rounds
 from prune.schedules import Timing, interval_steps
-from prune.scores import POOLED_BY_NORM, Scored, magnitude
+from prune.scores import POOLED_BY_NORM, Scored, force, magnitude
 from prune.updates import MaskChange, PruneAndRegrow, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -222,7 +222,10 @@ class Pruner:
             scored = self._scored(-1, sample)
             scored.initial = initial
             scores = score(scored)
-            with torch.no_grad():  # what was pruned in an earlier round may live again
+            if number > 1 and score is not force:  # where living weights score 0 as well, none that was pruned is taken
+                dead = {name: mask == 0 for name, mask in self.masks.masks.items()}
+                scores = {n: s.masked_fill(dead[n], -1) if n in dead else s for n, s in scores.items()}
+            with torch.no_grad():  # with `force` what was pruned in an earlier round may live again
                 torch._foreach_copy_([self.masks.parameter(name) for name in initial], list(initial.values()))
             self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in POOLED_BY_NORM))
         if not self.method.score and (self.method.update or self.method.tickets):
@@ -434,13 +437,14 @@ class Pruner:
         if self.ever_alive:
             counts = torch.stack([mask.count_nonzero() for mask in self.ever_alive.values()]).tolist()
             alive |= dict(zip(self.ever_alive, counts, strict=True))
-        return sum(alive.values()) / sum(weight.numel() for weight in self.masks.weights.values())
+        total = sum(weight.numel() for weight in self.masks.weights.values())
+        return sum(alive.values()) / total if total else 1.0
 
     def describe(self) -> str:
         """Return one line: how many weights are zero, of how many, and what stays dense."""
         total = sum(weight.numel() for weight in self.masks.weights.values())
         dead = total - sum(self.masks.alive().values())
-        line = f"sparsity {dead / total:.4f}: {dead:,} of {total:,} convolution and linear weights are zero"
+        line = f"sparsity {self.masks.sparsity():.4f}: {dead:,} of {total:,} convolution and linear weights are zero"
         dense = sum(self.masks.weights[name].numel() for name in self.budget.dense)
         if dense:
             line += f"; {len(self.budget.dense)} layers ({dense:,} weights) stay dense"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.external import PUBLISHED_INPUTS
 from training.exported import is_safetensors
 from utils.errors import UsageError
 from utils.files import load_whole
@@ -72,10 +73,10 @@ def fitting(model: nn.Module, weights: dict[str, Tensor], source: object) -> dic
             found[renamed] = tensor
         elif not name.endswith(".num_batches_tracked"):  # which networks here mostly do not count
             found[name] = tensor
-    differences = [
+    differences = [  # torchvision has the scale of inputs outside of the state, and off where it is not told otherwise
         f"{name} is {_shape(found[name])} there and {_shape(tensor)} here" if name in found else f"{name} is not there"
         for name, tensor in wanted.items()
-        if name not in found or found[name].shape != tensor.shape
+        if (name not in found and name not in PUBLISHED_INPUTS) or found.get(name, tensor).shape != tensor.shape
     ] + [f"{name} is not in this network" for name in found if name not in wanted]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""

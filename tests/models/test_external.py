@@ -17,6 +17,7 @@ from experiment.load import load
 from models import build_model
 from models.external import NetworkError, load_published_weights
 from prune import Pruner
+from training.foreign import fitting
 from utils.errors import UsageError
 
 NEEDS_TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
@@ -131,6 +132,36 @@ def test_published_weights_come_from_the_cache_and_the_classifier_fits_the_data(
         assert torch.equal(model.fc.weight, source.fc.weight if classes == 1000 else drawn.weight)
     with pytest.raises(NetworkError, match="no published weights 'BEST': choose IMAGENET1K_V1 or DEFAULT"):
         load_published_weights(model, "torchvision:shufflenet_v2_x0_5", "BEST")
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_published_weights_keep_the_scale_of_their_inputs_wherever_they_are_loaded(name, side, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    torch.manual_seed(0)
+    source = torchvision.models.get_model(name, transform_input=True, aux_logits=False, init_weights=False).eval()
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(source.state_dict(), tmp_path / "checkpoints" / url.rpartition("/")[2])
+    arch, size = f"torchvision:{name}", (side, side)
+    model = build_model(arch, None, 1000, image_size=size).eval()
+    images = torch.randn(2, 3, *size)
+    plain = copy.deepcopy(source)
+    plain.transform_input = False
+    model.load_state_dict(fitting(model, source.state_dict(), "a file"))  # which does not tell
+    torch.testing.assert_close(model(images), plain(images))
+    load_published_weights(model, arch, "DEFAULT")
+    torch.testing.assert_close(model(images), source(images))
+    again = build_model(arch, None, 1000, image_size=size).eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(copy.deepcopy(again)(images), source(images))
+    older = model.state_dict()
+    del older["input_scale"], older["input_shift"]
+    again.load_state_dict(older)  # which leaves them as they are
+    torch.testing.assert_close(again(images), source(images))
+    grey = build_model(arch, None, 1000, in_channels=1, image_size=size)
+    assert grey(torch.randn(2, 1, *size)).shape == (2, 1000)
+    with pytest.raises(NetworkError, match="scale each colour: take images in colour"):
+        load_published_weights(grey, arch, "DEFAULT")
 
 
 def test_published_weights_that_cannot_be_had_are_refused_with_their_address(tmp_path, monkeypatch, train):

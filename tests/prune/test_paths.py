@@ -5,11 +5,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
 from prune import EmptyLayerError, Pruner
 from prune.masks import prunable_weights, select_layers
+from prune.paths import reaches_output
 
 NETWORKS = {"basic": ("resnet", 8, 0.5), "bottleneck": ("resnet", 50, 0.125), "wide": ("wideresnet", 10, 0.5)}
 
@@ -75,9 +77,9 @@ def test_a_network_without_a_path_is_refused(network, patterns):
 class Shift(nn.Module):
     """Adds what it has learned, which leads on to the output without the input."""
 
-    def __init__(self):
+    def __init__(self, value=1.0, size=2):
         super().__init__()
-        self.shift = nn.Parameter(torch.ones(2))
+        self.shift = nn.Parameter(torch.full((size,), value))
 
     def forward(self, x):
         return x + self.shift
@@ -93,6 +95,94 @@ def test_a_path_that_is_cut_between_layers_is_refused_although_none_is_empty(bet
     pruner = Pruner(model, "magnitude", 0.5, "uniform")
     with pytest.raises(EmptyLayerError, match="leaves no path of weights through the network: take sparsity="):
         pruner.choose_masks(lambda k: (torch.randn(k, 2), torch.zeros(k)))
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.3, 0.0, 1.0])
+def test_a_learned_shift_hides_no_path(shift):
+    torch.manual_seed(0)
+    figures = []
+    for between in (nn.Identity(), Shift(shift, 64)):
+        model = nn.Sequential(nn.Linear(20, 64), between, nn.ReLU(), nn.Linear(64, 3))
+        with torch.no_grad():
+            for weight, seed in ((model[0].weight, 1), (model[3].weight, 2)):
+                weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)))
+        pruner = Pruner(model, "magnitude", 0.5, "uniform")
+        pruner.choose_masks(lambda k: (torch.randn(k, 20), torch.zeros(k)))
+        figures.append(pruner.figures())
+    assert figures[0] == figures[1]
+
+
+POOLS = {
+    "max_pool2d": lambda x: F.max_pool2d(x, 2),
+    "torch.max_pool2d": lambda x: torch.max_pool2d(x, 2),
+    "module": nn.MaxPool2d(2),
+    "with a stride": nn.MaxPool2d(2, stride=2, padding=0, ceil_mode=True),
+    "adaptive": lambda x: F.adaptive_max_pool2d(x, x.shape[-1] // 2),
+    "adaptive module": lambda x: nn.AdaptiveMaxPool2d(x.shape[-1] // 2)(x),
+    "average": lambda x: F.avg_pool2d(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_however_the_largest_value_is_taken_all_that_it_may_be_lie_on_paths(name):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(c, 16, 3, padding=1) for c in (3, 16, 16))
+            self.classifier = nn.Linear(16, 3)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = POOLS[name](layer(x).relu())
+            return self.classifier(x.flatten(1))
+
+    torch.manual_seed(0)
+    pruner = Pruner(Network(), "random", 0.5, "uniform", seed=0)
+    pruner.choose_masks(lambda k: (torch.randn(k, 3, 8, 8), torch.zeros(k)))
+    assert pruner.figures()["effective_sparsity"] == pytest.approx(0.5177, abs=1e-4)  # some see padding alone
+
+
+class Tokens(nn.Module):
+    """A class token that attends to wide tokens: a softmax of large scores has no slope."""
+
+    def __init__(self, attention):
+        super().__init__()
+        width = 768
+        self.stem, self.kind = nn.Linear(16, width), attention
+        self.token = nn.Parameter(torch.ones(1, 1, width))
+        if "first" in attention:
+            self.mix = nn.MultiheadAttention(width, 12, batch_first=attention == "batch first")
+        else:
+            self.mix = nn.Linear(width, 3 * width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        if self.kind == "batch first":
+            x = self.mix(x, x, x, need_weights=False)[0]
+        elif self.kind == "tokens first":
+            x = x.transpose(0, 1)
+            x = self.mix(x, x, x)[0].transpose(0, 1)
+        else:
+            q, k, v = self.mix(x).chunk(3, -1)
+            if self.kind == "by hand":
+                x = (q @ k.transpose(1, 2)).softmax(-1) @ v
+            else:
+                x = F.scaled_dot_product_attention(q, k, v)
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("attention", ["batch first", "tokens first", "by hand", "scaled"])
+def test_attention_leads_on_from_all_values(attention):
+    torch.manual_seed(0)
+    model = Tokens(attention)
+    pruner = Pruner(model, "random", 0.1)
+    pruner.choose_masks(lambda k: (torch.randn(k, 4, 16), torch.zeros(k)))
+    assert "effective_sparsity" not in pruner.figures()
+    (projection,) = (mask for mask in pruner.masks.masks.values() if len(mask) == 3 * 768)
+    projection[2 * 768 :] = 0  # that of the values: nothing is left that scores could choose from
+    assert not reaches_output(model, pruner.masks.masks, (4, 16))
 
 
 def test_without_a_sample_an_empty_layer_is_refused_and_the_sentence_asks_for_one():

@@ -74,6 +74,22 @@ def test_snip_in_rounds_scores_the_pruned_network_and_force_lets_weights_come_ba
         assert torch.equal(w, before * part)
 
 
+def test_iterative_snip_brings_no_weight_back_where_living_ones_score_0():
+    torch.manual_seed(0)
+    widths = (10, 7, 13, 31, 2)
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())][:-1]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        model[2].bias[:6] = -9  # these units are never at work: their weights have no gradient
+    pruner = Pruner(model, "iter-snip", 0.4, "uniform", score_rounds=40)
+    seen, change = [], pruner.masks.set
+    pruner.masks.set = lambda masks: (change(masks), seen.append({n: m.clone() for n, m in pruner.masks.masks.items()}))
+    pruner.choose_masks(lambda k: (torch.randn(2 * k, 10), torch.arange(2).repeat(k)))
+    assert len(seen) == 40
+    for before, after in itertools.pairwise(seen):
+        assert not any(((after[name] != 0) & (before[name] == 0)).any() for name in before)
+
+
 def test_grasp_drops_the_highest_of_minus_w_times_hessian_gradient():
     _, mask, _ = build("grasp", 0.6)
     fresh = Tiny()

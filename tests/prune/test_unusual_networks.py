@@ -173,3 +173,15 @@ def test_tickets_that_kept_no_weights_say_what_is_missing():
         RuntimeError, match=r"no weights of step 5 to go back to: call update_masks\(step\) after every step"
     ):
         pruner.next_round(10)
+
+
+@pytest.mark.parametrize("layer", [nn.utils.parametrizations.weight_norm(nn.Linear(12, 3)), nn.BatchNorm1d(12)])
+def test_a_network_without_a_layer_to_prune_trains_dense_and_says_so_to_a_method(layer):
+    model = nn.Sequential(nn.Flatten(), layer)
+    pruner = Pruner(model)
+    pruner.choose_masks(lambda k: (torch.randn(k, 3, 4), torch.zeros(k)))
+    assert pruner.masks.sparsity() == 0
+    assert pruner.describe() == "sparsity 0.0000: 0 of 0 convolution and linear weights are zero"
+    for options in ({"sparsity": 0.5}, {"layer_sparsity": {"a": 0.5}}, {"pattern": "2:4"}):
+        with pytest.raises(ValueError, match="no convolution or linear layer here whose weight can be pruned"):
+            Pruner(model, "random", **options)
