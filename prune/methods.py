@@ -1,5 +1,6 @@
 """The sparse-training methods: a table whose entries combine scores, distributions, mask updates and options."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Option:
             return
         if isinstance(value, str):
             raise ValueError(f"{self.name} has to be a number, not '{value}'")
+        if not math.isfinite(value):
+            raise ValueError(f"{self.name} has to be a finite number, not {value:g}")
         if type(self.default) is int and value != int(value):
             raise ValueError(f"{self.name} has to be a whole number, not {value:g}")
         fits = (

@@ -217,6 +217,11 @@ def test_sparsity_by_layer_is_reached_and_unnamed_layers_stay_dense():
             {"method": "iter-snip", "sparsity": 0.5, "score_rounds": 0.5},
             "score_rounds has to be a whole number, not 0.5",
         ),
+        ({"method": "lth", "sparsity": 0.5, "lth_rounds": math.inf}, "lth_rounds has to be a finite number, not inf"),
+        (
+            {"method": "mest", "sparsity": 0.5, "mest_lambda": math.nan},
+            "mest_lambda has to be a finite number, not nan",
+        ),
         ({"method": "lth", "sparsity": 0.5, "lth_rounds": 0.5}, "lth_rounds has to be a whole number, not 0.5"),
         ({"method": "random", "sparsity": 0.5, "lth_rounds": 2}, "'random' has no option lth_rounds: it has none"),
     ],

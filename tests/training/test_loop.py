@@ -1,10 +1,12 @@
 """What happens around the training steps: evaluation, and trainings that cannot go on."""
 
 import re
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from running import same
+from running import before_step, rows, same
 from torch import nn
 
 from imagedata.augment import Normalize
@@ -12,6 +14,30 @@ from imagedata.images import Images, channel_statistics
 from imagedata.loaders import EvalLoader
 from training.loop import evaluate
 from utils.precision import Execution
+
+
+def test_speed_leaves_out_what_is_compiled_and_seconds_count_every_launch(train, monkeypatch):
+    """By a clock of the test: a process's first step takes 100 seconds, another 2, and all else no time."""
+    now, begun = [0.0], []
+    monkeypatch.setattr("training.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_time(state):
+        now[0] += 2 if begun else 100
+        begun.append(state.global_step)
+        if begun[0] == 0 and state.global_step == 8:  # of six steps an epoch
+            signal.raise_signal(signal.SIGTERM)
+
+    for code in (75, 0):
+        begun.clear()
+        with before_step(range(12), pass_time):
+            run = train("--epochs 2 --resume auto")
+        assert run.code == code, run.err
+    first, second = rows(run.directory)
+    assert float(first["images_per_second"]) == pytest.approx((570 - 96) / (5 * 2), rel=1e-3)
+    assert float(first["seconds"]) == pytest.approx(100 + 5 * 2, rel=1e-3)
+    assert begun == [9, 10, 11]
+    assert float(second["images_per_second"]) == pytest.approx((570 - 4 * 96) / (2 * 2), rel=1e-3)
+    assert float(second["seconds"]) == pytest.approx(3 * 2 + 100 + 2 * 2, rel=1e-3)
 
 
 def test_evaluate_counts_every_image_once_in_eval_mode():
