@@ -121,11 +121,13 @@ class SAM(torch.optim.Optimizer):
 
     def detach(self) -> None:
         """Undo `attach` and bring w back."""
-        self.restore()
-        for handle in self._shared.handles:
-            handle.remove()
-        self._shared.handles.clear()
-        self._shared.sharded.clear()
+        try:
+            self.restore()
+        finally:
+            for handle in self._shared.handles:
+                handle.remove()
+            self._shared.handles.clear()
+            self._shared.sharded.clear()
 
     def train(self) -> None:
         """Perturb now and after each `step()` until `eval()`: for loops without a module to attach to.

@@ -18,8 +18,8 @@ SMALL = 1e-6  # learned shifts and factors there: no shift drowns what comes fro
 
 
 def _softmax(scores: Tensor, *_: Any, **__: Any) -> Tensor:
-    """All take part, and so do the scores: a softmax has no slope where one of them is far above the others."""
-    return scores + 1
+    """All take part, masked ones too, and so do the scores: where one is far above the others a softmax has no slope."""
+    return scores.clamp(min=0) + 1
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
