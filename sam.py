@@ -103,8 +103,10 @@ class SAM(torch.optim.Optimizer):
 
         Raises:
             ValueError: two-step SAM.
+            RuntimeError: something else has written to weights that the SAM before holds perturbed; it is detached then.
         """
         self._refuse_two_steps()
+        # By the name of their class: a notebook may have defined it twice.
         hooks: list[Any] = [hook for part in model.modules() for hook in part._state_dict_pre_hooks.values()]
         for other in {hook.function.__self__ for hook in hooks if type(hook).__name__ == "_Hook" and hook.function}:
             if other._shared is not self._shared and not {*other._parameters()}.isdisjoint(self._parameters()):
@@ -244,6 +246,9 @@ class SAM(torch.optim.Optimizer):
 
         After it the interrupted step is forgotten: along `previous` and `random` the next one is not perturbed unless
         `second_step` came between.
+
+        Raises:
+            RuntimeError: something else has written to perturbed weights, as wherever w_t is brought back; they stay so.
         """
         self._bring_back()
         if self._shared.phase != CLOSED:
@@ -332,7 +337,7 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what `state_dict` returned; a plain base optimizer's state_dict loads too, with nothing remembered.
 
-        A perturbation that is in place is dropped, not undone: load the model's weights, too, and before.
+        A perturbation that is in place is dropped, not undone: load the model's weights first.
 
         Raises:
             ValueError: other parameters, or the state_dict of a SAM that leaves the base optimizer's out.

@@ -189,8 +189,10 @@ def same_figures(one: dict, other: dict) -> bool:
 
 
 def with_later_figures(earlier: dict, entry: dict) -> dict:
-    """Return the entry that is there of a run, with what was measured of it since."""
-    merged = earlier | {name: entry[name] for name in ("sharpness",) if name in entry and name not in earlier}
+    """Return a run's entry as the ledger has it, with what a new entry has beside: figures that were measured since."""
+    merged = dict(earlier)
+    if "sharpness" in entry:
+        merged.setdefault("sharpness", entry["sharpness"])
     if "final" in entry:
         merged["final"] = entry["final"] | earlier["final"]
     return merged

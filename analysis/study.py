@@ -349,7 +349,7 @@ def set_by_study(plan: list[Run]) -> set[str]:
         tuned = f"{one.tuned} 0.1" if one.values or one.rho_of or one.rho else ""
         names |= parse(f"{TASKS[task].cells[cell]} {one.flags} {tuned}".split())[1]
     of_tasks = [parse(TASKS[task].flags.split()) for task in dict.fromkeys(run.task for run in plan)]
-    for name in set().union(*(given for _, given in of_tasks)) - {"epochs"}:  # of which a trial may have its own
+    for name in set().union(*(given for _, given in of_tasks)) - {"epochs"}:  # a trial may have its own
         if len({str(getattr(args, name)) for args, _ in of_tasks}) > 1:
             names.add(name)
     return names

@@ -116,7 +116,7 @@ def compare(directory: Path, args: argparse.Namespace) -> None:
 
 
 def images_per_second(batches: Iterator[torch.Tensor], number: int) -> float:
-    """Return how fast batches come. Whoever holds them no longer ends their workers."""
+    """Return how fast batches come. Their workers end as this returns, if nothing else holds the iterator."""
     next(batches)  # the start of the workers
     began = time.perf_counter()
     count = sum(len(next(batches)) for _ in range(number))

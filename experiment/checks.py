@@ -61,7 +61,7 @@ def resumed_flags(args: argparse.Namespace, given: set[str], saved: dict) -> arg
             hint = (
                 " (--epochs may grow with --lr-scheduler constant, masks that stay, and no --sam-from or --sam-until)"
             )
-        if {"arch", *PATHS}.intersection(differing):
+        if set(PATHS).intersection(differing) or ("arch" in differing and is_own_code(str(saved["arch"]))):
             hint += " (its files have to be where they were: put them back)"
         raise UsageError(f"a resumed run cannot change its mathematics: {changes}{hint}")
     return _merge(args, given, saved)

@@ -87,7 +87,8 @@ def read_recipe(path: Path) -> dict:
 
 def refuse_other_sparsities(path: Path, file: Path) -> None:
     """Raise UsageError where the file of --sparsity-config has other sparsities than when the run of `path` began."""
-    told = json.loads((path / ARGS if path.is_dir() else path).read_text()).get("layer_sparsity")
+    beside = path / ARGS if path.is_dir() else path.with_name(ARGS)  # of result.json, which has the flags alone
+    told = json.loads(beside.read_text()).get("layer_sparsity") if beside.exists() else None
     if told is not None and told != load_layer_sparsity(file):
         raise UsageError(
             f"'{file}' has other sparsities than when the run of '{path}' began: restore them, or give --sparsity-config "

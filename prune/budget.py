@@ -8,7 +8,7 @@ import difflib
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 from prune.patterns import Channels, Counts, NofM, Pattern, Shape, Units
 
@@ -89,9 +89,9 @@ def distribute(name: str, shapes: dict[str, Shape], sparsity: float, dense: set[
     """
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     sparse = {layer: shape for layer, shape in shapes.items() if layer not in dense}
-    _refuse_all_dense(not sparse and (sparsity > 0 or bool(shapes)), shapes)
-    if not sparse:
+    if not shapes and sparsity == 0:
         return {}
+    _refuse_nothing_to_prune(sparse, shapes)
     kept_dense = sum(sizes[layer] for layer in dense)
     budget = round((1 - sparsity) * sum(sizes.values())) - kept_dense
 
@@ -233,7 +233,7 @@ class Budget:
             source = f"pattern {pattern.name}" if isinstance(pattern, NofM) else "the sparsity by layer"
             if distribution is not None:
                 raise ValueError(f"{source} leaves nothing to distribute: leave out distribution={distribution}")
-            _refuse_all_dense(not self._by_layer, self._shapes)
+            _refuse_nothing_to_prune(self._by_layer, self._shapes)
             self.sparsity = self._fixed_sparsity(sparsity, source)
             if isinstance(pattern, Units):
                 self._refuse_emptied_layers(pattern)
@@ -269,7 +269,7 @@ class Budget:
             raise ValueError("an N:M pattern fixes the sparsity of every layer: leave layer_sparsity out")
         for name, value in by_layer.items():
             if name not in self._shapes:
-                _refuse_all_dense(not self._shapes, self._shapes)
+                _refuse_nothing_to_prune(self._shapes, self._shapes)
                 nearest = difflib.get_close_matches(name, self._shapes, 1, cutoff=0)[0]
                 raise ValueError(f"there is no prunable layer '{name}': the nearest name is '{nearest}'")
             if not 0 <= value < 1:
@@ -320,12 +320,13 @@ class Budget:
         self.dense = self._shapes.keys() - set(pattern.layers)
 
 
-def _refuse_all_dense(dense: bool, shapes: Mapping[str, Shape]) -> None:
-    if dense and not shapes:
+def _refuse_nothing_to_prune(sparse: Collection[str], shapes: Collection[str]) -> None:
+    """Raise ValueError where a network has no prunable layers (`shapes`), or none of them is to be sparse."""
+    if not shapes:
         raise ValueError(
             "there is no convolution or linear layer here whose weight can be pruned: take no pruning method"
         )
-    if dense:
+    if not sparse:
         raise ValueError("every layer is to stay dense: let at least one be pruned, or take no pruning method")
 
 

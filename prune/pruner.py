@@ -29,7 +29,7 @@ from prune.patterns import Channels, Counts, NofM, find_pattern
 from prune.regrowth import LastValues
 from prune.rounds import Rounds
 from prune.schedules import Timing, interval_steps
-from prune.scores import POOLED_BY_NORM, Scored, force, magnitude
+from prune.scores import POOLED_BY_NORM, REVIVING, Scored, magnitude
 from prune.updates import MaskChange, PruneAndRegrow, UpdateInputs
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
@@ -222,10 +222,10 @@ class Pruner:
             scored = self._scored(-1, sample)
             scored.initial = initial
             scores = score(scored)
-            if number > 1 and score is not force:  # where living weights score 0 as well, none that was pruned is taken
+            if number > 1 and score not in REVIVING:  # nor where living weights score 0 as well
                 dead = {name: mask == 0 for name, mask in self.masks.masks.items()}
                 scores = {n: s.masked_fill(dead[n], -1) if n in dead else s for n, s in scores.items()}
-            with torch.no_grad():  # with `force` what was pruned in an earlier round may live again
+            with torch.no_grad():  # what was pruned in an earlier round may live again
                 torch._foreach_copy_([self.masks.parameter(name) for name in initial], list(initial.values()))
             self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in POOLED_BY_NORM))
         if not self.method.score and (self.method.update or self.method.tickets):

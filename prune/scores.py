@@ -123,6 +123,9 @@ def force(scored: Scored) -> Scores:
     return {name: (g * scored.initial[name]).abs().detach() for name, g in zip(weights, grads, strict=True)}
 
 
+REVIVING = {force}  # by which weights that an earlier round pruned may live again; add your own score if they may
+
+
 def grasp(scored: Scored, temperature: float = 200.0) -> Scores:
     """Score by w * H g, what keeping a weight does for the gradient's norm (Wang et al. 2020, equation 8).
 

@@ -39,8 +39,9 @@ def recalibrated(
     """Return a copy of a model, in evaluation mode, whose statistics are estimated anew from these batches.
 
     They are the mean of the batches' own, weighted by size: mean and unbiased variance within each batch, as training
-    estimates them (Izmailov et al. 2018, section 3.2). A layer that is used several times has the mean of all. This shows what accuracy is lost to statistics that lag behind
-    the weights, or that one-step SAM takes at perturbed weights. The model itself is left alone.
+    estimates them (Izmailov et al. 2018, section 3.2). A layer that is used several times has the mean of all. This shows
+    what accuracy is lost to statistics that lag behind the weights, or that one-step SAM takes at perturbed weights. The
+    model itself is left alone.
 
     Args:
         model: any network.

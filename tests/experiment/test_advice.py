@@ -143,8 +143,9 @@ def test_a_run_with_a_sparsity_file_resumes_from_any_directory(train, tmp_path, 
     assert main([*resume, "--epochs", "2"]) == 0, capsys.readouterr().err
     capsys.readouterr()
     (tmp_path / "layers.yaml").write_text("prune_ratios: {classifier: 0.9}")
-    (run.directory / "result.json").unlink()
-    for flags in (resume, ["--config", str(run.directory), "--output-dir", str(tmp_path / "again")]):
+    result = (run.directory / "result.json").rename(run.directory / "flags.json")  # which has the flags alone
+    again = ["--output-dir", str(tmp_path / "again")]
+    for flags in (resume, ["--config", str(run.directory), *again], ["--config", str(result), *again]):
         assert main(flags) == 2
         told = capsys.readouterr().err
         assert "layers.yaml' has other sparsities than when the run" in told
