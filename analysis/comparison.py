@@ -25,7 +25,7 @@ class Compared:
         arm, title: its name and how it is shown.
         setting: what it was trained with beyond its title, such as `rho 0.2`; "" for nothing.
         runs: entries of all its runs by seed; those that diverged are in no figure.
-        differences: test accuracies minus those of SGD with the same seed and images, in points.
+        differences: test accuracies minus those of SGD with the same seed, images, kind of device and precision, in points.
         difference: their mean and its 95% interval by Student's t; None without pairs.
         p: of Student's paired t test, corrected by Holm's method over the arms of the cell; NaN for fewer than two pairs.
         sharpness_p: the same of the largest eigenvalue, whose differences are in pairs too.
@@ -124,15 +124,29 @@ def largest_eigenvalue(entry: Entry) -> float | None:
 def pairs(
     runs: dict[int, Entry], base: dict[int, Entry], figure: Callable[[Entry], float | None] = accuracy
 ) -> tuple[float, ...]:
-    """Return differences in a figure between finished runs of the same seed and images, as far as both have it."""
+    """Return differences in a figure between finished runs of the same seed that are alike, as far as both have it."""
     both = [
         (figure(runs[seed]), figure(base[seed]))
         for seed in runs
         if seed in base
         and runs[seed]["state"] == base[seed]["state"] == "finished"
-        and runs[seed]["images"] == base[seed]["images"]
+        and are_alike(runs[seed], base[seed])
     ]
     return tuple(ours - theirs for ours, theirs in both if ours is not None and theirs is not None)
+
+
+def are_alike(one: Entry, other: Entry) -> bool:
+    """Return whether two runs are of the same images, kind of device and precision, each of which moves figures."""
+    return all(
+        figure(one) == figure(other)
+        for figure in (
+            lambda entry: entry["images"],
+            lambda entry: entry["device"].partition(" ")[
+                0
+            ],  # cpu or cuda; CPUs and GPUs of several kinds may be paired
+            lambda entry: entry["flags"].get("precision"),
+        )
+    )
 
 
 def final(entries: Iterable[Entry], name: str) -> list[float]:

@@ -378,9 +378,9 @@ def git(root: Path, *arguments: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def mathematics(commit: str, root: Path) -> str:
-    """Return a fingerprint of the files that decide figures at a commit, or "" for a commit that is not here."""
-    listing = git(root, "ls-tree", "-r", commit, "--", *MATHEMATICS)
+def mathematics(commit: str, root: Path, *others: str) -> str:
+    """Return a fingerprint of the files that decide figures, and of others, at a commit; "" for a commit that is not here."""
+    listing = git(root, "ls-tree", "-r", commit, "--", *MATHEMATICS, *others)
     return hashlib.sha256(listing.encode()).hexdigest()[:12] if listing else ""
 
 

@@ -15,7 +15,7 @@ from analysis.labels import count_text
 from analysis.ledger import Ledger, differing_flags
 from analysis.results_methods import means_over_methods, methods_table, noise_table
 from analysis.results_tables import HEADLINES_NOTE, headlines, networks, task_section
-from analysis.study import CHOSEN
+from analysis.study import CHOSEN, read_choice
 from experiment.study_list import DECAY_TASKS, STUDIES, TASKS, Run
 from utils.errors import UsageError
 from utils.files import write_text_atomically
@@ -43,7 +43,7 @@ def render(root: Path, results: Path, check: bool = False) -> list[str]:
         UsageError: a marker or a file of the ledger is wrong, or is not what its name says.
     """
     ledgers = {task: Ledger(results / task, None).entries for task in TASKS}
-    look_at_runs(ledgers)
+    ledgers = {task: listed_entries(task, entries, results / task / CHOSEN) for task, entries in ledgers.items()}
     comparisons = compare_all(ledgers)
     first = {key: rows for key, rows in comparisons.items() if key[0] not in DECAY_TASKS}
     with_decay = {key: rows for key, rows in comparisons.items() if key[0] in DECAY_TASKS}
@@ -88,31 +88,42 @@ def first_lines(comparisons: dict[tuple[str, str], list[Compared]], other_method
     return f"{HEADLINES_NOTE}\n\n{table}" if table else NO_COMPARISON
 
 
-def look_at_runs(ledgers: dict[str, dict[str, Entry]]) -> None:
-    """Say which runs of the ledger are in no table. Raises UsageError where one would stand in a row of other flags."""
-    listed = {(run.task, run.name): run for study in STUDIES.values() for run in study()}
-    for task, entries in ledgers.items():
-        for name, entry in entries.items():
-            if run := listed.get((task, name)):
-                refuse_other_flags(run, entry)
-        if unlisted := [name for name in entries if (task, name) not in listed]:
-            print(
-                f"note: results/{task} has {count_text(len(unlisted), 'run')} that experiment/study_list.py does not list, "
-                f"such as '{unlisted[0]}': in no table",
-                file=sys.stderr,
-            )
+def listed_entries(task: str, entries: dict[str, Entry], choices: Path) -> dict[str, Entry]:
+    """Return the runs of a task that the studies list, which are those of tables, and say that there are others.
+
+    Args:
+        task: its name.
+        entries: its runs.
+        choices: folder of the values that were chosen.
+
+    Raises:
+        UsageError: one would stand in a row of other flags.
+    """
+    listed = {run.name: run for study in STUDIES.values() for run in study() if run.task == task}
+    for name, entry in entries.items():
+        if run := listed.get(name):
+            refuse_other_flags(run, entry, choices)
+    if unlisted := [name for name in entries if name not in listed]:
+        print(
+            f"note: results/{task} has {count_text(len(unlisted), 'run')} that experiment/study_list.py does not list, "
+            f"such as '{unlisted[0]}': in no table",
+            file=sys.stderr,
+        )
+    return {name: entry for name, entry in entries.items() if name in listed}
 
 
-def refuse_other_flags(run: Run, entry: Entry) -> None:
-    """Raise UsageError for an entry with the name of a run and not with its flags, but for a value that was chosen for it."""
-    chosen = TASKS[run.task].arms[run.arm].tuned.removeprefix("--").replace("-", "_")
-    differing = differing_flags(tuple(run.flags()), entry["flags"])
-    if run.value is None and run.tuned_arm and chosen in differing:
-        differing.remove(chosen)
-    if differing:
+def refuse_other_flags(run: Run, entry: Entry, choices: Path) -> None:
+    """Raise UsageError for an entry with the name of a run and not with its flags or the value that was chosen for it."""
+    source, file, unknown = "experiment/study_list.py", choices / f"{run.tuned_arm}.json", ""
+    if run.value is None and run.tuned_arm:
+        if file.exists():
+            run, source = run.with_value(read_choice(file)["value"]), f"experiment/study_list.py and '{file}'"
+        else:  # as in tuning that is not finished
+            unknown = TASKS[run.task].arms[run.arm].tuned.removeprefix("--").replace("-", "_")
+    if differing := [name for name in differing_flags(tuple(run.flags()), entry["flags"]) if name != unknown]:
         raise UsageError(
-            f"'{run.task}/{run.name}.json' of the ledger differs from experiment/study_list.py in {', '.join(differing)}: it "
-            "would stand in a row of other runs; remove or rename it"
+            f"'{run.task}/{run.name}.json' of the ledger differs from {source} in {', '.join(differing)}: it would stand in a "
+            "row of other runs; remove or rename it"
         )
 
 

@@ -1,6 +1,7 @@
 """The study's tables, in Markdown: every arm of a cell beside SGD, and the choice of what is tuned."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, median_low, stdev
@@ -21,7 +22,7 @@ from analysis.comparison import (
 from analysis.labels import accuracy_text, count_text
 from analysis.study import best_value, read_choice
 from analysis.text_table import mean_and_std_text
-from experiment.study_list import ARMS, TASKS, TUNING_SEEDS, Run, tuning
+from experiment.study_list import ARMS, STUDIES, TASKS, TUNING_SEEDS, Run, tuning
 from utils.statistics import Interval, detectable_difference, holm, paired_p, student_interval
 
 HEADLINE = (CONTROL, "late-0.25", "msam", "previous", "random", "sgd-decay", "sgd-lr", "sgd-half")
@@ -105,7 +106,9 @@ def column_of(
     rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
     if not rows:
         return "", {}
-    return f"{cell_title(task, cell)}, {count_text(max(len(row.differences) for row in rows.values()), 'seed')}", rows
+    counts = {len(row.differences) for row in rows.values()}
+    fewer = f"{min(counts)} to " if len(counts) > 1 else ""
+    return f"{cell_title(task, cell)}, {fewer}{count_text(max(counts), 'seed')}", rows
 
 
 def points(difference: Interval | None, p: float, interval: bool = True) -> str:
@@ -140,7 +143,7 @@ def task_section(
                 f"### {TASKS[task].title}: {cell_title(task, cell)}",
                 f"`{flags}`",
                 cell_table(rows),
-                cell_notes(rows, len(TASKS[task].seeds_of(cell))),
+                cell_notes(rows, lacking(task, cell, rows)),
                 *direct_table({row.arm: row.title for row in rows}, between(rows)),
             ]
     if tuned := tuning_table(task, entries, choices):
@@ -186,12 +189,20 @@ def eigenvalue_text(values: list[float], p: float) -> str:
     return f"**{text}**" if p < LEVEL else text
 
 
-def cell_notes(rows: list[Compared], seeds: int) -> str:
+def lacking(task: str, cell: str, rows: list[Compared]) -> list[str]:
+    """Return which arms the studies list more runs for than a cell has, and how many more."""
+    runs = (run for study in STUDIES.values() for run in study())
+    listed = Counter(run.arm for run in runs if (run.task, run.cell, run.tuning) == (task, cell, False))
+    listed -= Counter({row.arm: len(row.runs) for row in rows})
+    return [f"*{arm.title}* {listed[name]}" for name, arm in TASKS[task].arms.items() if listed[name]]
+
+
+def cell_notes(rows: list[Compared], lacking: list[str]) -> str:
     """Return what a cell's table says, what it could have said, and what it cost.
 
     Args:
         rows: of the table.
-        seeds: how many runs an arm is to have.
+        lacking: arms with runs that are yet to come.
     """
     notes, tested = [], [row for row in rows if not math.isnan(row.p)]
     if tested:
@@ -215,7 +226,7 @@ def cell_notes(rows: list[Compared], seeds: int) -> str:
         )
     if fitted := [entry["epochs"]["train_top1"][-1] for row in rows if row.arm == BASE for entry in row.finished]:
         notes.append(f"SGD ends at {mean(fitted):.1f}% of the training labels, as they were given.")
-    if lacking := [f"*{row.title}* {seeds - len(row.runs)}" for row in rows if len(row.runs) < seeds]:
+    if lacking:
         notes.append(f"Runs that are not in the ledger yet: {', '.join(lacking)}.")
     notes += diverged_note(rows)
     entries = [entry for row in rows for entry in row.runs.values()]
@@ -226,8 +237,9 @@ def cell_notes(rows: list[Compared], seeds: int) -> str:
 def diverged_note(rows: list[Compared]) -> list[str]:
     """Return the note on runs that diverged, if any did."""
     count = sum(row.diverged for row in rows)
-    verb = "is" if count == 1 else "are"
-    return [f"{count_text(count, 'run')} diverged, and {verb} in no mean and no pair."] if count else []
+    verb, arms = ("is", "its arm") if count == 1 else ("are", "their arms")
+    note = f"{count_text(count, 'run')} diverged, and {verb} in no mean and no pair, which favours {arms}."
+    return [note] if count else []
 
 
 def direct_table(titles: dict[str, str], differences: Callable[[str, str], Sequence[float]]) -> list[str]:

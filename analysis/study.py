@@ -41,6 +41,15 @@ from utils.files import write_text_atomically
 
 IN_ENVIRONMENT = ("JOBS", "GPUS", "DATA_DIR", "EPOCHS", "OUTPUT_DIR", "STUDY")
 JOBS = {"study": "2", "study_gpu": "3"}  # an H100 trains three runs at a time as fast, in all, as eight
+IN_MEMORY = (
+    "analysis",
+    "experiment",
+    "imagedata",
+    "models",
+    "prune",
+    "training",
+    "utils",
+)  # folders whose code a launch has imported
 RESULTS = "results"  # folder of ledgers: of the checkout, or of a trial's OUTPUT_DIR
 CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
 SETTINGS = """
@@ -50,7 +59,7 @@ settings, in the environment:
   DATA_DIR    folder with CIFAR-10 as images, train/<class>/* and test/<class>/*; without it the paper's tasks download
               CIFAR-10, and others on it are left out
   EPOCHS      another length, for a trial: its figures go to OUTPUT_DIR/results, not to the ledger
-  OUTPUT_DIR  where the directories of the runs are (runs/STUDY, of a trial runs/STUDY_trial)
+  OUTPUT_DIR  where the directories of the runs are (of this checkout runs/STUDY, of a trial runs/STUDY_trial)
   STUDY       the list to train: study or study_gpu ({name})
 
 Further flags go to main_prune_train.py. One that changes figures makes it a trial too."""
@@ -79,7 +88,8 @@ class Study(Sweep):
         self.ledgers = {task: Ledger(self.results / task, self.root) for task in {run.task: 0 for run in self.plan}}
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.broken: set[str] = set()  # in this launch
-        self.began_with = mathematics("HEAD", self.root) if self.root else ""
+        self.stopped = False  # since the checkout changed
+        self.began_with = mathematics("HEAD", self.root, *IN_MEMORY) if self.root else ""
 
     def file(self, run: str, kind: str) -> Path:
         """Return the path of a file about a run: its command, log, or mark of failure."""
@@ -103,13 +113,16 @@ class Study(Sweep):
                 return None
             run = run.with_value(value)
         flags = run.flags()
-        for place, word in enumerate(flags):
-            if word.startswith("{"):  # the checkpoint of another run
-                needed = self.output / run.task / word.strip("{}") / NEWEST
-                if not (self.finished(f"{run.task}/{needed.parent.name}") and needed.exists()):
-                    return None
-                flags[place] = str(needed)
+        if needed := self.needed(run):
+            if not (self.finished(f"{run.task}/{needed.parent.name}") and needed.exists()):
+                return None
+            flags = [str(needed) if word.startswith("{") else word for word in flags]
         return [*flags, *self.images[TASKS[run.task].images], *self.extra, *self.own_epochs(run)]
+
+    def needed(self, run: Run) -> Path | None:
+        """Return the checkpoint of another run that a run begins from; None for one that needs none."""
+        names = [word.strip("{}") for word in run.flags() if word.startswith("{")]
+        return self.output / run.task / names[0] / NEWEST if names else None
 
     def own_epochs(self, run: Run) -> list[str]:
         """Return the length of an arm that is to train longer or shorter than others, where a trial has a length of its own."""
@@ -155,11 +168,11 @@ class Study(Sweep):
 
     def next_run(self, left: list[str], running: set[str]) -> str | None:
         """Return the first run that is missing and can start now."""
-        if self.moved():
-            return None
         for run, flags in self.missing():
             key = f"{run.task}/{run.name}"
             if flags is not None and key not in running | self.broken:
+                if self.moved():
+                    return None
                 self.runs[key] = flags
                 self.begin(key)
                 return key
@@ -167,10 +180,17 @@ class Study(Sweep):
 
     def moved(self) -> bool:
         """Return whether the checkout is no longer what this process began with, and say so once."""
-        if self.root and self.began_with and (dirty(self.root) or mathematics("HEAD", self.root) != self.began_with):
-            print("note: files of the checkout were changed meanwhile: no more runs are started", file=sys.stderr)
-            self.began_with = ""
-        return bool(self.root) and not self.began_with
+        if (
+            self.root
+            and not self.stopped
+            and (dirty(self.root) or mathematics("HEAD", self.root, *IN_MEMORY) != self.began_with)
+        ):
+            self.stopped = True
+            print(
+                "error: files of the checkout were changed meanwhile, and no more runs are started: commit them, and launch again",
+                file=sys.stderr,
+            )
+        return self.stopped
 
     def begin(self, run: str) -> None:
         """Make room for a run: what a run of other flags or of another commit's mathematics left is deleted."""
@@ -239,6 +259,24 @@ class Study(Sweep):
         for task, ledger in self.ledgers.items():
             print(f"{task}: {len(ledger.entries)} runs in {ledger.folder}, {left[task]} missing")
         return len(self.broken)
+
+    def report_waiting(self) -> int:
+        """Print why runs could not begin, and what mends that; return how many of them."""
+        waiting = [self.why_waiting(run) for run, flags in self.missing() if flags is None]
+        for reason, count in Counter(waiting).items():
+            print(f"not begun: {count_text(count, 'run')}; {reason}", file=sys.stderr)
+        return len(waiting)
+
+    def why_waiting(self, run: Run) -> str:
+        """Return why a run cannot begin, and what mends that."""
+        if run.tuned_arm and not run.tuning and self.chosen.get((run.task, run.tuned_arm)) is None:
+            return f"the value of '{run.tuned_arm}' is not chosen: train {run.task}/tune-*-{run.tuned_arm}-* first"
+        needed = self.needed(run)
+        assert needed is not None
+        other = f"{run.task}/{needed.parent.name}"
+        if not self.finished(other):
+            return f"train {other} first"
+        return f"'{needed}' is not there: bring it, or remove '{self.results / other}.json' to train that run again"
 
 
 def best_value(trials: list[Run], entries: dict[str, dict]) -> dict:
@@ -332,8 +370,13 @@ def check_ledger(study: Study) -> None:
     """Refuse a ledger whose runs have other flags than the list says. Raises UsageError."""
     for run in study.plan:
         entry, flags = study.ledgers[run.task].entries.get(run.name), study.complete(run)
-        if entry is None or flags is None:
+        if entry is None or (flags is None and study.needed(run)):
             continue
+        if flags is None:
+            raise UsageError(
+                f"'{study.results / run.task / run.name}.json' has a value of '{run.tuned_arm}', of which none is chosen now: remove "
+                "the runs that were trained with it, or restore the choice from git"
+            )
         if differing := differing_flags(tuple(flags), entry["flags"]):
             raise UsageError(
                 f"'{study.results / run.task / run.name}.json' differs from experiment/study_list.py in {', '.join(differing)}: "
@@ -343,7 +386,7 @@ def check_ledger(study: Study) -> None:
 
 def set_by_study(plan: list[Run]) -> set[str]:
     """Return the names of the flags that tell its runs apart, say where a run goes, or bring others along."""
-    names = {"seed", "val_split", "output_dir", "resume", "evaluate", "config"}
+    names = {"seed", "val_split", "output_dir", "resume", "checkpoint_every", "evaluate", "config"}
     for task, cell, arm in {(run.task, run.cell, run.arm) for run in plan}:
         one = TASKS[task].arms[arm]
         tuned = f"{one.tuned} 0.1" if one.values or one.rho_of or one.rho else ""
@@ -380,9 +423,11 @@ def prepare(name: str, directory: str, argv: list[str], root: Path, program: Pat
     for taken in sorted(given & set_by_study(plan)):
         raise UsageError(f"{flag(taken)} is set by the study: leave it out; experiment/study_list.py is its list")
     trial = bool(given - NOT_OF_FIGURES)
-    usual = f"runs/{listed}_trial" if trial else f"runs/{listed}"
-    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", usual))))
+    usual = root / "runs" / (f"{listed}_trial" if trial else listed)
+    output = Path(os.path.realpath(os.path.join(directory, setting("OUTPUT_DIR", str(usual)))))
     refuse_mixture(output, trial)
+    if trial and output == root.resolve():
+        raise UsageError(f"OUTPUT_DIR: '{output / RESULTS}' is the ledger of the study: give a trial another directory")
     folder = setting("DATA_DIR", "")
     images = {"": [], "cifar10": ["--dataset", "cifar10"]}
     if folder and not os.path.isdir(os.path.join(directory, folder, "train")):
@@ -422,7 +467,7 @@ def refuse_mixture(output: Path, trial: bool) -> None:
 
 
 def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
-    """Run the command line; return the exit code: 0, 1 if a run has failed, 2 for bad input, 130 if a signal came."""
+    """Run the command line; return the exit code: 0, 1 if a run has failed or cannot begin, 2 for bad input, 130 if a signal came."""
     began = time.monotonic()
     if len(argv) < 2 or argv[0] not in STUDIES or not os.path.isdir(argv[1]):
         refuse("scripts/study.sh and study_gpu.sh launch this: python -m analysis.study NAME DIRECTORY [ARGUMENT ...]")
@@ -445,12 +490,16 @@ def main(argv: list[str], root: Path = ROOT, program: Path = PROGRAM) -> int:
     study.runs = {f"{run.task}/{run.name}": [] for run in study.plan if not study.without_value(run)}
     left = [f"{run.task}/{run.name}" for run, _ in study.missing()]
     print(f"{study.output}: {len(study.runs)} runs, {len(study.runs) - len(left)} of them in the ledger", flush=True)
-    interrupted = study.train_runs(left, began + 60 * args.minutes)
+    until = began + 60 * args.minutes
+    interrupted = study.train_runs(left, until)
     lock.close()
     failed = study.report()
     if interrupted:
         print("interrupted: launch again to go on", file=sys.stderr)
-    return 130 if interrupted else 1 if failed else 0
+        return 130
+    if not study.stopped and time.monotonic() < until:
+        failed += study.report_waiting()
+    return 1 if failed or study.stopped else 0
 
 
 def dry_run(study: Study) -> int:

@@ -193,8 +193,9 @@ class Sweep:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        if not signals:  # which may have come while this process began
-            self.train_here(run)
+        if signals:  # which came while this process began
+            sys.exit(PREEMPTED)
+        self.train_here(run)
 
     def train_here(self, run: str) -> None:
         """Train a run in this process, as `python PROGRAM FLAGS >>LOG 2>&1` would; it raises SystemExit like that."""

@@ -125,7 +125,10 @@ def test_the_tables_show_every_figure_with_the_control_after_sgd(checkout):
         shift, limit = float(difference) / (0.432 / math.sqrt(3)), student.ppf(1 - level / 2, 2)
         assert nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=0.01)
     assert rows["SAM (two-step) minus one-step SAM"] == ["+2.83", "+0.69 to +4.98", "3", "0.030"]  # 3.0, 3.6 and 1.9
-    assert "not in the ledger yet: *SGD* 7, *SAM (two-step)* 7, *one-step SAM* 7." in text
+    assert (
+        "not in the ledger yet: *SGD* 7, *SAM (two-step)* 7, *one-step SAM* 7, *MSAM* 10, *random* 10, *SGD, weight"
+        in text
+    )
     assert "9.0 core-hours, 9 runs; cpu (x86_64, 2 threads); torch 2.14; commit 1234567." in text
     assert checkout.rows(headlines=True) == {
         "minus SGD (points)": ["passes", f"{TASKS[TASK].title}: 90% sparse, random, 3 seeds"],
@@ -144,7 +147,24 @@ def test_a_run_that_diverged_is_counted_and_in_no_mean(checkout):
     assert rows["arm"].index("diverged") == 4
     assert rows["one-step SAM"][2:5] == ["92.17 ± 1.61", "3", "1"]
     assert rows["MSAM"] == ["rho -1", "", "", "0", "1", "", "", "", ""]
-    assert "2 runs diverged" in checkout.page.read_text()
+    assert "2 runs diverged, and are in no mean and no pair, which favours their arms." in checkout.page.read_text()
+
+
+@pytest.mark.parametrize("other", [{"device": "cuda (NVIDIA H100)"}, {"flags": {"precision": "bf16"}}])
+def test_runs_of_another_kind_of_device_or_precision_are_no_pair(checkout, other):
+    checkout.add_cell()
+    checkout.add(Run(TASK, CELL, "previous", 1), 91.5, **other)
+    checkout.add(Run(TASK, CELL, "previous", 2), 94.0, device="cpu (another, 1 threads)")
+    assert checkout.compared()["previous"].differences == (1.0, 2.0)
+
+
+def test_a_column_says_how_many_seeds_its_rows_have(checkout):
+    checkout.add_cell()
+    for arm in ("sgd", "previous"):
+        checkout.add(Run(TASK, CELL, arm, 3), 91.0)
+    checkout.render()
+    title = checkout.rows(headlines=True)["minus SGD (points)"][1]
+    assert title == f"{TASKS[TASK].title}: 90% sparse, random, 3 to 4 seeds"
 
 
 def test_runs_on_other_images_are_no_pair(checkout):
@@ -365,6 +385,29 @@ def test_a_run_that_the_study_does_not_list_is_told_of(checkout, capsys):
     assert checkout.rows() == {}
 
 
+def test_an_arm_that_no_study_lists_in_a_cell_is_in_no_row_and_no_correction(checkout):
+    checkout.add_cell("random-0.95")
+    checkout.render()
+    before = checkout.rows()["one-step SAM"]
+    for seed in range(3):
+        checkout.add(Run(TASK, "random-0.95", "sgd-long", seed), 91.0 + seed / 7)
+    checkout.render()
+    assert checkout.rows()["one-step SAM"] == before
+    assert "SGD, twice as long" not in checkout.rows()
+
+
+def test_a_run_of_another_value_than_was_chosen_is_refused(checkout, capsys):
+    checkout.add_cell()  # with the second value of each arm: 0.1 of one-step SAM
+    choices = checkout.root / "results" / TASK / "chosen"
+    choices.mkdir()
+    (choices / "previous.json").write_text('{"value": 0.1}')
+    assert checkout.render() == 0
+    (choices / "previous.json").write_text('{"value": 0.3}')
+    assert checkout.render() == 2
+    words = f"-previous-seed0.json' of the ledger differs from experiment/study_list.py and '{choices / 'previous.json'}' in sam_rho"
+    assert words in capsys.readouterr().err
+
+
 def test_a_run_of_other_flags_than_its_name_says_is_in_no_row(checkout, capsys):
     checkout.add_cell()
     before = checkout.page.read_text()
@@ -431,7 +474,7 @@ def test_methods_with_wrong_labels_are_corrected_over_the_whole_table(checkout):
     checkout.add(Run("methods-noise", "set-0.9", "msam", 4), None)
     checkout.render()
     assert checkout.rows()["mean of the methods"][2] == ""
-    assert "1 run diverged, and is in no mean and no pair." in checkout.page.read_text()
+    assert "1 run diverged, and is in no mean and no pair, which favours its arm." in checkout.page.read_text()
 
 
 def test_means_over_methods_are_corrected_over_the_arms(checkout):

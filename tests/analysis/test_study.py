@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_a_choice_that_the_ledger_contradicts_is_refused_and_a_dry_run_writes_no
     assert refused.returncode == 2
     assert "has 0.3, and the runs in the ledger say 0.1: remove it to choose again" in refused.stderr
     path.unlink()
+    tuned = next(path.parent.parent.glob("tune-*.json"))
+    kept = tuned.read_text()
+    tuned.unlink()  # as where a list of values grew: another one may be chosen
+    refused = study("--only", FINAL, EPOCHS="1")
+    assert refused.returncode == 2
+    assert (
+        "has a value of 'late-0.1', of which none is chosen now: remove the runs that were trained with it"
+        in refused.stderr
+    )
+    tuned.write_text(kept)
     listed = study("--dry-run", "--only", FINAL.replace("seed0", "seed1"), EPOCHS="1")
     assert value("--sam-rho", commands(listed)[0]) == "0.1"
     assert not path.exists()
@@ -214,6 +225,25 @@ def test_a_run_that_waits_for_a_rho_is_counted_and_not_begun(study):
 # runs and the ledger
 
 
+def test_what_runs_wait_for_is_told(study):
+    done = study("--only", FINAL, EPOCHS="1")
+    assert done.returncode == 1
+    assert (
+        "not begun: 1 run; the value of 'late-0.1' is not chosen: train digits-noise/tune-*-late-0.1-* first"
+        in done.stderr
+    )
+
+    dense, oneshot = (f"methods/{name}-previous-seed0" for name in ("dense", "oneshot-0.9"))
+    done = study("--dataset", "digits", "--only", oneshot)
+    assert (done.returncode, f"not begun: 1 run; train {dense} first" in done.stderr) == (1, True)
+    assert study("--dataset", "digits", "--only", dense).returncode == 0
+    done = study("--dataset", "digits", "--only", oneshot)
+    missing, entry = study.output / dense / "checkpoint.pt", study.output / "results" / f"{dense}.json"
+    assert f"'{missing}' is not there: bring it, or remove '{entry}' to train that run again" in done.stderr
+    missing.touch()
+    assert study("--dataset", "digits", "--only", oneshot).returncode == 0
+
+
 def test_a_trial_of_another_length_keeps_what_arms_are_to_each_other(study):
     for how in ({"EPOCHS": "4"}, {}):
         flags = [] if how else ["--epochs", "4"]
@@ -267,6 +297,34 @@ def test_a_changed_checkout_trains_nothing_for_the_ledger(study, checkout):
     assert not study.output.exists()
 
 
+def test_code_that_a_launch_has_in_memory_is_not_replaced_by_a_commit(study, checkout, tmp_path):
+    commits = tmp_path / "commits.py"
+    git = ["git", "-C", str(checkout), "-c", "user.name=A", "-c", "user.email=a@example.org"]
+    steps = [[*git, "add", "-A"], [*git, "commit", "--quiet", "--message", "second"]]
+    then = f"import subprocess\n[subprocess.run(step, check=True) for step in {steps}]\nsys.exit(0)\n"
+    commits.write_text(STAND_IN.replace("sys.exit(0)\n", then))
+    for file, seeds, ended, count in (("docs/study.md", "[01]", 0, 2), ("experiment/study_list.py", "[23]", 1, 3)):
+        (checkout / file).parent.mkdir()
+        (checkout / file).touch()
+        done = study("--only", NESTEROV.replace("seed0", f"seed{seeds}"), program=commits, JOBS="1")
+        assert (done.returncode, f"{count} runs in" in done.stdout) == (ended, True), done.stderr
+        assert ("files of the checkout were changed meanwhile" in done.stderr) == bool(ended)
+
+
+def test_a_signal_just_before_a_run_begins_leaves_it_to_the_next_launch(study, checkout, monkeypatch):
+    def interrupted_while_looking(root, looks=[]):  # noqa: B006
+        looks.append(root)
+        if len(looks) == 2:  # the first is before the launch takes signals
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr("analysis.study.dirty", interrupted_while_looking)
+    done = study("--only", NESTEROV)
+    assert (done.returncode, "0 runs in" in done.stdout, "failed:" in done.stderr) == (130, True, False)
+    done = study("--only", NESTEROV)
+    assert (done.returncode, "1 runs in" in done.stdout) == (0, True)
+
+
 @pytest.mark.parametrize(("flags", "epochs"), [((), "1"), (("--lr", "0.2"), ""), (("--nonfinite", "skip"), "")])
 def test_a_trial_never_enters_the_ledger(study, checkout, flags, epochs):
     (checkout / "sam.py").write_text("rho = 0.1")  # nor does it need a clean checkout
@@ -306,6 +364,7 @@ def test_a_ledger_whose_flags_the_list_no_longer_has_is_refused(study, checkout)
         (["--rho", "0.1"], {}, "did you mean --sam-rho?"),
         (["--seed", "3"], {}, "--seed is set by the study"),
         (["--output-dir", "x"], {}, "--output-dir is set by the study"),
+        (["--checkpoint-every", "10m"], {}, "--checkpoint-every is set by the study"),
         (["--config", "x"], {}, "--config is set by the study"),  # which would bring flags that nobody sees
         (["--sparsity=0.5"], {}, "--sparsity is set by the study"),
         (["--sam-rho", "0.1", "--only", "digits-noise/*-random-scaled-*"], {}, "--sam-rho is set by the study"),
@@ -370,11 +429,16 @@ def test_a_trial_and_the_study_keep_out_of_each_others_directory(study, monkeypa
     monkeypatch.delenv("OUTPUT_DIR")
     only = ("--compile", "off", "--only", NESTEROV)
     assert study(*TINY, *only, EPOCHS="1").returncode == 0
-    trial = study.output.parent / "runs" / "study_trial"
+    trial = study.root / "runs" / "study_trial"  # wherever it was launched
     assert (trial / "results" / f"{NESTEROV}.json").exists()
     assert [path.name for path in trial.parent.iterdir()] == ["study_trial"]
     mixed = study("--only", NESTEROV, OUTPUT_DIR=str(trial))
     assert (mixed.returncode, mixed.stderr) == (2, f"error: '{trial}' has runs of a trial: give another OUTPUT_DIR\n")
+    mixed = study(*only, EPOCHS="1", OUTPUT_DIR=str(study.root))
+    words = (
+        f"error: OUTPUT_DIR: '{study.root / 'results'}' is the ledger of the study: give a trial another directory\n"
+    )
+    assert (mixed.returncode, mixed.stderr) == (2, words)
     (study.output / NESTEROV).mkdir(parents=True)
     mixed = study(*TINY, *only, EPOCHS="1", OUTPUT_DIR=str(study.output))
     assert mixed.stderr == f"error: '{study.output}' has runs of the study: give another OUTPUT_DIR\n"
