@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress
 from typing import Any
 
@@ -41,7 +41,8 @@ class SAM(torch.optim.Optimizer):
     `first_step(zero_grad=True)` as well. Adaptive SAM is Kwon et al., ICML 2021, without their eta = 0.01.
 
     The norm is global. Weights come back bit for bit, by copy. A direction whose norm is not finite perturbs nothing
-    (without a norm, only what is finite in it does), and nothing here waits for the device. docs/sam.md has the directions, recipes, and what is refused.
+    (without a norm, only what is finite in it does), and nothing here waits for the device. docs/sam.md has the directions,
+    recipes, and what is refused.
 
     Args:
         params: parameters or groups of them, as for any optimizer; `rho` and `adaptive` are options of a group.
@@ -106,9 +107,10 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: something else has written to weights that the SAM before holds perturbed; it is detached then.
         """
         self._refuse_two_steps()
-        # By the name of their class: a notebook may have defined it twice.
+        # Not by their class: a notebook may have defined it twice.
         hooks: list[Any] = [hook for part in model.modules() for hook in part._state_dict_pre_hooks.values()]
-        for other in {hook.function.__self__ for hook in hooks if type(hook).__name__ == "_Hook" and hook.function}:
+        owners: set[Any] = {getattr(getattr(hook, "function", None), "__self__", None) for hook in hooks}
+        for other in [owner for owner in owners if hasattr(owner, "_shared")]:
             if other._shared is not self._shared and not {*other._parameters()}.isdisjoint(self._parameters()):
                 other.detach()
         handles = self._shared.handles
@@ -158,6 +160,17 @@ class SAM(torch.optim.Optimizer):
             yield
         finally:
             self._leave()
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Bring w back inside the context, and then what was perturbed before it: for what looks at weights or masks them."""
+        was_perturbed = self._shared.phase == PERTURBED
+        self._leave()
+        try:
+            yield
+        finally:
+            if was_perturbed and self._shared.phase == ASIDE:  # nobody ended the step meanwhile
+                self._go_on()
 
     # The two halves
 
@@ -242,13 +255,14 @@ class SAM(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring w_t back, bit for bit, if the weights are perturbed. Safe to call at any time and any number of times.
+        """Bring w_t back, bit for bit, if the weights are perturbed; else do nothing.
 
         After it the interrupted step is forgotten: along `previous` and `random` the next one is not perturbed unless
         `second_step` came between.
 
         Raises:
             RuntimeError: something else has written to perturbed weights, as wherever w_t is brought back; they stay so.
+                What was written through `.data` cannot be known of, and is replaced.
         """
         self._bring_back()
         if self._shared.phase != CLOSED:
@@ -373,7 +387,8 @@ class SAM(torch.optim.Optimizer):
             try:
                 self._generator(next(self._parameters()).device).set_state(generators[0].cpu())
             except RuntimeError:  # a CPU's state is not a GPU's
-                warnings.warn("random directions begin anew: they were drawn on another kind of device", stacklevel=2)
+                shared.generator = None
+                warnings.warn("random directions begin anew: they were drawn on another kind of device", stacklevel=4)
 
     def __setstate__(self, state: dict) -> None:
         """Let the base optimizer take over a loaded state, in the list and dict that wrappers and it share."""
@@ -405,14 +420,14 @@ class SAM(torch.optim.Optimizer):
                 lots.append(lot)
                 weighted.append(scaled)
                 directions.append(d if sizes is None else scaled * sizes)
-        moves = [isinstance(lot.group["rho"], Tensor) or lot.group["rho"] != 0 for lot in lots]
+        moves = [_on_device(lot.group["rho"]) or bool(lot.group["rho"] != 0) for lot in lots]
         shared.moved = list(compress(lots, moves))
         if shared.moved:
             counted = moves if self.norm_over == "perturbed" else [True] * len(lots)
             if self.norm_over == "perturbed":  # a tensor may be 0, and is not looked at here
                 for place, lot in enumerate(lots):
-                    if isinstance(lot.group["rho"], Tensor):
-                        weighted[place] = weighted[place] * (lot.group["rho"] != 0).to(lot.buffer.device)
+                    if _on_device(lot.group["rho"]):
+                        weighted[place] = torch.where(lot.group["rho"] != 0, weighted[place], 0)
             norm = _norm(list(compress(lots, counted)), list(compress(weighted, counted)))
             for lot, d in zip(shared.moved, compress(directions, moves), strict=True):
                 rho = lot.group["rho"]
@@ -448,14 +463,20 @@ class SAM(torch.optim.Optimizer):
         if shared.phase == CLOSED:
             self._perturb()
         elif shared.phase == ASIDE:
-            moved = {id(p) for lot in shared.moved for p in lot.owners}  # some may have been frozen or converted since
-            shared.moved = [lot for lot in self._lots() if not moved.isdisjoint(map(id, lot.owners))]
-            for lot in shared.moved:
-                e = lot.buffer.clone()
-                torch._foreach_copy_(lot.views, lot.params)
-                torch._foreach_add_(lot.params, lot.views_of(e))
-            self._weights_moved()
-            shared.phase, shared.versions = PERTURBED, self._versions()
+            self._go_on()
+
+    @torch.no_grad()
+    def _go_on(self) -> None:
+        """Perturb by the e that was set aside."""
+        shared = self._shared
+        moved = {id(p) for lot in shared.moved for p in lot.owners}  # some may have been frozen or converted since
+        shared.moved = [lot for lot in self._lots() if not moved.isdisjoint(map(id, lot.owners))]
+        for lot in shared.moved:
+            e = lot.buffer.clone()
+            torch._foreach_copy_(lot.views, lot.params)
+            torch._foreach_add_(lot.params, lot.views_of(e))
+        self._weights_moved()
+        shared.phase, shared.versions = PERTURBED, self._versions()
 
     @torch.no_grad()
     def _leave(self) -> None:
@@ -481,7 +502,8 @@ class SAM(torch.optim.Optimizer):
             shared.phase, shared.moved = CLOSED, []
             raise RuntimeError(
                 "weights were changed while SAM had them perturbed, and stay as they are: call detach() before another "
-                "optimizer trains them, eval() or restore() before they are loaded or changed"
+                "optimizer trains them, eval() or restore() before they are loaded or changed; a network that changes them in "
+                "its forward pass, as by max_norm of nn.Embedding, cannot be trained with SAM"
             )
 
     def _weights_moved(self) -> None:
@@ -588,7 +610,8 @@ class SAM(torch.optim.Optimizer):
             if not self._has_gradients():
                 raise RuntimeError("the closure computed no gradient: it has to run forward and backward")
         except BaseException:
-            self.restore()  # whoever catches it finds w_t
+            with suppress(RuntimeError):  # of weights that the closure changed
+                self.restore()  # whoever catches it finds w_t
             raise
         return loss
 
@@ -748,6 +771,11 @@ def _norm(lots: list[_Lot], flats: list[Tensor]) -> Tensor:
             norm = _sum_over_shards(norm.double() ** 2, lot.sharding).sqrt().to(norm.dtype)
         norms.append(norm)
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _on_device(rho: Any) -> bool:
+    """Return whether rho is a tensor whose value only a wait for its device would tell."""
+    return isinstance(rho, Tensor) and rho.device.type != "cpu"
 
 
 def _ordinary(value: Any) -> Any:

@@ -76,6 +76,11 @@ def make_writable(directory: Path) -> None:
             pass
 
 
+FOREIGN = {
+    f".{name}" for name in "pt pth pt2 safetensors onnx json csv yaml py sh md txt svg png".split()
+}  # of files of other kinds
+
+
 def make_room_for(file: Path, ending: str = ".json") -> None:
     """Make the directory of a file, and check that the file can be written, before anything expensive begins.
 
@@ -84,7 +89,7 @@ def make_room_for(file: Path, ending: str = ".json") -> None:
     """
     if file.is_dir():
         raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")
-    if file.exists() and file.suffix not in ("", ending):
+    if file.exists() and file.suffix in FOREIGN - {ending}:
         raise UsageError(f"'{file}' is there already, and not a file of this kind ({ending}): name another by --output")
     make_writable(file.parent)
 

@@ -151,7 +151,7 @@ def evaluate_checkpoint(args: Namespace, given: set[str]) -> dict:
     found = {"test_loss": loss, "test_top1": top1}
     if args.recalibrate_bn:
         with usage_errors():
-            model = recalibrated(trained.model, trained.training_inputs(device), execution)
+            model = recalibrated(trained.model, trained.training_inputs(device, workers), execution)
         loss, top1 = evaluate(model, loader, execution)
         print(f"test loss {loss:.4f}   test top-1 {top1:.2f}%   with batch norm's statistics estimated anew")
         found |= dict(zip(RECALIBRATED, (loss, top1), strict=True))

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from experiment.checks import complete_flags, refuse_to_run_code, without_effect
@@ -87,8 +88,12 @@ def read_recipe(path: Path) -> dict:
 
 def refuse_other_sparsities(path: Path, file: Path) -> None:
     """Raise UsageError where the file of --sparsity-config has other sparsities than when the run of `path` began."""
-    beside = path / ARGS if path.is_dir() else path.with_name(ARGS)  # of result.json, which has the flags alone
-    told = json.loads(beside.read_text()).get("layer_sparsity") if beside.exists() else None
+    path = path / ARGS if path.is_dir() else path
+    told = json.loads(path.read_text()).get("layer_sparsity")
+    beside = path.with_name(ARGS)  # of result.json, which has the flags alone
+    if told is None and beside.exists():
+        with suppress(ValueError, AttributeError):  # a torn file tells nothing
+            told = json.loads(beside.read_text()).get("layer_sparsity")
     if told is not None and told != load_layer_sparsity(file):
         raise UsageError(
             f"'{file}' has other sparsities than when the run of '{path}' began: restore them, or give --sparsity-config "

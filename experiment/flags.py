@@ -496,10 +496,10 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            mapping = super().construct_mapping(node, deep)
-            if len(mapping) < len(node.value):  # of equal names YAML takes the last
-                raise UsageError(f"'{path}' names a layer twice: leave one of them out")
-            return mapping
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if twice := [name for name in names if names.count(name) > 1]:  # of equal names YAML takes the last
+                raise UsageError(f"'{path}' names '{twice[0]}' twice: leave one of them out")
+            return super().construct_mapping(node, deep)
 
     try:
         content = Loader(path.read_text()).get_single_data()

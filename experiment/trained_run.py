@@ -43,11 +43,11 @@ class TrainedRun:
     images: str
     same_images: bool
 
-    def training_inputs(self, device: torch.device) -> Iterator[Tensor]:
-        """Return the inputs of an epoch's batches, as the run was trained on them."""
+    def training_inputs(self, device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+        """Return the inputs of an epoch's batches, made by so many processes, as the run was trained on them."""
         loader = TrainLoader(
             self.dataset.train, build.augmentation(self.args, self.dataset), len(self.dataset.classes), self.normalize,
-            device, 0, Execution(),
+            device, workers, Execution(),
         )  # fmt: skip
         return (loader.batch(step).inputs for step in range(loader.steps_per_epoch))
 

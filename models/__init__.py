@@ -71,8 +71,16 @@ def build_model(
 
 
 def _without_counters(model: nn.Module) -> nn.Module:
-    """Return the model without batch norm's counters: of no use at a fixed momentum, and a kernel a layer in each step."""
+    """Return the model without batch norm's counters: of no use at a fixed momentum, and a kernel a layer in each step.
+
+    States that have them, of earlier versions or of other programs, load all the same.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
             module.num_batches_tracked = None
+            module.register_load_state_dict_pre_hook(_drop_counter)
     return model
+
+
+def _drop_counter(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    state.pop(f"{prefix}num_batches_tracked", None)

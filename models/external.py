@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import MethodType, ModuleType
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def _scale_inputs(model: nn.Module, channels: int) -> None:
     """Let a network scale its inputs by buffers, which are saved with it, and not by a flag that is not."""
     model.register_buffer("input_scale", torch.ones(channels, 1, 1))
     model.register_buffer("input_shift", torch.zeros(channels, 1, 1))
-    model._transform_input = MethodType(_scaled_inputs, model)  # type: ignore[assignment]
+    model._transform_input = partial(_scaled_inputs, model)  # type: ignore[assignment]  # which can be pickled
     model.register_load_state_dict_pre_hook(_inputs_as_they_are)
 
 

@@ -1,5 +1,6 @@
 """Whether the living weights still connect the input of a network with its output."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -41,7 +42,8 @@ MIXING: dict[str, Callable] = {  # no flow describes which weights they use
     "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm"), lambda inputs, *_, **__: inputs),
 }  # fmt: skip
-AVERAGES: dict[str, Callable] = {}
+WHOLE = ("multi_head_attention_forward",)  # mixes, too; it is not seen into, and stays as it is
+AVERAGES: dict[str, Callable] = {}  # of torch.nn.functional; amax, max and the like stay as they are
 for _dimensions in (1, 2, 3):
     _within, _to_size = f"max_pool{_dimensions}d", f"adaptive_max_pool{_dimensions}d"
     AVERAGES[_within], AVERAGES[_to_size] = _average(
@@ -53,25 +55,22 @@ class _Flow(TorchFunctionMode):
     """Puts others in the place of functions.
 
     Attributes:
-        mixed: results of functions of MIXING.
+        mixed: results of functions of MIXING and WHOLE.
     """
 
     def __init__(self):
         super().__init__()
-        self.mixed: list[Tensor] = []
+        self.mixed: list[Any] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         instead = MIXING.get(name) or AVERAGES.get(name)
         result = func(*args, **kwargs)
-        if instead is None or not isinstance(result, Tensor):
-            return result
-        try:
-            flow = instead(*args, **kwargs)
-        except (RuntimeError, TypeError):  # arguments of a rarer kind
-            flow = result
-        result = flow if flow.shape == result.shape else result
-        if name in MIXING:
+        if instead and isinstance(result, Tensor):
+            with contextlib.suppress(RuntimeError, TypeError):  # arguments of a rarer kind
+                flow = instead(*args, **kwargs)
+                result = flow if flow.shape == result.shape else result
+        if name in MIXING or name in WHOLE:
             self.mixed.append(result)
         return result
 
@@ -82,7 +81,7 @@ def reaches_output(model: nn.Module, alive: Mapping[str, Tensor], input_shape: t
     This is SynFlow's flow (Tanaka et al. 2020) in a network whose living weights are 1 and whose normalisation is the
     identity, on an input of ones. Each layer's output is scaled to a largest value of 1/2, so that the flow through many
     layers neither over- nor underflows. Biases do not count: they reach the output without the input. Attention lets all
-    values through, and where the largest value is taken all are averaged.
+    values through, and max pooling averages.
 
     Args:
         model: the network, which stays as it is.
@@ -110,9 +109,20 @@ def weights_on_paths(model: nn.Module, alive: Mapping[str, Tensor], input_shape:
 def _slopes(
     model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Return the slope of the flow along the input, that along each weight times the weight, and whether anything mixes."""
+    """Return the slope of the flow along the input, that along each weight times the weight, and whether anything mixes.
+
+    Where nothing gets through with small shifts and factors, it tries once more with those that the network has: some divide by
+    them, such as spectral norm.
+    """
+    found = _slopes_with(SMALL, model, alive, input_shape)
+    return found if found[0].any() else _slopes_with(None, model, alive, input_shape)
+
+
+def _slopes_with(
+    others: float | None, model: nn.Module, alive: Mapping[str, Tensor], input_shape: tuple[int, ...]
+) -> tuple[Tensor, dict[str, Tensor], bool]:
     for dtype in (torch.float64, torch.float32):  # a network may convert to float32 within
-        shadow, weights = _shadow(model, alive, dtype)
+        shadow, weights = _shadow(model, alive, dtype, others)
         ones = torch.ones(1, *input_shape, dtype=dtype, device=next(shadow.parameters()).device, requires_grad=True)
         try:
             with torch.enable_grad(), _Flow() as flow:
@@ -133,15 +143,15 @@ def _slopes(
 
 
 def _shadow(
-    model: nn.Module, alive: Mapping[str, Tensor], dtype: torch.dtype
+    model: nn.Module, alive: Mapping[str, Tensor], dtype: torch.dtype, others: float | None
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return the network that flow runs through, and its weights."""
+    """Return the network that flow runs through, and its weights; its other parameters have the value `others`, or their own."""
     shadow = copied(model).to(dtype).eval()
     weights = prunable_weights(shadow)
     with torch.no_grad():
         for parameter in shadow.parameters():
-            if parameter.is_floating_point():
-                parameter.fill_(SMALL)
+            if others is not None and parameter.is_floating_point():
+                parameter.fill_(others)
         for name, weight in weights.items():
             mask = alive.get(name)
             weight.fill_(1) if mask is None else weight.copy_(mask)

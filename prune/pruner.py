@@ -1,9 +1,10 @@
 """The one object through which a training loop keeps a network sparse."""
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import compress
 
 import torch
@@ -223,8 +224,9 @@ class Pruner:
             scored.initial = initial
             scores = score(scored)
             if number > 1 and score not in REVIVING:  # nor where living weights score 0 as well
+                lowest = 0.0 if score in POOLED_BY_NORM else -math.inf
                 dead = {name: mask == 0 for name, mask in self.masks.masks.items()}
-                scores = {n: s.masked_fill(dead[n], -1) if n in dead else s for n, s in scores.items()}
+                scores = {n: s.masked_fill(dead[n], lowest) if n in dead else s for n, s in scores.items()}
             with torch.no_grad():  # what was pruned in an earlier round may live again
                 torch._foreach_copy_([self.masks.parameter(name) for name in initial], list(initial.values()))
             self.masks.set(self.pattern.keep(scores, self._first_counts(wanted), square=score in POOLED_BY_NORM))
@@ -333,15 +335,11 @@ class Pruner:
     @contextmanager
     def _unperturbed(self) -> Iterator[None]:
         """Bring back the weights that a SAM holds at w + e: scores are of w, and so is what masks zero."""
-        holding = [optimizer for optimizer in self.optimizers if getattr(optimizer, "training", False)]
-        for optimizer in self.optimizers:
-            if hasattr(optimizer, "perturbed"):  # of `sam.SAM`: also in the middle of a step
-                optimizer.eval()  # type: ignore[attr-defined]
-        try:
+        with ExitStack() as stack:
+            for optimizer in self.optimizers:
+                if hasattr(optimizer, "unperturbed"):  # of `sam.SAM`
+                    stack.enter_context(optimizer.unperturbed())
             yield
-        finally:
-            for optimizer in holding:
-                optimizer.train()  # type: ignore[attr-defined]
 
     @property
     def has_next_round(self) -> bool:

@@ -143,6 +143,19 @@ def test_a_rho_in_a_tensor_gives_the_bits_of_a_number():
 
 
 @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)])
+def test_a_group_with_rho_zero_spoils_no_norm_over_the_others(zero):
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [a], "rho": zero}, {"params": [b]}]
+    optimizer = SAM(groups, torch.optim.SGD, lr=0.0, rho=1.0, norm_over="perturbed")
+    for _ in range(2):
+        optimizer.first_step()
+        moved = b.detach() - 1
+        a.grad, b.grad = torch.full((2,), torch.nan), torch.tensor([3.0, 4.0])
+        optimizer.second_step()
+    assert torch.allclose(moved, torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)])
 @pytest.mark.parametrize(("norm_over", "length"), [("all", 0.6), ("perturbed", 1.0), ("none", 3.0)])
 def test_groups_with_rho_zero_are_not_perturbed_and_count_if_asked(norm_over, length, zero):
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))

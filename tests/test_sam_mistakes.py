@@ -65,6 +65,48 @@ def test_weights_that_are_loaded_between_train_and_eval_are_not_replaced_by_thos
     assert_same(weights(model), list(best.values()))
 
 
+def test_an_error_of_a_closure_that_changes_weights_is_the_one_that_is_seen():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
+    documented_step(model, optimizer, batches(1)[0])
+
+    def closure():
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+        raise KeyError("of the closure")
+
+    with pytest.raises(KeyError, match="of the closure"):
+        optimizer.step(closure)
+
+
+def test_a_network_that_changes_its_weights_as_it_runs_is_refused_with_the_reason():
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.1), nn.Linear(4, 2))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS).attach(model)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.arange(8)).sum().backward()
+        optimizer.step()
+
+    step()
+    with pytest.raises(RuntimeError, match="a network that changes them in its forward pass, as by max_norm"):
+        step()
+
+
+def test_hooks_of_other_programs_are_no_sam():
+    class _Hook:
+        function = staticmethod(lambda *_: None)
+
+        def __call__(self, *_):
+            return None
+
+    model = network()
+    model.register_state_dict_pre_hook(_Hook())
+    model.register_state_dict_pre_hook(lambda *_: None)
+    SAM(model.parameters(), torch.optim.SGD, **OPTIONS).attach(model)
+    model.state_dict()
+
+
 def test_a_closure_adds_to_the_gradients_of_a_step_that_the_model_zeroed():
     model, other = network(), network()
     optimizer = SAM(model.parameters(), torch.optim.SGD, **OPTIONS)
@@ -90,9 +132,17 @@ def test_a_state_of_random_directions_from_another_kind_of_device_is_drawn_anew_
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         group["sam_generator"] = torch.zeros(16, dtype=torch.uint8)  # as CUDA has it
-    with pytest.warns(UserWarning, match="drawn on another kind of device"):
-        optimizer.load_state_dict(saved)
-    documented_step(model, optimizer, batches(1)[0])
+    ends = []
+    for drawn_before in (False, True):  # also where the object has drawn already
+        again = SAM(model.parameters(), torch.optim.SGD, direction="random", **OPTIONS)
+        for _ in range(drawn_before):
+            documented_step(model, again, batches(1)[0])
+        with pytest.warns(UserWarning, match="drawn on another kind of device") as warned:
+            again.load_state_dict(saved)
+        assert warned[0].filename == __file__
+        documented_step(model, again, batches(1)[0])  # draws
+        ends.append([again.state[p]["sam_buffer"].clone() for p in model.parameters()])
+    assert_same(*ends)
 
 
 @BOTH

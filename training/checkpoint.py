@@ -4,7 +4,9 @@ import contextlib
 import errno
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -149,17 +151,15 @@ def load_network(model: nn.Module, masks: Masks, checkpoint: dict) -> None:
     A checkpoint of --compact holds the smaller network, whose weights find their places in the whole one by the masks. An
     exported network is whole.
     """
-    state = model.state_dict()  # with the versions of its layers, which an exported file does not have
+    own: Any = model.state_dict()
     try:
-        if checkpoint["state"]["model"].keys() != state.keys():
-            raise KeyError
-        saved = checkpoint["state"]["model"]
-        if checkpoint["args"].get("compact") and any(saved[name].shape != state[name].shape for name in state):
+        saved: Any = OrderedDict(checkpoint["state"]["model"])
+        if checkpoint["args"].get("compact") and any(saved[name].shape != own[name].shape for name in own):
             masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
             expand(saved, model, masks)
             return
-        state.update(saved)
-        model.load_state_dict(state)
+        saved._metadata = own._metadata  # the versions of its layers, which an exported file does not have
+        model.load_state_dict(saved)  # its hooks know what earlier versions saved
         masks.load_state_dict(checkpoint["state"]["pruner"]["masks"])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.command import progress, throttled
+from analysis.command import make_room_for, progress, throttled
 from analysis.text_table import mean_and_std_text, text_table
+from utils.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -36,6 +37,16 @@ def test_a_missing_package_or_cache_is_one_sentence_where_it_is_needed():
         "error: there is no checkpoint 'missing'", "2",  # sharpness needs none of them
         "error: matplotlib cannot write to a cache directory: set MPLCONFIGDIR to a directory that can be written to", "2",
     ]  # fmt: skip
+
+
+def test_a_command_may_be_launched_twice_and_replaces_no_other_kind_of_file(tmp_path):
+    for name in ("figures.json", "figures.bin", "figures", "figures.v2"):
+        for _ in range(2):
+            make_room_for(tmp_path / name)
+            (tmp_path / name).touch()
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(UsageError, match="is there already, and not a file of this kind"):
+        make_room_for(tmp_path / "checkpoint.pt")
 
 
 def test_progress_in_a_log_is_a_line_at_the_start_at_the_end_and_now_and_then(capsys):

@@ -6,7 +6,7 @@ import pytest
 from running import same
 
 from experiment.config import NOT_REPLAYED, as_argv, parse_and_replay
-from experiment.flags import parse, plain, resolve
+from experiment.flags import load_layer_sparsity, parse, plain, resolve
 from experiment.run_name import run_name
 from utils.errors import UsageError
 
@@ -111,6 +111,28 @@ def test_a_run_directory_is_a_recipe_and_trains_the_same_network(train, trained)
     assert again.json("args.json")["args"]["config"] == str(trained.directory)
     resumed = train(f"--config {trained.directory} --resume auto", short=False)
     assert (resumed.code, "finished already" in resumed.out) == (0, True)
+
+
+@pytest.mark.parametrize("beside", [None, "{", '{"args": {}}'])
+def test_a_copy_of_a_recipe_tells_changed_sparsities_as_well(recipe, tmp_path, beside):
+    layers = tmp_path / "layers.yaml"
+    layers.write_text("prune_ratios: {stem: 0.5}")
+    path = recipe(f"--prune-method random --sparsity-config {layers}")
+    copied = tmp_path / "copies" / "recipe.json"
+    copied.parent.mkdir()
+    copied.write_text(json.dumps(json.loads(path.read_text()) | {"layer_sparsity": {"stem": 0.5}}))
+    if beside is not None:
+        (copied.parent / "args.json").write_text(beside)
+    assert replay(copied)["sparsity_config"] == layers
+    layers.write_text("prune_ratios: {stem: 0.6}")
+    with pytest.raises(UsageError, match="has other sparsities than when the run of"):
+        replay(copied)
+
+
+def test_yaml_that_merges_one_mapping_into_another_names_nothing_twice(recipe, tmp_path):
+    layers = tmp_path / "layers.yaml"
+    layers.write_text("base: &base {stem: 0.5, classifier: 0.1}\nprune_ratios:\n  <<: *base\n  stem: 0.6\n")
+    assert load_layer_sparsity(layers) == {"stem": 0.6, "classifier": 0.1}
 
 
 def test_the_name_of_a_replayed_run_is_that_of_its_flags(recipe):

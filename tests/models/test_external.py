@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 import textwrap
 
 import pytest
@@ -17,6 +18,8 @@ from experiment.load import load
 from models import build_model
 from models.external import NetworkError, load_published_weights
 from prune import Pruner
+from prune.masks import Masks
+from training.checkpoint import load_network
 from training.foreign import fitting
 from utils.errors import UsageError
 
@@ -158,6 +161,12 @@ def test_published_weights_keep_the_scale_of_their_inputs_wherever_they_are_load
     del older["input_scale"], older["input_shift"]
     again.load_state_dict(older)  # which leaves them as they are
     torch.testing.assert_close(again(images), source(images))
+    whole = build_model(arch, None, 1000, image_size=size).eval()
+    state = {"model": older, "pruner": {"masks": {}}}
+    load_network(whole, Masks.of(whole), {"state": state, "args": {}})
+    plain.load_state_dict(older)
+    torch.testing.assert_close(whole(images), plain(images))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(again))(images), source(images))
     grey = build_model(arch, None, 1000, in_channels=1, image_size=size)
     assert grey(torch.randn(2, 1, *size)).shape == (2, 1000)
     with pytest.raises(NetworkError, match="scale each colour: take images in colour"):

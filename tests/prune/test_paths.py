@@ -11,7 +11,7 @@ from torch import nn
 from models import build_model
 from prune import EmptyLayerError, Pruner
 from prune.masks import prunable_weights, select_layers
-from prune.paths import reaches_output
+from prune.paths import reaches_output, weights_on_paths
 
 NETWORKS = {"basic": ("resnet", 8, 0.5), "bottleneck": ("resnet", 50, 0.125), "wide": ("wideresnet", 10, 0.5)}
 
@@ -171,6 +171,54 @@ class Tokens(nn.Module):
             else:
                 x = F.scaled_dot_product_attention(q, k, v)
         return self.head(x[:, 0])
+
+
+class AttentionPool(nn.Module):
+    """Queries and keys from layers, and torch's function for all else: what CLIP's ResNets end in."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.q, self.k, self.v, self.c = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x):
+        x = self.stem(x).transpose(0, 1)
+        weights = {
+            f"{name}_proj_weight": layer.weight for name, layer in zip("qkv", (self.q, self.k, self.v), strict=True)
+        }
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        pooled, _ = F.multi_head_attention_forward(
+            x[:1], x, x, 16, 2, None, bias, None, None, False, 0.0, self.c.weight, self.c.bias, use_separate_proj_weight=True,
+            **weights,
+        )  # fmt: skip
+        return pooled[0]
+
+
+def test_no_weight_before_an_attention_that_is_one_function_is_called_idle():
+    model = AttentionPool()
+    masks = {name: torch.ones_like(weight) for name, weight in prunable_weights(model).items()}
+    assert weights_on_paths(model, masks, (5, 16)) == {}
+    assert reaches_output(model, masks, (5, 16))
+
+
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return torch.sigmoid(x / self.value)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["parametrization", "hook", "temperature"])
+def test_networks_that_divide_by_parameters_have_paths(kind, seed):
+    torch.manual_seed(seed)
+    norm = {"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm}.get(kind)
+    layers = [nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)]
+    first = norm(layers[0]) if norm else nn.Sequential(layers[0], Temperature())
+    model = nn.Sequential(first, nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    masks = {name: torch.ones_like(weight) for name, weight in prunable_weights(model).items()}
+    assert reaches_output(model, masks, (12,))
 
 
 @pytest.mark.parametrize("attention", ["batch first", "tokens first", "by hand", "scaled"])

@@ -10,6 +10,8 @@ from torch import nn
 from models import build_model
 from prune import EmptyLayerError, Pruner
 from prune.masks import Masks
+from prune.methods import METHODS, SCORE_ROUNDS, Method
+from prune.scores import magnitude
 
 
 def resnet(seed: int = 0) -> nn.Module:
@@ -335,3 +337,16 @@ def test_impossible_masks_are_refused_with_one_sentence(kwargs, words):
     with pytest.raises(ValueError, match=words) as error:
         pruned(resnet(), **kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "kernel"])
+def test_rounds_of_a_score_that_is_pooled_by_its_norm_end_at_the_masks_of_one(monkeypatch, pattern):
+    monkeypatch.setitem(METHODS, "slow", Method("in rounds", score=magnitude, options=(SCORE_ROUNDS,)))
+    masks = []
+    for method, options in (("magnitude", {}), ("slow", {"score_rounds": 4})):
+        torch.manual_seed(0)
+        model = build_model("resnet", 8, 10, 0.5)
+        pruner = Pruner(model, method, 0.6, "uniform", pattern=pattern, **options)
+        pruner.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
+        masks.append(pruner.masks.masks)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])

@@ -84,6 +84,29 @@ def test_a_round_begins_with_its_weights_where_a_step_was_left_unfinished(method
     assert all(p.count_nonzero() for p in ends[0])
 
 
+@pytest.mark.parametrize("v2", [True, False])
+def test_masks_that_are_applied_in_the_middle_of_a_step_leave_the_perturbation(v2):
+    ends = []
+    for masked in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, v2=v2)
+        pruner = Pruner(model, "random", 0.7, optimizers=[optimizer])
+        pruner.choose_masks()
+        for _ in range(3):
+            inputs, targets = torch.randn(8, 10), torch.randint(0, 2, (8,))
+            for half in (optimizer.first_step, optimizer.second_step):
+                if not v2 or half == optimizer.second_step:
+                    nn.functional.cross_entropy(model(inputs), targets).backward()
+                pruner.mask_gradients()
+                half(zero_grad=True)
+                if masked:
+                    pruner.mask_weights()
+            pruner.mask_weights()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
 def test_an_optimizer_that_moves_dead_weights_leaves_none_alive_where_sam_holds_the_perturbed_ones():
     class Restless(torch.optim.SGD):
         def step(self, closure=None):

@@ -8,8 +8,10 @@ import torch
 from running import FINISHED, same
 from torch import nn
 
+from models import build_model
 from prune import Pruner
-from training.checkpoint import CheckpointSchedule, load_checkpoint, save_checkpoint
+from prune.masks import Masks
+from training.checkpoint import CheckpointSchedule, load_checkpoint, load_network, save_checkpoint
 from training.state import TrainState
 from utils.errors import UsageError
 
@@ -45,6 +47,21 @@ def test_a_checkpoint_of_the_older_format_is_read(saved):
     loaded.load_state_dict(load_checkpoint(path)["state"])
     assert (loaded.schedule_step, loaded.partial) == (3, None)
     assert torch.equal(model.weight, state.model.weight)
+
+
+def test_counters_of_batch_norm_in_earlier_checkpoints_are_left_out():
+    model, other = (build_model("resnet", 8, 10, 0.25) for _ in range(2))
+    state = model.state_dict()
+    state |= {
+        name.replace("running_mean", "num_batches_tracked"): torch.tensor(7) for name in state if "running_mean" in name
+    }
+    other.load_state_dict(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    load_network(other, Masks.of(other), {"state": {"model": state, "pruner": {"masks": {}}}, "args": {}})
+    state["stem.other"] = torch.ones(1)
+    with pytest.raises(UsageError, match="does not fit the network"):
+        load_network(other, Masks.of(other), {"state": {"model": state, "pruner": {"masks": {}}}, "args": {}})
 
 
 def test_a_truncated_checkpoint_is_refused(saved):
