@@ -109,8 +109,8 @@ class SAM(torch.optim.Optimizer):
         self._refuse_two_steps()
         # Not by their class: a notebook may have defined it twice.
         hooks: list[Any] = [hook for part in model.modules() for hook in part._state_dict_pre_hooks.values()]
-        owners: set[Any] = {getattr(getattr(hook, "function", None), "__self__", None) for hook in hooks}
-        for other in [owner for owner in owners if hasattr(owner, "_shared")]:
+        owners: list[Any] = [getattr(getattr(hook, "function", None), "__self__", None) for hook in hooks]
+        for other in [owner for owner in owners if hasattr(owner, "_shared") and hasattr(owner, "base_optimizer")]:
             if other._shared is not self._shared and not {*other._parameters()}.isdisjoint(self._parameters()):
                 other.detach()
         handles = self._shared.handles
@@ -163,12 +163,17 @@ class SAM(torch.optim.Optimizer):
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """Bring w back inside the context, and then what was perturbed before it: for what looks at weights or masks them."""
+        """Bring w back inside the context, and then what was perturbed before it: for what looks at weights or masks them.
+
+        Forward passes of an attached model see w in it, too.
+        """
         was_perturbed = self._shared.phase == PERTURBED
         self._leave()
+        self._shared.kept_back += 1
         try:
             yield
         finally:
+            self._shared.kept_back -= 1
             if was_perturbed and self._shared.phase == ASIDE:  # nobody ended the step meanwhile
                 self._go_on()
 
@@ -255,14 +260,14 @@ class SAM(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring w_t back, bit for bit, if the weights are perturbed; else do nothing.
+        """Bring w_t back, bit for bit, if the weights are perturbed; it can be called at any time.
 
         After it the interrupted step is forgotten: along `previous` and `random` the next one is not perturbed unless
         `second_step` came between.
 
         Raises:
             RuntimeError: something else has written to perturbed weights, as wherever w_t is brought back; they stay so.
-                What was written through `.data` cannot be known of, and is replaced.
+                Of what was written through `.data` SAM cannot know, and replaces it.
         """
         self._bring_back()
         if self._shared.phase != CLOSED:
@@ -513,7 +518,7 @@ class SAM(torch.optim.Optimizer):
             module.reshard()
 
     def _before_forward(self, module: nn.Module) -> None:
-        if module.training and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled() and not self._shared.kept_back:
             self._enter()
         else:
             self._leave()
@@ -658,6 +663,7 @@ class _Shared:
         self.shown = True  # `state` has all that is kept
         self.zeroed = True  # gradients, where there are any, are not those of a step that was taken
         self.training = False  # between train() and eval()
+        self.kept_back = 0  # contexts of unperturbed()
         self.stepped = self.warned = False
         self.handles: list = []  # of the hooks on attached models
         self.sharded: list = []  # their modules that hold gathered weights

@@ -76,21 +76,16 @@ def make_writable(directory: Path) -> None:
             pass
 
 
-FOREIGN = {
-    f".{name}" for name in "pt pth pt2 safetensors onnx json csv yaml py sh md txt svg png".split()
-}  # of files of other kinds
-
-
 def make_room_for(file: Path, ending: str = ".json") -> None:
     """Make the directory of a file, and check that the file can be written, before anything expensive begins.
 
     Raises:
-        UsageError: it cannot, or would replace a file of another ending, such as a checkpoint.
+        UsageError: it cannot, or has another ending, as a checkpoint has that would be replaced.
     """
     if file.is_dir():
         raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")
-    if file.exists() and file.suffix in FOREIGN - {ending}:
-        raise UsageError(f"'{file}' is there already, and not a file of this kind ({ending}): name another by --output")
+    if file.suffix not in ("", ending) and not file.suffix[1:].isdigit():  # as in rho0.05
+        raise UsageError(f"'{file}' would be a file of this kind ({ending}): name one that ends so by --output")
     make_writable(file.parent)
 
 

@@ -117,7 +117,8 @@ def refuse_other_flags(run: Run, entry: Entry, choices: Path) -> None:
     source, file, unknown = "experiment/study_list.py", choices / f"{run.tuned_arm}.json", ""
     if run.value is None and run.tuned_arm:
         if file.exists():
-            run, source = run.with_value(read_choice(file)["value"]), f"experiment/study_list.py and '{file}'"
+            value, source = read_choice(file)["value"], f"experiment/study_list.py and '{file}'"
+            run = run if value is None else run.with_value(value)  # None: all diverged, and no run has a value
         else:  # as in tuning that is not finished
             unknown = TASKS[run.task].arms[run.arm].tuned.removeprefix("--").replace("-", "_")
     if differing := [name for name in differing_flags(tuple(run.flags()), entry["flags"]) if name != unknown]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, median_low, stdev
 
@@ -60,8 +60,8 @@ def headlines(comparisons: dict[tuple[str, str], list[Compared]], other_methods:
     columns: dict[str, dict[str, str]] = {}
     passes: dict[str, str] = {}
     for task in TASKS:
-        title, rows = column_of(comparisons, task, TASKS[task].first)
-        if told := {arm: points(rows[arm].difference, rows[arm].p) for arm in HEADLINE if arm in rows}:
+        title, rows = column_of(comparisons, task, TASKS[task].first, HEADLINE)
+        if told := {arm: points(row.difference, row.p) for arm, row in rows.items()}:
             columns[f"{TASKS[task].title}: {title}"] = told
             passes = {arm: f"{row.passes:.3g}" for arm, row in rows.items()} | passes
     if other_methods:
@@ -84,7 +84,7 @@ def networks(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
     for task in TASKS:
         columns = {}
         for cell in sorted(TASKS[task].cells, key=lambda cell: TASKS[task].masks(cell)[1]):
-            title, rows = column_of(comparisons, task, cell)
+            title, rows = column_of(comparisons, task, cell, TASKS[task].arms)
             if rows:
                 columns[title] = rows
         if len(columns) < 2:
@@ -100,10 +100,11 @@ def networks(comparisons: dict[tuple[str, str], list[Compared]]) -> str:
 
 
 def column_of(
-    comparisons: dict[tuple[str, str], list[Compared]], task: str, cell: str
+    comparisons: dict[tuple[str, str], list[Compared]], task: str, cell: str, arms: Collection[str]
 ) -> tuple[str, dict[str, Compared]]:
-    """Return the heading of a cell's column, with its seeds, and the arms to show there: those with enough pairs."""
-    rows = {row.arm: row for row in comparisons.get((task, cell), []) if len(row.differences) >= FEWEST}
+    """Return the heading of a cell's column, with its seeds, and those of some arms that have enough pairs to be shown."""
+    found = (row for row in comparisons.get((task, cell), []) if row.arm in arms)
+    rows = {row.arm: row for row in found if len(row.differences) >= FEWEST}
     if not rows:
         return "", {}
     counts = {len(row.differences) for row in rows.values()}
@@ -143,7 +144,7 @@ def task_section(
                 f"### {TASKS[task].title}: {cell_title(task, cell)}",
                 f"`{flags}`",
                 cell_table(rows),
-                cell_notes(rows, lacking(task, cell, rows)),
+                cell_notes(rows, lacking(task, cell, rows, choices)),
                 *direct_table({row.arm: row.title for row in rows}, between(rows)),
             ]
     if tuned := tuning_table(task, entries, choices):
@@ -189,12 +190,18 @@ def eigenvalue_text(values: list[float], p: float) -> str:
     return f"**{text}**" if p < LEVEL else text
 
 
-def lacking(task: str, cell: str, rows: list[Compared]) -> list[str]:
+def lacking(task: str, cell: str, rows: list[Compared], choices: Path) -> list[str]:
     """Return which arms the studies list more runs for than a cell has, and how many more."""
     runs = (run for study in STUDIES.values() for run in study())
-    listed = Counter(run.arm for run in runs if (run.task, run.cell, run.tuning) == (task, cell, False))
-    listed -= Counter({row.arm: len(row.runs) for row in rows})
-    return [f"*{arm.title}* {listed[name]}" for name, arm in TASKS[task].arms.items() if listed[name]]
+    listed = [run for run in runs if (run.task, run.cell, run.tuning) == (task, cell, False)]
+    files = {run.arm: choices / f"{run.tuned_arm}.json" for run in listed}
+    left = Counter(run.arm for run in listed) - Counter({row.arm: len(row.runs) for row in rows})
+    return [
+        f"*{arm.title}* {left[name]}"
+        for name, arm in TASKS[task].arms.items()
+        if left[name]
+        and not (files[name].exists() and read_choice(files[name])["value"] is None)  # all its values diverged
+    ]
 
 
 def cell_notes(rows: list[Compared], lacking: list[str]) -> str:

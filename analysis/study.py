@@ -187,7 +187,8 @@ class Study(Sweep):
         ):
             self.stopped = True
             print(
-                "error: files of the checkout were changed meanwhile, and no more runs are started: commit them, and launch again",
+                "error: files of the checkout were changed meanwhile, and no more runs are started: commit what is not committed, "
+                "and launch again",
                 file=sys.stderr,
             )
         return self.stopped
@@ -374,8 +375,8 @@ def check_ledger(study: Study) -> None:
             continue
         if flags is None:
             raise UsageError(
-                f"'{study.results / run.task / run.name}.json' has a value of '{run.tuned_arm}', of which none is chosen now: remove "
-                "the runs that were trained with it, or restore the choice from git"
+                f"'{study.results / run.task / run.name}.json' has a value of '{run.tuned_arm}', of which none is chosen now: train "
+                f"'{run.task}/tune-*-{run.tuned_arm}-*' alone first, or restore the choice from git"
             )
         if differing := differing_flags(tuple(flags), entry["flags"]):
             raise UsageError(

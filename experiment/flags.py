@@ -494,15 +494,14 @@ def load_layer_sparsity(path: Path) -> dict[str, float]:
     """
     import yaml  # here: whoever gives no such file needs no YAML
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            if twice := [name for name in names if names.count(name) > 1]:  # of equal names YAML takes the last
-                raise UsageError(f"'{path}' names '{twice[0]}' twice: leave one of them out")
-            return super().construct_mapping(node, deep)
-
     try:
-        content = Loader(path.read_text()).get_single_data()
+        loader = yaml.SafeLoader(path.read_text())
+        root = loader.get_single_node()
+        (told,) = [value for key, value in root.value if key.value == "prune_ratios"]
+        names = [key.value for key, _ in told.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [name for name in names if names.count(name) > 1]:  # of equal names YAML takes the last
+            raise UsageError(f"'{path}' names '{twice[0]}' twice: leave one of them out")
+        content = loader.construct_document(root)
         ratios = content["prune_ratios"]
         sparsities = {str(name).removesuffix(".weight"): float(value) for name, value in ratios.items()}
     except OSError as error:

@@ -224,7 +224,9 @@ class Pruner:
             scored.initial = initial
             scores = score(scored)
             if number > 1 and score not in REVIVING:  # nor where living weights score 0 as well
-                lowest = 0.0 if score in POOLED_BY_NORM else -math.inf
+                # Below all others, and next to nothing where the pattern pools it with what lives in the same channel.
+                pooled = score in POOLED_BY_NORM or isinstance(self.pattern, Channels)
+                lowest = -torch.finfo(torch.float32).tiny if pooled else -math.inf
                 dead = {name: mask == 0 for name, mask in self.masks.masks.items()}
                 scores = {n: s.masked_fill(dead[n], lowest) if n in dead else s for n, s in scores.items()}
             with torch.no_grad():  # what was pruned in an earlier round may live again

@@ -358,3 +358,23 @@ def test_a_compiled_model_trains_like_an_eager_one(compile_first):
         optimizer.step()
         documented_step(other, by_hand, batch)
         torch.testing.assert_close(weights(model), weights(other), rtol=1e-12, atol=1e-12)
+
+
+def test_what_looks_at_weights_between_micro_batches_sees_w_and_the_step_goes_on():
+    model, attached, other, by_hand = pair()
+    halves = batches(6)
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        start = weights(model)
+        attached.zero_grad()
+        loss_of(model, first).backward()
+        with attached.unperturbed():
+            loss_of(model, second)  # in training mode
+            assert_same(weights(model), start)
+        loss_of(model, second).backward()
+        attached.step()
+        by_hand.zero_grad()
+        by_hand.first_step()
+        for half in (first, second):
+            loss_of(other, half).backward()
+        by_hand.second_step()
+        torch.testing.assert_close(weights(model), weights(other))

@@ -40,13 +40,13 @@ def test_a_missing_package_or_cache_is_one_sentence_where_it_is_needed():
 
 
 def test_a_command_may_be_launched_twice_and_replaces_no_other_kind_of_file(tmp_path):
-    for name in ("figures.json", "figures.bin", "figures", "figures.v2"):
+    for name in ("figures.json", "figures", "rho0.05"):
         for _ in range(2):
             make_room_for(tmp_path / name)
             (tmp_path / name).touch()
-    (tmp_path / "checkpoint.pt").touch()
-    with pytest.raises(UsageError, match="is there already, and not a file of this kind"):
-        make_room_for(tmp_path / "checkpoint.pt")
+    for name in ("checkpoint.pt", "model.bin"):
+        with pytest.raises(UsageError, match=r"would be a file of this kind \(.json\): name one that ends so"):
+            make_room_for(tmp_path / name)
 
 
 def test_progress_in_a_log_is_a_line_at_the_start_at_the_end_and_now_and_then(capsys):

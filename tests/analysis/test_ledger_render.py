@@ -165,6 +165,23 @@ def test_a_column_says_how_many_seeds_its_rows_have(checkout):
     checkout.render()
     title = checkout.rows(headlines=True)["minus SGD (points)"][1]
     assert title == f"{TASKS[TASK].title}: 90% sparse, random, 3 to 4 seeds"
+    for arm in ("sam", "msam"):
+        for seed in range(4):
+            checkout.add(Run(TASK, CELL, arm, seed), 91.0)
+    for seed in range(3):  # which the headlines do not show
+        checkout.add(Run(TASK, CELL, "nesterov", seed), 91.0)
+    checkout.render()
+    title = checkout.rows(headlines=True)["minus SGD (points)"][1]
+    assert title == f"{TASKS[TASK].title}: 90% sparse, random, 4 seeds"
+
+
+def test_an_arm_whose_every_value_diverged_lacks_no_run(checkout):
+    checkout.add_cell()
+    choices = checkout.root / "results" / TASK / "chosen"
+    choices.mkdir()
+    (choices / "msam.json").write_text('{"value": null}')
+    assert checkout.render() == 0
+    assert "*one-step SAM* 7, *random* 10" in checkout.page.read_text()
 
 
 def test_runs_on_other_images_are_no_pair(checkout):
@@ -403,6 +420,8 @@ def test_a_run_of_another_value_than_was_chosen_is_refused(checkout, capsys):
     (choices / "previous.json").write_text('{"value": 0.1}')
     assert checkout.render() == 0
     (choices / "previous.json").write_text('{"value": 0.3}')
+    assert checkout.render() == 2
+    (choices / "previous.json").write_text('{"value": null}')
     assert checkout.render() == 2
     words = f"-previous-seed0.json' of the ledger differs from experiment/study_list.py and '{choices / 'previous.json'}' in sam_rho"
     assert words in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_a_choice_that_the_ledger_contradicts_is_refused_and_a_dry_run_writes_no
     refused = study("--only", FINAL, EPOCHS="1")
     assert refused.returncode == 2
     assert (
-        "has a value of 'late-0.1', of which none is chosen now: remove the runs that were trained with it"
+        "has a value of 'late-0.1', of which none is chosen now: train 'digits-noise/tune-*-late-0.1-*' alone first"
         in refused.stderr
     )
     tuned.write_text(kept)

@@ -133,6 +133,8 @@ def test_yaml_that_merges_one_mapping_into_another_names_nothing_twice(recipe, t
     layers = tmp_path / "layers.yaml"
     layers.write_text("base: &base {stem: 0.5, classifier: 0.1}\nprune_ratios:\n  <<: *base\n  stem: 0.6\n")
     assert load_layer_sparsity(layers) == {"stem": 0.6, "classifier": 0.1}
+    layers.write_text("all: {a: &a {stem: 0.4}, b: &b {<<: *a, stem: 0.5}}\nprune_ratios: {<<: *b}\n")
+    assert load_layer_sparsity(layers) == {"stem": 0.5}
 
 
 def test_the_name_of_a_replayed_run_is_that_of_its_flags(recipe):

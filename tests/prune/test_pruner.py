@@ -350,3 +350,18 @@ def test_rounds_of_a_score_that_is_pooled_by_its_norm_end_at_the_masks_of_one(mo
         pruner.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
         masks.append(pruner.masks.masks)
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+@pytest.mark.parametrize("method", ["iter-snip", "synflow"])
+def test_rounds_with_channels_drop_those_without_a_score(method):
+    """A living channel has weights that died with channels before it: they may not decide about it."""
+    torch.manual_seed(0)
+    model = build_model("resnet", 8, 10, 0.5)
+    first = model.stage1[0].conv1.weight
+    with torch.no_grad():
+        first[:4] = 0  # those that a ranking of equals keeps
+    pruner = Pruner(model, method, 0.5, pattern="channel", score_rounds=3)
+    pruner.choose_masks(lambda k: (torch.randn(10 * k, 3, 8, 8), torch.arange(10).repeat(k)))
+    kept = pruner.masks.masks["stage1.0.conv1"].flatten(1).any(1)
+    assert not kept[:4].any()
+    assert kept.any()
