@@ -41,15 +41,8 @@ from utils.files import write_text_atomically
 
 IN_ENVIRONMENT = ("JOBS", "GPUS", "DATA_DIR", "EPOCHS", "OUTPUT_DIR", "STUDY")
 JOBS = {"study": "2", "study_gpu": "3"}  # an H100 trains three runs at a time as fast, in all, as eight
-IN_MEMORY = (
-    "analysis",
-    "experiment",
-    "imagedata",
-    "models",
-    "prune",
-    "training",
-    "utils",
-)  # folders whose code a launch has imported
+# Folders whose code a launch has in memory.
+IN_MEMORY = ("analysis", "experiment", "imagedata", "models", "prune", "training", "utils")
 RESULTS = "results"  # folder of ledgers: of the checkout, or of a trial's OUTPUT_DIR
 CHOSEN = "chosen"  # folder of a ledger, with the values that were chosen
 SETTINGS = """
