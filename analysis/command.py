@@ -85,7 +85,9 @@ def make_room_for(file: Path, ending: str = ".json") -> None:
     if file.is_dir():
         raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")
     if file.suffix not in ("", ending) and not file.suffix[1:].isdigit():  # as in rho0.05
-        raise UsageError(f"'{file}' would be a file of this kind ({ending}): name one that ends so by --output")
+        raise UsageError(
+            f"'{file}' does not end in {ending}, as what is written there should: name another by --output"
+        )
     make_writable(file.parent)
 
 

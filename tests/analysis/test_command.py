@@ -45,7 +45,7 @@ def test_a_command_may_be_launched_twice_and_replaces_no_other_kind_of_file(tmp_
             make_room_for(tmp_path / name)
             (tmp_path / name).touch()
     for name in ("checkpoint.pt", "model.bin"):
-        with pytest.raises(UsageError, match=r"would be a file of this kind \(.json\): name one that ends so"):
+        with pytest.raises(UsageError, match="does not end in .json, as what is written there should"):
             make_room_for(tmp_path / name)
 
 

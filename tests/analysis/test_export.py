@@ -241,7 +241,7 @@ def test_test_images_are_those_of_the_run_where_they_are_at_hand(trained_runs, c
         ("--format onnx", "x.pt2", "--format onnx and --output '.*x.pt2' contradict each other"),
         ("--format pt2 --data-dir absent", "x", "'absent/train' does not exist"),
         ("--format pt2", "checkpoint.pt/x", "cannot write to '.*checkpoint.pt'"),
-        ("--format pt2", "another.pt", r"another.pt' is there already, and not a file of this kind \(.pt2\)"),
+        ("--format pt2", "another.pt", r"another.pt' does not end in .pt2, as what"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_a_sentence(trained_runs, command, tmp_path, flags, name, words):

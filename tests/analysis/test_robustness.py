@@ -219,7 +219,10 @@ def test_official_files_that_do_not_fit_are_refused(change, words, runs, officia
         ("missing.pt", "there is no checkpoint 'missing.pt'"),
         ("RUNS --output robustness.png", "the picture would replace it"),
         ("RUNS --output /proc/x/y.json", "cannot write to"),
-        ("RUNS --output copy/checkpoint.pt", "is there already, and not a file of this kind (.json)"),
+        (
+            "RUNS --output copy/checkpoint.pt",
+            "does not end in .json, as what is written there should: name another by --output",
+        ),
         ("RUNS --output .", "cannot write to '.', which is a directory"),
         ("RUNS/seed0 --baseline missing.pt", "there is no checkpoint 'missing.pt'"),
         ("RUNS --baseline RUNS copy", "two of --baseline have the same seed"),

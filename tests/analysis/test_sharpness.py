@@ -168,7 +168,7 @@ def test_other_images_than_the_runs_are_refused_and_moved_ones_are_found(trained
         ("missing.pt --rhos --adaptive-rhos --steps 3", "--steps are those within a radius, and there is none"),
         ("missing.pt --device tpu", "--device has to be"),
         ("CKPT --output /proc/x/y", "cannot write to"),
-        ("CKPT --output CKPT", "is there already, and not a file of this kind (.json)"),
+        ("CKPT --output CKPT", "does not end in .json, as what is written there should: name another by --output"),
         ("CKPT --output /proc", "cannot write to '/proc', which is a directory"),
     ],
 )
