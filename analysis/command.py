@@ -80,7 +80,7 @@ def make_room_for(file: Path, ending: str = ".json") -> None:
     """Make the directory of a file, and check that the file can be written, before anything expensive begins.
 
     Raises:
-        UsageError: it cannot, or has another ending, as a checkpoint has that would be replaced.
+        UsageError: it cannot, or its name has another ending, as that of a checkpoint has.
     """
     if file.is_dir():
         raise UsageError(f"cannot write to '{file}', which is a directory: name a file in it by --output")

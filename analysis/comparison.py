@@ -136,17 +136,12 @@ def pairs(
 
 
 def are_alike(one: Entry, other: Entry) -> bool:
-    """Return whether two runs are of the same images, kind of device and precision, each of which moves figures."""
-    return all(
-        figure(one) == figure(other)
-        for figure in (
-            lambda entry: entry["images"],
-            lambda entry: entry["device"].partition(" ")[
-                0
-            ],  # cpu or cuda; CPUs and GPUs of several kinds may be paired
-            lambda entry: entry["flags"].get("precision"),
-        )
-    )
+    """Return whether two runs are of the same images, kind of device (any CPU, any GPU) and precision: each moves figures."""
+
+    def circumstances(entry: Entry) -> tuple:
+        return entry["images"], entry["device"].partition(" ")[0], entry["flags"].get("precision")
+
+    return circumstances(one) == circumstances(other)
 
 
 def final(entries: Iterable[Entry], name: str) -> list[float]:

@@ -343,10 +343,8 @@ def with_curves(entry: dict, rows: list[dict]) -> dict:
     """Return an entry with the figures of its epochs: of all, or of as many at equal distances as fit."""
     if not rows:
         raise ValueError("metrics.csv has no epoch")
-    later = {
-        "sharpness": {"train": -0.00012345, "test": -0.00012345},
-        "test_top1_recalibrated_bn": 98.7654,
-    }  # may be measured
+    # What may be measured later.
+    later = {"sharpness": {"train": -0.00012345, "test": -0.00012345}, "test_top1_recalibrated_bn": 98.7654}
     there = entry.keys() | entry["final"].keys()
     room = len(entry_text({name: figure for name, figure in later.items() if name not in there}))
     for stride in range(1, len(rows) + 1):

@@ -204,12 +204,12 @@ def lacking(task: str, cell: str, rows: list[Compared], choices: Path) -> list[s
     ]
 
 
-def cell_notes(rows: list[Compared], lacking: list[str]) -> str:
+def cell_notes(rows: list[Compared], missing: list[str]) -> str:
     """Return what a cell's table says, what it could have said, and what it cost.
 
     Args:
         rows: of the table.
-        lacking: arms with runs that are yet to come.
+        missing: arms with runs that are yet to come, as `lacking` returns them.
     """
     notes, tested = [], [row for row in rows if not math.isnan(row.p)]
     if tested:
@@ -233,8 +233,8 @@ def cell_notes(rows: list[Compared], lacking: list[str]) -> str:
         )
     if fitted := [entry["epochs"]["train_top1"][-1] for row in rows if row.arm == BASE for entry in row.finished]:
         notes.append(f"SGD ends at {mean(fitted):.1f}% of the training labels, as they were given.")
-    if lacking:
-        notes.append(f"Runs that are not in the ledger yet: {', '.join(lacking)}.")
+    if missing:
+        notes.append(f"Runs that are not in the ledger yet: {', '.join(missing)}.")
     notes += diverged_note(rows)
     entries = [entry for row in rows for entry in row.runs.values()]
     notes.append(provenance(entries))

@@ -173,12 +173,10 @@ class Study(Sweep):
 
     def moved(self) -> bool:
         """Return whether the checkout is no longer what this process began with, and say so once."""
-        if (
-            self.root
-            and not self.stopped
-            and (dirty(self.root) or mathematics("HEAD", self.root, *IN_MEMORY) != self.began_with)
-        ):
-            self.stopped = True
+        if self.stopped or not self.root:
+            return self.stopped
+        self.stopped = dirty(self.root) or mathematics("HEAD", self.root, *IN_MEMORY) != self.began_with
+        if self.stopped:
             print(
                 "error: files of the checkout were changed meanwhile, and no more runs are started: commit what is not committed, "
                 "and launch again",

@@ -42,8 +42,8 @@ MIXING: dict[str, Callable] = {  # no flow describes which weights they use
     "softmax": _softmax, "log_softmax": _softmax, "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm"), lambda inputs, *_, **__: inputs),
 }  # fmt: skip
-WHOLE = ("multi_head_attention_forward",)  # mixes, too; it is not seen into, and stays as it is
-AVERAGES: dict[str, Callable] = {}  # of torch.nn.functional; amax, max and the like stay as they are
+OPAQUE = ("multi_head_attention_forward",)  # mixes, too, and stays as it is: nothing takes the place of its parts
+AVERAGES: dict[str, Callable] = {}  # for max pooling alone: amax, max and the like stay as they are
 for _dimensions in (1, 2, 3):
     _within, _to_size = f"max_pool{_dimensions}d", f"adaptive_max_pool{_dimensions}d"
     AVERAGES[_within], AVERAGES[_to_size] = _average(
@@ -55,7 +55,7 @@ class _Flow(TorchFunctionMode):
     """Puts others in the place of functions.
 
     Attributes:
-        mixed: results of functions of MIXING and WHOLE.
+        mixed: results of functions of MIXING and OPAQUE.
     """
 
     def __init__(self):
@@ -70,7 +70,7 @@ class _Flow(TorchFunctionMode):
             with contextlib.suppress(RuntimeError, TypeError):  # arguments of a rarer kind
                 flow = instead(*args, **kwargs)
                 result = flow if flow.shape == result.shape else result
-        if name in MIXING or name in WHOLE:
+        if name in MIXING or name in OPAQUE:
             self.mixed.append(result)
         return result
 

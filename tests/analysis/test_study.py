@@ -312,7 +312,9 @@ def test_code_that_a_launch_has_in_memory_is_not_replaced_by_a_commit(study, che
 
 
 def test_a_signal_just_before_a_run_begins_leaves_it_to_the_next_launch(study, checkout, monkeypatch):
-    def interrupted_while_looking(root, looks=[]):  # noqa: B006
+    looks = []
+
+    def interrupted_while_looking(root):
         looks.append(root)
         if len(looks) == 2:  # the first is before the launch takes signals
             os.kill(os.getpid(), signal.SIGTERM)
